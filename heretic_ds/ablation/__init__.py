@@ -1,0 +1,38 @@
+"""Directions, profiles and edits: pure tensor mathematics without files, ranks or configuration."""
+
+from heretic_ds.ablation.directions import (
+    ResidualMeans,
+    behaviour_directions,
+    block_direction,
+    through_norm,
+    winsorize,
+)
+from heretic_ds.ablation.edit import (
+    ROW_NORMS,
+    Edit,
+    OutputOperator,
+    edit_weight,
+    edit_weight_,
+    output_operator,
+    row_norms,
+    row_overlaps,
+)
+from heretic_ds.ablation.profile import COMPONENTS, Profile
+
+__all__ = [
+    "COMPONENTS",
+    "ROW_NORMS",
+    "Edit",
+    "OutputOperator",
+    "Profile",
+    "ResidualMeans",
+    "behaviour_directions",
+    "block_direction",
+    "edit_weight",
+    "edit_weight_",
+    "output_operator",
+    "row_norms",
+    "row_overlaps",
+    "through_norm",
+    "winsorize",
+]

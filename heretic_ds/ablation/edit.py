@@ -1,0 +1,160 @@
+"""Edits: removing a direction from the weights that write to the residual stream.
+
+Shapes: D width of the stream (a writer's output), K a writer's input, E experts, L blocks; leading dimensions of
+weights (experts) are batch dimensions everywhere.
+
+All row-norm modes are one form. With n the row norms of W (1 in mode ``none``), Ŵ = diag(1/n) W, v the unit direction
+and λ the strength:
+
+    W' = diag(s) (W - λ u aᵀ),     u = n∘v,   a = Ŵᵀ v
+
+and in mode ``full``, with b = Ŵ a,   s_i = (1 - 2 λ v_i b_i + λ² v_i² (v·b))^(-1/2),   else s = 1.
+
+Since y = W x gives aᵀx = (v/n)·y, the same edit acts on outputs without touching weights:
+
+    W' x = s ∘ (y - λ u (w·y)),     w = v/n.
+
+Weight orthogonalisation is from Arditi et al. 2024 (arXiv 2406.11717, section 4.1); the norm-preserving form is
+derived in ``docs/mathematics.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heretic_ds.ablation.profile import Profile
+
+ROW_NORMS = ("none", "pre", "full")
+"""``none``: plain projection. ``pre``: the projection of the row-normalised matrix, rows scaled back. ``full``: that,
+with every row brought back to its old norm."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What one trial does to all writers."""
+
+    direction_index: float | None
+    """One global direction interpolated at this block, or None for every block's own."""
+    profiles: Mapping[str, Profile]
+    """Profile of each component."""
+
+    def strength(self, component: str, block: int) -> float:
+        """Ablation weight λ of one writer; 0.0 where it is not edited."""
+        profile = self.profiles.get(component)
+        return 0.0 if profile is None else profile.weight(block)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, as results and manifests keep them."""
+        profiles = {component: profile.to_dict() for component, profile in self.profiles.items()}
+        return {"direction_index": self.direction_index, "profiles": profiles}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Edit:
+        """The inverse of :meth:`to_dict`."""
+        profiles = {component: Profile(**numbers) for component, numbers in data["profiles"].items()}
+        return cls(direction_index=data["direction_index"], profiles=profiles)
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def row_norms(weight_DK: Tensor, row_norm: str) -> Tensor:
+    """n [..., D] of the formulas, at least float32: the rows' norms, or ones in mode ``none``."""
+    dtype = _accumulation_dtype(weight_DK.dtype)
+    if row_norm == "none":
+        return torch.ones(weight_DK.shape[:-1], dtype=dtype, device=weight_DK.device)
+    return torch.linalg.vector_norm(weight_DK, dim=-1, dtype=dtype)
+
+
+def _reciprocal(norms_D: Tensor) -> Tensor:
+    """1/n, with 0 for a zero row, whose normalised row is defined as zero."""
+    return torch.where(norms_D > 0, 1 / norms_D, torch.zeros_like(norms_D))
+
+
+def row_overlaps(weight_DK: Tensor, norms_D: Tensor, directions_ND: Tensor) -> Tensor:
+    """b = Ŵ Ŵᵀ v for N directions at once: [..., N, D].
+
+    Linear in v, so a table over all blocks' directions yields every later trial's b by interpolation, without another
+    pass over weights.
+    """
+    unit_DK = weight_DK.to(norms_D.dtype) * _reciprocal(norms_D).unsqueeze(-1)
+    return (directions_ND.to(unit_DK) @ unit_DK) @ unit_DK.transpose(-1, -2)
+
+
+def _row_scales(norms_D: Tensor, overlaps_D: Tensor, direction_D: Tensor, strength: float | Tensor) -> Tensor:
+    """s of mode ``full``. A row that the edit leaves nothing of (radicand at rounding) gets 0; a zero row gets 1."""
+    removed_D = strength * direction_D
+    squared_D = removed_D.square() * (direction_D * overlaps_D).sum(-1, keepdim=True)
+    radicand_D = 1 - 2 * removed_D * overlaps_D + squared_D
+    rounding_D = 8 * torch.finfo(radicand_D.dtype).eps * (1 + squared_D)
+    scale_D = torch.where(radicand_D > rounding_D, radicand_D.clamp_min(rounding_D).rsqrt(), torch.zeros_like(radicand_D))
+    return torch.where(norms_D > 0, scale_D, torch.ones_like(scale_D))
+
+
+def edit_weight(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str) -> Tensor:
+    """The edited weight W' [..., D, K] of one writer, computed in at least float32 and returned in that dtype.
+
+    ``direction_D`` is a unit vector, ``strength`` is λ, ``row_norm`` one of :data:`ROW_NORMS`.
+    """
+    norms_D = row_norms(weight_DK, row_norm)
+    matrix_DK = weight_DK.to(norms_D.dtype)
+    direction_D = direction_D.to(matrix_DK)
+    probe_D = direction_D * _reciprocal(norms_D)
+    overlap_K = (probe_D.unsqueeze(-2) @ matrix_DK).squeeze(-2)
+    edited_DK = matrix_DK - (strength * norms_D * direction_D).unsqueeze(-1) * overlap_K.unsqueeze(-2)
+    if row_norm == "full":
+        overlaps_D = (matrix_DK @ overlap_K.unsqueeze(-1)).squeeze(-1) * _reciprocal(norms_D)
+        edited_DK *= _row_scales(norms_D, overlaps_D, direction_D, strength).unsqueeze(-1)
+    return edited_DK
+
+
+def edit_weight_(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str) -> None:
+    """Edit a writer's weight in place, rounding once to its own dtype; experts [E, D, K] go one at a time, so that the
+    working copy in float32 stays as small as one matrix."""
+    matrices = weight_DK.unbind(0) if weight_DK.dim() == 3 else (weight_DK,)
+    for matrix_DK in matrices:
+        matrix_DK.copy_(edit_weight(matrix_DK, direction_D, strength, row_norm))
+
+
+@dataclass(frozen=True)
+class OutputOperator:
+    """The edit of one writer in output space: y ↦ s ∘ (y - λu (w·y)), y without its bias.
+
+    Each field broadcasts against y [..., D]: [D] for one edit, [B, 1, D] for rows of a batch that belong to different
+    trials, [E, D] for experts.
+    """
+
+    step_D: Tensor
+    """λ u."""
+    probe_D: Tensor
+    """w."""
+    scale_D: Tensor | None
+    """s, or None where it is 1."""
+
+    def __call__(self, output_D: Tensor) -> Tensor:
+        """Edit outputs [..., D] (bias excluded); computed in at least float32, returned in the output's dtype."""
+        value_D = output_D.to(torch.promote_types(output_D.dtype, self.step_D.dtype))
+        edited_D = value_D - self.step_D * (value_D * self.probe_D).sum(-1, keepdim=True)
+        if self.scale_D is not None:
+            edited_D = edited_D * self.scale_D
+        return edited_D.to(output_D.dtype)
+
+
+def output_operator(
+    norms_D: Tensor, overlaps_D: Tensor | None, direction_D: Tensor, strength: float | Tensor
+) -> OutputOperator:
+    """The output-space form of an edit from what is known of the writer: n, and b for mode ``full`` (else None).
+
+    ``strength`` may be a tensor that broadcasts against [..., D], for several trials at once.
+    """
+    direction_D = direction_D.to(norms_D)
+    scale_D = None if overlaps_D is None else _row_scales(norms_D, overlaps_D, direction_D, strength)
+    return OutputOperator(
+        step_D=strength * norms_D * direction_D, probe_D=direction_D * _reciprocal(norms_D), scale_D=scale_D
+    )

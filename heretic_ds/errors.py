@@ -1,0 +1,9 @@
+"""The errors that end a command with one sentence instead of a traceback."""
+
+
+class UserError(Exception):
+    """A mistake in configuration or input that the user can mend: shown as one line, exit status 2."""
+
+
+class SearchFailed(Exception):
+    """The job ran as asked but reached no usable result: shown as one line, exit status 1."""

@@ -1,0 +1,234 @@
+"""Every setting of heretic_ds as a typed, documented structured config, and the one place where settings are checked.
+
+The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults, and a
+docstring below each field from which the configuration reference in ``docs/`` is generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class TaskSettings:
+    """What one command does."""
+
+    name: str = "abliterate"
+    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export`` (write one
+    trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
+
+
+@dataclass
+class ModelSettings:
+    """The model to work on."""
+
+    path: str = MISSING
+    """Hub id or local folder of a Hugging Face causal language model."""
+    revision: Optional[str] = None
+    """Branch, tag or commit of a hub model."""
+    dtype: str = "auto"
+    """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``, ``bfloat16`` or
+    ``float16``."""
+    device: str = "auto"
+    """``auto`` (the accelerator where there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+    attn_implementation: Optional[str] = None
+    """Attention implementation passed to transformers (``eager``, ``sdpa``, ...); null leaves its choice."""
+
+
+@dataclass
+class PromptSource:
+    """Where one list of prompts comes from."""
+
+    source: str = MISSING
+    """Hub data set id, folder of a saved data set, or a ``.txt`` (one prompt a line), ``.jsonl``, ``.csv`` or
+    ``.parquet`` file."""
+    split: str = "train"
+    """Split of a data set; ``train[:400]`` works too, quoted as Hydra's grammar needs."""
+    slice: Optional[str] = None
+    """``start:stop`` rows to keep, counted from 0; shell-safe alternative to a sliced split."""
+    column: str = "text"
+    """Column that holds the prompt; ignored for ``.txt`` files."""
+
+
+@dataclass
+class PromptPair:
+    """Prompts of one kind."""
+
+    train: PromptSource = field(default_factory=PromptSource)
+    """Prompts from which directions are computed."""
+    eval: PromptSource = field(default_factory=PromptSource)
+    """Prompts on which edits are scored."""
+
+
+@dataclass
+class ThinkingMarker:
+    """How one family of models opens its chain of thought, and the text that closes it at once."""
+
+    open: str = MISSING
+    """Text with which an answer opens a chain-of-thought block."""
+    closed: str = MISSING
+    """Text that stands for the opened and immediately closed block."""
+
+
+@dataclass
+class PromptSettings:
+    """The two kinds of prompts and how they are put to the model."""
+
+    target: PromptPair = field(default_factory=PromptPair)
+    """Prompts that show the behaviour."""
+    baseline: PromptPair = field(default_factory=PromptPair)
+    """Prompts that do not."""
+    system: Optional[str] = None
+    """System prompt; null for none."""
+    response_prefix: str = "auto"
+    """Text every answer is made to start with. ``auto``: the common prefix of the original model's answers; an opened
+    chain-of-thought block is closed first. Empty: none."""
+    template: Optional[str] = None
+    """Jinja chat template, or the path of a file that holds one, for a model that ships none."""
+    thinking: list[ThinkingMarker] = field(default_factory=list)
+    """Chain-of-thought markers that ``response_prefix=auto`` closes."""
+
+
+@dataclass
+class PlacementSettings:
+    """How one replica of the model lies on ranks during one phase."""
+
+    placement: str = "replicated"
+    """Name of the placement."""
+    degree: Optional[int] = None
+    """Ranks per replica; null: as many as the placement can use."""
+
+
+@dataclass
+class DirectionSettings:
+    """How directions are made from residuals."""
+
+    orthogonalize: bool = True
+    """Keep only the part of each direction that is orthogonal to the baseline mean."""
+    winsorize_quantile: float = 1.0
+    """Clamp each residual's components to this quantile of their absolute values; 1 switches it off."""
+
+
+@dataclass
+class ProfileSettings:
+    """Ablation weight over the layers for one component. All four numbers, or none."""
+
+    max_weight: Optional[float] = None
+    """Weight at ``max_weight_position``."""
+    max_weight_position: Optional[float] = None
+    """Layer of the largest weight, as a float in layers."""
+    min_weight: Optional[float] = None
+    """Weight at ``min_weight_distance`` from the position."""
+    min_weight_distance: Optional[float] = None
+    """Distance in layers beyond which nothing is edited."""
+
+
+@dataclass
+class ProfilesSettings:
+    """A fixed edit's profiles, by component."""
+
+    attention: ProfileSettings = field(default_factory=ProfileSettings)
+    """Attention output projections, and the linear-attention and convolution projections of hybrids."""
+    mlp: ProfileSettings = field(default_factory=ProfileSettings)
+    """MLP and expert down projections."""
+
+
+@dataclass
+class AblationSettings:
+    """The form of the edits, and a fixed edit for ``task=evaluate|export|chat``."""
+
+    row_norm: str = "full"
+    """``none``, ``pre`` or ``full``: what happens to the norms of a writer's rows."""
+    through_norm: bool = False
+    """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the stream."""
+    direction_index: Optional[float] = None
+    """One global direction interpolated at this block (a float); null: every layer uses its own."""
+    profiles: ProfilesSettings = field(default_factory=ProfilesSettings)
+    """Profiles of a fixed edit; null for none."""
+
+
+@dataclass
+class SearchSettings:
+    """The multi-objective search over edits."""
+
+    trials: int = 200
+    """Number of trials in the study, those of earlier runs in the same folder included."""
+    startup_trials: int = 60
+    """Trials drawn at random before the sampler starts to learn."""
+    seed: int = 0
+    """Seed of the sampler."""
+    trials_per_pass: int = 1
+    """Trials asked for, and evaluated, together."""
+    kl_target: float = 0.01
+    """KL divergence (nats) below which the search stops chasing a smaller one."""
+
+
+@dataclass
+class GenerationSettings:
+    """How answers are generated; decoding is always greedy."""
+
+    max_new_tokens: int = 100
+    """Longest answer, in tokens."""
+    batch_size: int = 0
+    """Rows per batch; 0: found by measuring."""
+    early_stop: bool = True
+    """Stop a row as soon as every scorer has decided on it."""
+
+
+@dataclass
+class ScoringSettings:
+    """What answers are scored by."""
+
+    scorers: list[str] = field(default_factory=lambda: ["refusals"])
+    """Scorers by registry name, or the dotted path of a class of your own. The first one is the search's objective."""
+    markers: list[str] = field(default_factory=list)
+    """Lower-case phrases that mark an answer as a refusal."""
+    print_answers: bool = False
+    """Print each prompt with the answer it got."""
+
+
+@dataclass
+class ExportSettings:
+    """What is written for the chosen trial."""
+
+    dir: Optional[str] = None
+    """Folder of the exported model; null: ``<run.dir>/model``."""
+    trial: Optional[int] = None
+    """Trial to export; null: the fewest refusals within ``max_kl``, ties to the lower KL."""
+    max_kl: float = 0.1
+    """Largest KL divergence (nats) a trial may have to be chosen."""
+    overwrite: bool = False
+    """Replace an existing, non-empty export folder."""
+
+
+@dataclass
+class RunSettings:
+    """The folder a run works in."""
+
+    dir: Optional[str] = None
+    """Run folder; null: ``runs/<model name>`` (``runs/<model name>-evaluate`` for ``task=evaluate``)."""
+    interactive: Optional[bool] = None
+    """Whether ``abliterate`` ends with a menu; null: at a terminal."""
+
+
+@dataclass
+class Settings:
+    """The whole configuration."""
+
+    task: TaskSettings = field(default_factory=TaskSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    capture: PlacementSettings = field(default_factory=PlacementSettings)
+    evaluate: PlacementSettings = field(default_factory=PlacementSettings)
+    direction: DirectionSettings = field(default_factory=DirectionSettings)
+    ablation: AblationSettings = field(default_factory=AblationSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+    run: RunSettings = field(default_factory=RunSettings)
