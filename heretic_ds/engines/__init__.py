@@ -1,0 +1,31 @@
+"""Engines: a model laid out on devices, able to capture, score and edit. One file per placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines.protocol import Engine
+from heretic_ds.engines.replicated import ReplicatedEngine
+from heretic_ds.loading import LoadedModel
+from heretic_ds.settings import Settings
+
+__all__ = ["PLACEMENTS", "Engine", "build_engine"]
+
+Build = Callable[[Settings, LoadedModel, Anatomy, dict[str, int]], Engine]
+
+
+def _replicated(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> Engine:
+    generation = settings.generation
+    return ReplicatedEngine(
+        loaded.model, loaded.tokenizer, anatomy, generation.max_new_tokens, generation.batch_size, measured
+    )
+
+
+PLACEMENTS: dict[str, Build] = {"replicated": _replicated}
+"""How to build the engine of each placement."""
+
+
+def build_engine(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> Engine:
+    """The engine that ``settings`` ask for; ``measured`` holds batch sizes that are known already, by phase."""
+    return PLACEMENTS[settings.evaluate.placement](settings, loaded, anatomy, measured)

@@ -1,0 +1,109 @@
+"""Batches that survive a lack of memory, batch sizes found by measuring, and what memory was used."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+
+from heretic_ds.errors import UserError
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the accelerator or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error) and "llocat" in str(error)
+
+
+def release_memory() -> None:
+    """Give cached memory back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def in_batches(
+    items: Sequence[Item],
+    sizes: dict[str, int],
+    phase: str,
+    work: Callable[[Sequence[Item]], Result],
+) -> Iterator[tuple[int, Result]]:
+    """Run ``work`` over consecutive batches of ``sizes[phase]`` items, yielding (start, result).
+
+    A batch that runs out of memory is halved and tried again, and the smaller size is kept for the rest of the run.
+    Raises :class:`UserError` where even one item does not fit.
+    """
+    start = 0
+    while start < len(items):
+        batch = items[start : start + sizes[phase]]
+        failed = False
+        try:
+            result = work(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        if failed:  # outside the handler, where the traceback no longer holds the batch's tensors
+            release_memory()
+            if len(batch) == 1:
+                raise UserError(
+                    f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
+                    "generation.max_new_tokens, or a placement that spreads the model"
+                )
+            sizes[phase] = len(batch) // 2
+            log.warning("out of memory with %d rows in a batch (%s); going on with %d", len(batch), phase, sizes[phase])
+            continue
+        yield start, result
+        start += len(batch)
+
+
+def measure_batch_size(run: Callable[[int], None], most: int, gain: float = 1.05) -> int:
+    """Rows per batch with the best measured throughput, up to ``most``.
+
+    ``run(n)`` does a sample of the phase's work on n rows. Sizes are doubled as long as rows per second grow by
+    ``gain``; then the size between the best and its successor is tried, so that it need not be a power of two.
+    """
+    rates: dict[int, float] = {}
+
+    def rate(size: int) -> float:
+        if size not in rates:
+            started = time.perf_counter()
+            failed = False
+            try:
+                run(size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+            if failed:
+                release_memory()
+            rates[size] = 0.0 if failed else size / (time.perf_counter() - started)
+        return rates[size]
+
+    run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for
+    best, size = 1, 1
+    while size < most:
+        size = min(2 * size, most)
+        if rate(size) < gain * rate(best):
+            break
+        best = size
+    between = (best + size) // 2
+    if best < between < size and rate(between) > gain * rate(best):
+        best = between
+    return best
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes used so far by this process on the host, and on its device (0 without one)."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}

@@ -1,0 +1,43 @@
+"""Where a run speaks: one console for messages, tables and progress, so that they do not overwrite each other."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+_WIDTH_OF_FILES = 160
+
+console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
+"""Standard output. In a file or a pipe nobody knows the width of, tables are wide rather than folded."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Messages as plain lines: no markup, no wrapping, so that tools can read them."""
+
+    def __init__(self, target: Console) -> None:
+        super().__init__(logging.INFO)
+        self._target = target
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._target.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def messages_to(target: Console) -> Iterator[None]:
+    """Show this package's messages on a console while the context lasts."""
+    logger = logging.getLogger("heretic_ds")
+    handler, level, propagate = _ConsoleHandler(target), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a root handler of somebody else's would say everything twice
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

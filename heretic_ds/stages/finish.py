@@ -1,0 +1,152 @@
+"""The last stages: the front, the choice and its verification, the export, the results."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from heretic_ds.ablation import Edit
+from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
+from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.model_source import read_json
+from heretic_ds.report import pareto_table, plot_front
+from heretic_ds.search.objective import Objective
+from heretic_ds.search.pareto import candidates, closest, pareto_front
+from heretic_ds.search.study import Search
+from heretic_ds.search.trials import TrialRecord, TrialScores
+from heretic_ds.stages.opening import Run, export_dir
+
+log = logging.getLogger(__name__)
+
+
+def report_front(run: Run, search: Search) -> None:
+    """Show the Pareto front as a table, draw it, and keep what the search found. The selected trial is marked."""
+    records, results = search.records, run.results
+    front = pareto_front(records)
+    results["trials"], results["pareto"] = [record.to_dict() for record in records], front
+    original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
+    if front:
+        run.console.print(pareto_table(records, front, original, prompts, results["selected"]))
+    max_kl = run.settings.export.max_kl
+    plot_front(run.folder.front_plot, records, front, original, prompts, results["selected"], max_kl)
+    run.save()
+
+
+def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
+    """Score an edit (None: the original) on really edited weights, which stay edited."""
+    with run.timed("verify"):
+        if edit is None:
+            run.engine.restore()
+        else:
+            run.engine.apply(edit)
+        scores = objective.score([None])[0]
+    run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
+    return scores
+
+
+def select_and_verify(run: Run, objective: Objective, search: Search) -> TrialRecord:
+    """Choose a trial and score it again on really edited weights; one whose KL is then too large gives way to the
+    next. Raises SearchFailed where none is left, UserError where ``export.trial`` names none."""
+    max_kl, wanted = run.settings.export.max_kl, run.settings.export.trial
+    choice = candidates(search.records, max_kl)
+    if wanted is not None:
+        choice = [record for record in search.records if record.index == wanted and record.complete]
+        if not choice:
+            raise UserError(f"export.trial={wanted}: the search has no finished trial of that number")
+    for record in choice:
+        scores = verify(run, objective, record.edit)
+        log.info(
+            "trial %d: %g refusals at KL %.3g in the search, %g refusals at KL %.3g on edited weights",
+            record.index, record.refusals, record.kl, scores.refusals, scores.kl,
+        )  # fmt: skip
+        if scores.kl <= max_kl or wanted is not None:
+            run.results["selected"] = record.index
+            return record
+        log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
+    run.engine.restore()
+    run.results["verified"] = None
+    report_front(run, search)
+    nearest = closest(search.records)
+    found = f"the closest was trial {nearest.index} with KL {nearest.kl:.3g}" if nearest else "no trial was finished"
+    raise SearchFailed(f"no trial stays within export.max_kl={max_kl:g}: {found}; nothing was exported")
+
+
+def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> None:
+    """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already."""
+    settings, job, results = run.settings, run.job, run.results
+    target = folder or export_dir(settings)
+    written = [w for w in job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
+    manifest = build_manifest(
+        job.loaded,
+        edit=edit.to_dict(),
+        row_norm=settings.ablation.row_norm,
+        through_norm=settings.ablation.through_norm,
+        trial=trial,
+        scores=_scores_of(results, trial),
+        verified=results["verified"],
+        tensors_edited=[writer.weight for writer in written],
+    )
+    if _same_export(target, manifest):
+        log.info("%s holds this very model already", target)
+        return
+    counts: Counter[str] = Counter()
+    for writer in written:
+        counts[writer.component] += writer.experts or 1
+    sources = OmegaConf.to_container(OmegaConf.structured(settings.prompts))
+    facts = CardFacts(
+        edit=edit,
+        row_norm=settings.ablation.row_norm,
+        through_norm=settings.ablation.through_norm,
+        orthogonalize=settings.direction.orthogonalize,
+        winsorize_quantile=settings.direction.winsorize_quantile,
+        writers=dict(counts),
+        refusals_before=results["baseline"]["refusals"],
+        refusals_after=results["verified"]["refusals"],
+        target_prompts=results["prompts"]["target_eval"],
+        kl=results["verified"]["kl"],
+        baseline_prompts=results["prompts"]["baseline_eval"],
+        prompt_sources=_prompt_sources(sources),
+        trial=trial,
+    )
+    with run.timed("export"):
+        done = export_model(job.loaded, target, model_card(job.loaded, facts), manifest, settings.export.overwrite)
+    log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+
+
+def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
+    return next(({k: t[k] for k in ("refusals", "kl")} for t in results["trials"] if t["index"] == trial), {})
+
+
+def _prompt_sources(prompts: Any) -> dict[str, str]:
+    return {
+        f"{kind}.{part}": prompts[kind][part]["source"] for kind in ("target", "baseline") for part in ("train", "eval")
+    }
+
+
+def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the folder was made by a run with this very outcome: one that was killed between export and results."""
+    file = target / MANIFEST_NAME
+    if not file.is_file():
+        return False
+    stored, same = read_json(file), ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype")
+    return all(stored.get(key) == manifest[key] for key in same)
+
+
+def finish(run: Run) -> tuple[float, float] | None:
+    """Keep the results for good, beside which nothing is left to do. Returns (refusal rate, KL) of the verified edit."""
+    run.save(finished=True)
+    log.info("results are in %s", run.folder.results)
+    return objective_of(run.results)
+
+
+def objective_of(results: dict[str, Any]) -> tuple[float, float] | None:
+    """(refusal rate, KL) of a run's verified edit, which is what a sweep over runs minimises."""
+    verified = results["verified"]
+    if verified is None:
+        return None
+    return verified["refusals"] / results["prompts"]["target_eval"], verified["kl"]
