@@ -1,0 +1,69 @@
+# Everything this project's people do, each with the set-up it needs. `make` lists the targets.
+#
+# PYTHON  interpreter that the environment is made with, 3.11 or newer
+# VENV    folder of the environment
+# TORCH   what pip installs as PyTorch, before all else; may hold pip options, for another build of it
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo run sweep test lint format docs wheel clean
+
+help: ## List the targets
+	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [ARGS=...]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY) ## Make the environment: some minutes, done once; the other targets do it where needed
+
+# DeepSpeed builds with the torch that is there already, so torch and the build tools come first, and nothing is built
+# in isolation. The constraints' own torch gives way to the one that TORCH chose.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or newer; choose another one: make PYTHON=/path/to/python"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt setuptools wheel ninja py-cpuinfo
+	$(PIP) install -c $(VENV)/constraints.txt $(TORCH)
+	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
+	$(BIN)/heretic-ds experiment=demo $(ARGS)
+
+run: $(READY) ## heretic-ds with ARGS, as in: make run ARGS="<model> search.trials=50"
+	$(BIN)/heretic-ds $(ARGS)
+
+sweep: $(READY) ## One run for every combination, as in: make sweep ARGS="<model> search.seed=0,1,2"
+	$(BIN)/heretic-ds --multirun $(ARGS)
+
+test: lint ## Lint, types and tests; ARGS goes to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## Write docs/configuration.md anew from the settings
+	$(BIN)/python docs/make_configuration.py
+
+wheel: $(READY) ## Build the wheel into dist/
+	rm -rf build dist
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## Remove build outputs and caches; the environment and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find heretic_ds tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
