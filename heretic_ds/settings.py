@@ -1,15 +1,29 @@
-"""Every setting of heretic_ds as a typed, documented structured config, and the one place where settings are checked.
+"""Every setting as a typed, documented structured config, and the one place where settings are checked.
 
-The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults, and a
-docstring below each field from which the configuration reference in ``docs/`` is generated.
+The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults,
+and a docstring below each field from which the configuration reference in ``docs/`` is generated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Optional
 
-from omegaconf import MISSING
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from heretic_ds.errors import UserError
+
+TASKS = ("abliterate", "evaluate", "export", "chat")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROW_NORMS = ("none", "pre", "full")
+PLACEMENTS = ("replicated",)
+
+SCHEMA_NAME = "settings_schema"
 
 
 @dataclass
@@ -17,8 +31,8 @@ class TaskSettings:
     """What one command does."""
 
     name: str = "abliterate"
-    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export`` (write one
-    trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
+    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
+    (write one trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
 
 
 @dataclass
@@ -30,8 +44,8 @@ class ModelSettings:
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
     dtype: str = "auto"
-    """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``, ``bfloat16`` or
-    ``float16``."""
+    """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``,
+    ``bfloat16`` or ``float16``."""
     device: str = "auto"
     """``auto`` (the accelerator where there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
     trust_remote_code: bool = False
@@ -86,8 +100,8 @@ class PromptSettings:
     system: Optional[str] = None
     """System prompt; null for none."""
     response_prefix: str = "auto"
-    """Text every answer is made to start with. ``auto``: the common prefix of the original model's answers; an opened
-    chain-of-thought block is closed first. Empty: none."""
+    """Text every answer is made to start with. ``auto``: the common prefix of the original model's answers;
+    an opened chain-of-thought block is closed first. Empty: none."""
     template: Optional[str] = None
     """Jinja chat template, or the path of a file that holds one, for a model that ships none."""
     thinking: list[ThinkingMarker] = field(default_factory=list)
@@ -112,6 +126,9 @@ class DirectionSettings:
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
     winsorize_quantile: float = 1.0
     """Clamp each residual's components to this quantile of their absolute values; 1 switches it off."""
+    compare: Optional[str] = None
+    """Safetensors file with a known ``direction`` [D]: the |cosine| of every block's direction with it is
+    reported."""
 
 
 @dataclass
@@ -145,7 +162,8 @@ class AblationSettings:
     row_norm: str = "full"
     """``none``, ``pre`` or ``full``: what happens to the norms of a writer's rows."""
     through_norm: bool = False
-    """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the stream."""
+    """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the
+    stream."""
     direction_index: Optional[float] = None
     """One global direction interpolated at this block (a float); null: every layer uses its own."""
     profiles: ProfilesSettings = field(default_factory=ProfilesSettings)
@@ -185,7 +203,8 @@ class ScoringSettings:
     """What answers are scored by."""
 
     scorers: list[str] = field(default_factory=lambda: ["refusals"])
-    """Scorers by registry name, or the dotted path of a class of your own. The first one is the search's objective."""
+    """Scorers by registry name, or the dotted path of a class of your own. The first one is the search's
+    objective."""
     markers: list[str] = field(default_factory=list)
     """Lower-case phrases that mark an answer as a refusal."""
     print_answers: bool = False
@@ -232,3 +251,125 @@ class Settings:
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     run: RunSettings = field(default_factory=RunSettings)
+
+
+def register_schemas() -> None:
+    """Registers the schema that ``conf/config.yaml`` starts from, and the resolver ``${package_file:path}``.
+
+    The resolver gives the path of a file that is shipped inside this package, such as the demo model.
+    """
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=Settings)
+    package = Path(__file__).resolve().parent
+    OmegaConf.register_new_resolver("package_file", lambda path: str(package / path), replace=True)
+
+
+def validate(settings: Settings) -> None:
+    """Checks what types alone cannot: ranges, names, and settings that exclude one another.
+
+    Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
+    classes exist is found out by those who load them.
+    """
+    checks = (_check_model, _check_placements, _check_numbers, _check_profiles, _check_fixed_edit)
+    if settings.task.name not in TASKS:
+        raise UserError(f"task.name is {settings.task.name!r}; choose one of {', '.join(TASKS)}")
+    for check in checks:
+        for holds, message in check(settings):
+            if not holds:
+                raise UserError(message)
+
+
+# What a check yields: whether the setting is fine, and what to say where it is not.
+_Findings = Iterator[tuple[bool, str]]
+
+
+def _check_model(settings: Settings) -> _Findings:
+    model, ablation, scoring = settings.model, settings.ablation, settings.scoring
+    yield bool(model.path.strip()), "model.path is empty; give a hub id or a local folder: heretic-ds <model>"
+    yield model.dtype in DTYPES, f"model.dtype is {model.dtype!r}; choose one of {', '.join(DTYPES)}"
+    device_known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", model.device) is not None
+    yield device_known, f"model.device is {model.device!r}; choose auto, cpu, cuda or cuda:N"
+    row_norm = ablation.row_norm
+    yield row_norm in ROW_NORMS, f"ablation.row_norm is {row_norm!r}; choose one of {', '.join(ROW_NORMS)}"
+    yield (
+        bool(scoring.scorers),
+        "scoring.scorers is empty; name at least one scorer, as in scoring.scorers=[refusals]",
+    )
+
+
+def _check_placements(settings: Settings) -> _Findings:
+    for phase, chosen in (("capture", settings.capture), ("evaluate", settings.evaluate)):
+        known = chosen.placement in PLACEMENTS
+        yield known, f"{phase}.placement is {chosen.placement!r}; choose one of {', '.join(PLACEMENTS)}"
+        whole = chosen.degree in (None, 1)
+        yield (
+            whole,
+            f"{phase}.degree is {chosen.degree}, but a replicated model lies on one rank; leave it null",
+        )
+
+
+def _check_numbers(settings: Settings) -> _Findings:
+    search, generation, export = settings.search, settings.generation, settings.export
+    quantile = settings.direction.winsorize_quantile
+    lower_bounds: tuple[tuple[str, float | None, int], ...] = (
+        ("search.trials", search.trials, 1),
+        ("search.startup_trials", search.startup_trials, 0),
+        ("search.trials_per_pass", search.trials_per_pass, 1),
+        ("search.seed", search.seed, 0),
+        ("generation.max_new_tokens", generation.max_new_tokens, 1),
+        ("generation.batch_size", generation.batch_size, 0),
+        ("export.trial", export.trial, 0),
+    )
+    for name, value, least in lower_bounds:
+        yield value is None or value >= least, f"{name} is {value}; it has to be at least {least}"
+    kl_target, max_kl = search.kl_target, export.max_kl
+    yield 0 < kl_target < math.inf, f"search.kl_target is {kl_target}; it has to be a number above 0 (nats)"
+    yield max_kl > 0, f"export.max_kl is {max_kl}; it has to be above 0 (nats)"
+    yield 0 < quantile <= 1, f"direction.winsorize_quantile is {quantile}; it has to be above 0 and at most 1"
+
+
+def _check_profiles(settings: Settings) -> _Findings:
+    for component, profile in _profiles(settings).items():
+        prefix = f"ablation.profiles.{component}"
+        numbers = {entry.name: getattr(profile, entry.name) for entry in fields(profile)}
+        missing = [name for name, value in numbers.items() if value is None]
+        given = [name for name, value in numbers.items() if value is not None]
+        complete = not missing or not given
+        yield complete, f"{prefix} lacks {', '.join(missing)}; give all four numbers of a profile, or none"
+        for name in given:
+            yield (
+                math.isfinite(numbers[name]),
+                f"{prefix}.{name} is {numbers[name]}; it has to be a finite number",
+            )
+        distance = profile.min_weight_distance
+        yield (
+            distance is None or distance > 0,
+            f"{prefix}.min_weight_distance is {distance}; it has to be above 0",
+        )
+    index = settings.ablation.direction_index
+    in_range = index is None or 0 <= index < math.inf
+    yield (
+        in_range,
+        f"ablation.direction_index is {index}; it has to be at least 0, or null for one direction a layer",
+    )
+
+
+def _check_fixed_edit(settings: Settings) -> _Findings:
+    task, index = settings.task.name, settings.ablation.direction_index
+    edited = [name for name, profile in _profiles(settings).items() if profile.max_weight is not None]
+    fixed = [f"ablation.profiles.{name}" for name in edited]
+    if index is not None:
+        fixed.append("ablation.direction_index")
+    if task == "abliterate" and fixed:
+        yield (
+            False,
+            f"{fixed[0]} is set, but task=abliterate searches for it; leave it null, or choose task=evaluate",
+        )
+    effective = index is None or bool(edited)
+    yield effective, "ablation.direction_index is set without ablation.profiles, so nothing would be edited"
+    both = task == "export" and settings.export.trial is not None and bool(edited)
+    yield not both, "export.trial and ablation.profiles both name an edit to export; give only one of them"
+
+
+def _profiles(settings: Settings) -> dict[str, ProfileSettings]:
+    """The fixed edit's profiles by component."""
+    return {"attention": settings.ablation.profiles.attention, "mlp": settings.ablation.profiles.mlp}

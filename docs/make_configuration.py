@@ -1,0 +1,124 @@
+"""Writes docs/configuration.md from the settings: docstrings, types, composed defaults; see `make docs`."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
+
+from heretic_ds.cli import conf_dir  # noqa: E402
+from heretic_ds.cli_errors import type_name  # noqa: E402
+from heretic_ds.settings import Settings, register_schemas  # noqa: E402
+
+TARGET = ROOT / "docs" / "configuration.md"
+
+INTRODUCTION = """# Configuration
+
+Generated from `heretic_ds/settings.py` and `conf/` by `make docs`: change those, not this page.
+
+Every key can be given on the command line as `key=value`: `heretic-ds <model> search.trials=50`. A group's
+choice is given the same way, `task=evaluate`, and is a file under `conf/` that sets several keys. The first
+of these that gives a value counts: the command line, `conf/local/default.yaml` (personal defaults, not in
+git), the experiment, the files of the groups, the schema. `heretic-ds <model> --cfg job` prints the
+outcome.
+
+Values are read by [Hydra's grammar](https://hydra.cc/docs/advanced/override_grammar/basic/): quote what holds
+brackets, braces, commas or equals signs, inside quotes for the shell, as in
+`"prompts.target.train.split='train[:400]'"`. `null` stands for no value, a list is written `[a,b]`.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = compose("config")
+    parts = [INTRODUCTION, "## Groups\n", _groups_table()]
+    for name, hint in get_type_hints(Settings).items():
+        parts += [
+            f"\n## {name}\n",
+            f"{_markdown(inspect.getdoc(hint) or '')}\n",
+            _keys_table(hint, config[name], name),
+        ]
+    return "\n".join(parts)
+
+
+def _groups_table() -> str:
+    rows = []
+    for folder in sorted(
+        path for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")
+    ):
+        for choice in sorted(folder.glob("[!_]*.yaml")):
+            comments = [
+                line.removeprefix("#").strip()
+                for line in choice.read_text(encoding="utf-8").splitlines()
+                if line.startswith("#") and "@package" not in line
+            ]
+            rows.append(f"| `{folder.name}={choice.stem}` | {' '.join(comments)} |")
+    return "\n".join(["| choice | what it is |", "|---|---|", *rows])
+
+
+def _keys_table(section: type, config: DictConfig, prefix: str) -> str:
+    rows = [
+        f"| `{key}` | {type_name(hint)} | {_default(parent, key.rpartition('.')[2])} | {text} |"
+        for key, hint, parent, text in _keys(section, config, prefix)
+    ]
+    return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _keys(section: type, config: DictConfig, prefix: str) -> Iterator[tuple[str, Any, DictConfig, str]]:
+    """Key, type, the node that holds it, and meaning of every setting in a section, nested ones included."""
+    texts = _field_docstrings(section)
+    for name, hint in get_type_hints(section).items():
+        if is_dataclass(hint) and isinstance(hint, type):
+            yield from _keys(hint, config[name], f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", hint, config, texts[name]
+
+
+def _field_docstrings(section: type) -> dict[str, str]:
+    """The string below each field of a dataclass, as one line."""
+    [definition] = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for field, after in zip(definition.body, definition.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
+            texts[field.target.id] = _markdown(ast.literal_eval(after.value)).replace("|", "\\|")
+    return texts
+
+
+def _markdown(text: str) -> str:
+    return " ".join(text.split()).replace("``", "`")
+
+
+def _default(parent: DictConfig, name: str) -> str:
+    if OmegaConf.is_missing(parent, name):
+        return "required"
+    value = parent[name]
+    if value is None:
+        return "`null`"
+    if isinstance(value, ListConfig):
+        short = len(value) <= 3 and all(isinstance(item, str) for item in value)
+        return f"`[{','.join(value)}]`" if short else f"{len(value)} entries"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if value != "" else "empty"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render() + "\n", encoding="utf-8")
+    print(f"written {TARGET.relative_to(ROOT)}")

@@ -1,0 +1,228 @@
+"""The command line: composes the configuration with Hydra, checks it, and hands it to the pipeline.
+
+Torch and everything that imports it is loaded only once a job starts, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra import version as hydra_version
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from heretic_ds import __version__, sweep_summary
+from heretic_ds.cli_errors import explain, unknown_keys
+from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.settings import TASKS, Settings, register_schemas, validate
+
+Objective = tuple[float, float]
+"""What a sweep minimises: the verified (refusal rate, KL divergence in nats)."""
+
+CONFIG_NAME, VERSION_BASE = "config", "1.3"
+COMPOSITION_ERRORS = HydraException | OmegaConfBaseException | yaml.YAMLError
+EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; `arguments` are those after the program's name (default: of this process).
+
+    Returns the exit status: 0 done, 2 a mistake in configuration or input, 130 interrupted, 1 anything else.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        if "--version" in arguments:
+            print(f"heretic-ds {__version__}")
+            return 0
+        return _run(arguments)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        return report(error)
+
+
+def report(error: BaseException) -> int:
+    """Tells the user about an error, in one line where the user can mend it, and returns its exit status."""
+    if isinstance(error, UserError | SearchFailed | COMPOSITION_ERRORS):
+        _say(_in_one_line(error))
+    else:
+        traceback.print_exception(error)
+    return EXIT_USER_ERROR if isinstance(error, UserError | COMPOSITION_ERRORS) else EXIT_FAILED
+
+
+def conf_dir() -> Path:
+    """Folder of the configuration files: the checkout's `conf/`, or the copy in an installed package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "conf" / "config.yaml").is_file():
+        return checkout / "conf"
+    return package / "conf"
+
+
+def compose(words: Sequence[str]) -> Settings:
+    """Settings as the command line makes them from a model and overrides, without running anything.
+
+    Raises UserError, and what Hydra and OmegaConf raise (COMPOSITION_ERRORS).
+    """
+    register_schemas()
+    with initialize_config_dir(str(conf_dir()), version_base=VERSION_BASE, job_name="heretic_ds"):
+        return to_settings(hydra_compose(CONFIG_NAME, overrides=expand_model(words)))
+
+
+def to_settings(config: DictConfig) -> Settings:
+    """A composed configuration as checked settings. Raises UserError."""
+    if OmegaConf.is_missing(config.model, "path"):
+        raise UserError(
+            "no model given; the usage is: heretic-ds <model> [key=value ...], see heretic-ds --help"
+        )
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
+    unknown = unknown_keys(config)
+    if unknown:
+        raise UserError(unknown[0])
+    settings = OmegaConf.to_object(config)
+    if not isinstance(settings, Settings):
+        raise UserError(
+            "the configuration does not start from the schema; --config-name has to name a file like config"
+        )
+    validate(settings)
+    return settings
+
+
+@dataclass
+class _Job:
+    """What Hydra calls, once for a single run and once per job of a sweep, and how the single run ended."""
+
+    started: bool = False
+    error: BaseException | None = None
+
+    def __call__(self, config: DictConfig) -> Objective | None:
+        self.started = True
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return _sweep_job(config)
+        try:
+            return _dispatch(to_settings(config))
+        except Exception as error:  # reported by main, without the lines that Hydra would add
+            self.error = error
+            return None
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = get_args_parser()
+    options = _parse(parser, arguments)
+    options.overrides = expand_model(options.overrides)
+    hydra_version.setbase(VERSION_BASE)
+    register_schemas()
+    job, sweep_summary.failed_jobs = _Job(), 0
+    try:
+        with _hydra_errors_raised():
+            _run_hydra(options, parser, job, config_path=str(conf_dir()), config_name=CONFIG_NAME)
+    except ValueError as error:
+        if job.started:
+            raise
+        raise UserError(str(error)) from error  # Hydra's word on flags that exclude one another
+    if job.error is not None:
+        raise job.error
+    return EXIT_FAILED if sweep_summary.failed_jobs else 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags, with overrides allowed before, between and after them."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; heretic-ds --help shows the usage")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(arguments)
+
+
+def expand_model(words: Sequence[str]) -> list[str]:
+    """Overrides, with the one word that is none, the model, as `model.path=`. Raises UserError."""
+    bare = [word for word in words if "=" not in word and not word.startswith(("+", "~"))]
+    if len(bare) > 1:
+        raise UserError(
+            f"unexpected argument {bare[1]!r} after the model {bare[0]!r}; write overrides as key=value"
+        )
+    if bare and bare[0] in TASKS and not Path(bare[0]).exists():
+        raise UserError(f"{bare[0]!r} is a task, not a model; write heretic-ds <model> task={bare[0]}")
+    return [f"model.path={_quoted(word)}" if word in bare else word for word in words]
+
+
+def _quoted(text: str) -> str:
+    """Any text as a quoted value of Hydra's grammar, where a backslash counts only before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def _dispatch(settings: Settings) -> Objective | None:
+    """Runs the task. Torch and transformers are imported here and not earlier."""
+    from heretic_ds import pipeline
+
+    return pipeline.run(settings)
+
+
+def _sweep_job(config: DictConfig) -> Objective | None:
+    """One job of a sweep: whatever goes wrong becomes a row of the summary, and the sweep goes on.
+
+    The run folder is the job's own folder in the sweep's, unless the command line names another. What a
+    failed job returns is (nan, nan).
+    """
+    hydra = HydraConfig.get()
+    if not any(override.lstrip("+").startswith("run.dir=") for override in hydra.overrides.task):
+        config.run.dir = os.path.relpath(hydra.runtime.output_dir)
+    status, message, objective = 0, None, None
+    try:
+        objective = _dispatch(to_settings(config))
+    except (Exception, SystemExit) as error:
+        status, objective = report(error), (math.nan, math.nan)
+        message = _in_one_line(error)
+    sweep_summary.record(hydra, config.run.dir, status, objective, message)
+    return objective
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, COMPOSITION_ERRORS):
+        return explain(error)
+    expected = isinstance(error, UserError | SearchFailed)
+    text = str(error) if expected else traceback.format_exception_only(error)[-1]
+    return " ".join(text.split())
+
+
+class _hydra_errors_raised:
+    """While open, Hydra raises its errors instead of printing them and exiting with status 1."""
+
+    variable = "HYDRA_FULL_ERROR"
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get(self.variable)
+        os.environ[self.variable] = "1"
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            del os.environ[self.variable]
+        else:
+            os.environ[self.variable] = self.before
+
+
+def _say(message: str) -> None:
+    """One line on stderr, from rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"heretic-ds: {message}", file=sys.stderr)

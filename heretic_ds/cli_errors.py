@@ -1,0 +1,158 @@
+"""What went wrong while a configuration was composed, said in one line that names the override to change."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from heretic_ds.settings import Settings
+
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def explain(error: BaseException) -> str:
+    """One line for an error of Hydra, OmegaConf or the YAML parser."""
+    if isinstance(error, OverrideParseException):
+        return _explain_grammar(error)
+    if isinstance(error, MissingConfigException):
+        return _explain_choice(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return _explain_value(str(error), cause)
+    return _explain_composition(str(error))
+
+
+def unknown_keys(config: DictConfig) -> list[str]:
+    """One message for each key of a composed configuration that the schema lacks (`+key=value` adds such)."""
+    return [_unknown_key(key) for key in _keys_outside(config, Settings, "")]
+
+
+def setting_keys(section: type = Settings, prefix: str = "") -> list[str]:
+    """Every key of the configuration, groups of settings included: `search`, `search.trials`, ..."""
+    keys = []
+    for name, hint in get_type_hints(section).items():
+        keys.append(prefix + name)
+        if is_dataclass(hint) and isinstance(hint, type):
+            keys += setting_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def type_name(hint: Any) -> str:
+    """What a setting of this type takes, in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(argument for argument in get_args(hint) if argument is not type(None))
+        return f"{type_name(inner)}, or null"
+    if get_origin(hint) is list:
+        [item] = get_args(hint)
+        names = ", ".join(f"{entry.name}: ..." for entry in fields(item)) if is_dataclass(item) else ""
+        return f"a list of {{{names}}}" if names else "a list, as in [a,b]"
+    if is_dataclass(hint):
+        return "a group of settings"
+    return _TYPE_NAMES[hint]
+
+
+def _keys_outside(config: DictConfig, section: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(section)
+    for name in config:
+        if name not in hints:
+            yield f"{prefix}{name}"
+        elif is_dataclass(hints[str(name)]):
+            yield from _keys_outside(config[name], hints[str(name)], f"{prefix}{name}.")
+
+
+def _explain_grammar(error: OverrideParseException) -> str:
+    override = str(error.override)
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is not an override; write key=value"
+    advice = (
+        "if the value holds brackets, braces, commas or signs, quote it for Hydra inside the shell's quotes: "
+        f"\"{key}='{value}'\""
+    )
+    rows = re.fullmatch(r".*\[(\d*:\d*)\]", value)
+    if key.endswith(".split") and rows:
+        advice += f", or choose the rows with {key.removesuffix('split')}slice={rows[1]}"
+    return f"cannot read the override {override}; {advice}"
+
+
+def _explain_choice(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    if group and error.options:
+        choices = [name for name in error.options if not name.startswith("_")]
+        return f"there is no {group}={choice}; choose one of {', '.join(choices)}"
+    return _first_lines(str(error))
+
+
+def _explain_value(context: str, cause: OmegaConfBaseException) -> str:
+    overridden = re.search(r"(?:override '?|merging override )([^'=\s]+)", context)
+    key = max(overridden[1] if overridden else "", str(cause.full_key or ""), key=len)
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _unknown_key(key)
+    hint = _hint_of(str(cause.full_key))
+    if isinstance(cause, ValidationError) and hint is not None:
+        value = re.search(r"[Vv]alue:? '?(.*?)'?(?: of type| is not|$)", str(cause).splitlines()[0])
+        found = re.search(r"merging override [^=]+=(.*)", context)
+        shown = found[1] if found else value[1] if value else ""
+        wanted = type_name(hint)
+        if is_dataclass(hint):
+            wanted += f" ({', '.join(f'{cause.full_key}.{entry.name}' for entry in fields(hint))})"
+        return f"{cause.full_key}={shown} does not fit: {cause.full_key} takes {wanted}"
+    return f"{key}: {str(cause).splitlines()[0]}"
+
+
+def _explain_composition(text: str) -> str:
+    listed = re.match(r"Ambiguous value for argument '(.*)'", text)
+    if listed:
+        return f"{listed[1]} gives several values; add --multirun to run each, or write a list as key=[a,b]"
+    in_file = re.match(r"In '(.*)': (\w+) raised while composing config:\n(.*)\n\s+full_key: (\S+)", text)
+    if in_file:
+        file, kind, found, key = in_file.groups()
+        unknown = kind in (ConfigAttributeError.__name__, ConfigKeyError.__name__)
+        return f"in {file}.yaml: {_unknown_key(key) if unknown else f'{key}: {found}'}"
+    doubled = re.match(r"Multiple values for (\S+)\. To override a value use 'override (.*): (.*)'", text)
+    if doubled:
+        return f"+{doubled[1]}= adds a second choice of {doubled[1]}; write {doubled[2]}={doubled[3]}"
+    return _first_lines(text)
+
+
+def _first_lines(text: str) -> str:
+    """A message without Hydra's listing of search paths and links, as one line."""
+    lines = text.split("Config search path:")[0].splitlines()
+    return " ".join(line.strip() for line in lines if line.strip() and "https://hydra.cc" not in line)
+
+
+def _unknown_key(key: str) -> str:
+    known = setting_keys()
+    section, _, last = key.rpartition(".")
+    siblings = [entry.name for entry in fields(_hint_of(section))] if is_dataclass(_hint_of(section)) else []
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    if not near and siblings:
+        near = [f"{section}.{name}" for name in difflib.get_close_matches(last, siblings, n=1)]
+    elif not near:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    if near:
+        advice = f"did you mean {' or '.join(near[:3])}?"
+    elif siblings:
+        advice = f"{section} has {', '.join(siblings)}"
+    else:
+        advice = "heretic-ds --cfg job lists the keys"
+    return f"there is no setting {key}; {advice}"
+
+
+def _hint_of(key: str) -> Any:
+    """The type of a setting, None where there is no such setting."""
+    hint: Any = Settings
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return hint

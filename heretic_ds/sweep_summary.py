@@ -1,0 +1,68 @@
+"""The summary of a sweep: a row for every job, written by the jobs, shown by whoever started them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+FILE_NAME = "summary.jsonl"
+
+failed_jobs = 0
+"""Jobs of the last sweep in this process that did not end with status 0."""
+
+
+def record(
+    hydra: Any, run_dir: str, status: int, objective: tuple[float, float] | None, message: str | None
+) -> None:
+    """Appends a job's row to the sweep's file; `objective` is (refusal rate, KL divergence in nats)."""
+    refusal_rate, kl = objective if objective is not None and status == 0 else (None, None)
+    row = {
+        "job": hydra.job.num,
+        "overrides": list(hydra.overrides.task),
+        "status": status,
+        "refusal_rate": refusal_rate,
+        "kl": kl,
+        "message": message,
+        "run_dir": run_dir,
+    }
+    with (Path(hydra.sweep.dir) / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+class SweepSummary(Callback):
+    """Shows the rows when all jobs have ended, and counts the failed ones; `conf/config.yaml` names it."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Forgets the rows of an earlier sweep in the same folder."""
+        (Path(config.hydra.sweep.dir) / FILE_NAME).unlink(missing_ok=True)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Prints the table."""
+        global failed_jobs
+        path = Path(config.hydra.sweep.dir) / FILE_NAME
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
+        failed_jobs = sum(row["status"] != 0 for row in rows)
+        Console().print(_table(rows, f"{len(rows)} jobs, {failed_jobs} failed; rows in {path}"))
+
+
+def _table(rows: list[dict[str, Any]], caption: str) -> Table:
+    table = Table("job", "overrides", "refusal rate", "KL (nats)", "outcome", caption=caption)
+    for row in rows:
+        rate, kl = row["refusal_rate"], row["kl"]
+        cells = (
+            str(row["job"]),
+            " ".join(row["overrides"]),
+            "" if rate is None else f"{rate:.1%}",
+            "" if kl is None else f"{kl:.4f}",
+            row["run_dir"] if row["status"] == 0 else row["message"],
+        )
+        table.add_row(*map(Text, cells))  # as Text, so that square brackets in overrides stay
+    return table

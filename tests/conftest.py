@@ -1,0 +1,73 @@
+"""What all tests share: one thread, no network, no writing into anyone's caches, and ways to run the command.
+
+The environment is set here, at import, because torch and the Hugging Face libraries read it at theirs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_caches = tempfile.mkdtemp(prefix="heretic_ds_tests_")
+atexit.register(shutil.rmtree, _caches, ignore_errors=True)
+
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=os.path.join(_caches, "huggingface"),
+    MPLCONFIGDIR=os.path.join(_caches, "matplotlib"),
+    MPLBACKEND="Agg",
+    COLUMNS="160",
+)
+for _variable in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    os.environ.pop(_variable, None)
+
+from heretic_ds.settings import Settings  # noqa: E402
+
+RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
+ComposeSettings = Callable[..., Settings]
+
+
+@pytest.fixture(scope="session")
+def compose_settings() -> ComposeSettings:
+    """`compose_settings("search.trials=5", model="folder")`: settings as the command line would make them."""
+    from heretic_ds.cli import compose
+
+    def of_overrides(*overrides: str, model: str | os.PathLike[str] = "model") -> Settings:
+        return compose([str(model), *overrides])
+
+    return of_overrides
+
+
+@pytest.fixture
+def run_command(tmp_path: Path) -> RunCommand:
+    """`run_command("model", "search.trials=5")`: the command in a process of its own, in an empty folder."""
+
+    def run(
+        *arguments: str | os.PathLike[str], cwd: Path | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, "-m", "heretic_ds", *map(str, arguments)],
+            cwd=cwd or tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

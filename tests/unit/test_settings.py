@@ -1,0 +1,191 @@
+"""The settings: promised defaults, mistakes that are refused by name, a reference that is current."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+from omegaconf import OmegaConf
+
+from heretic_ds.cli import conf_dir
+from heretic_ds.cli_errors import setting_keys
+from heretic_ds.errors import UserError
+from heretic_ds.settings import TASKS, ModelSettings, ProfileSettings, Settings, validate
+from tests.conftest import ROOT, ComposeSettings
+
+PROMISED_DEFAULTS = {
+    "task.name": "abliterate",
+    "model.dtype": "auto",
+    "model.trust_remote_code": False,
+    "prompts.response_prefix": "auto",
+    "capture.placement": "replicated",
+    "evaluate.placement": "replicated",
+    "direction.orthogonalize": True,
+    "direction.winsorize_quantile": 1.0,
+    "ablation.row_norm": "full",
+    "ablation.through_norm": False,
+    "ablation.direction_index": None,
+    "search.trials": 200,
+    "search.startup_trials": 60,
+    "search.seed": 0,
+    "search.trials_per_pass": 1,
+    "search.kl_target": 0.01,
+    "generation.max_new_tokens": 100,
+    "generation.batch_size": 0,
+    "scoring.scorers": ["refusals"],
+    "export.dir": None,
+    "export.max_kl": 0.1,
+    "export.overwrite": False,
+    "run.dir": None,
+}
+
+COMPLETE_PROFILE = ProfileSettings(1.0, 3.0, 0.2, 2.0)
+
+
+def settings_with(**values: object) -> Settings:
+    """Settings that pass, with some changed: `search__trials=5` is search.trials."""
+    config = OmegaConf.structured(Settings(model=ModelSettings(path="model")))
+    for prompts in ("target", "baseline"):
+        for part in ("train", "eval"):
+            config.prompts[prompts][part].source = "prompts.txt"
+    for key, value in values.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    settings = OmegaConf.to_object(config)
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def test_composed_defaults_are_the_promised_ones(compose_settings: ComposeSettings) -> None:
+    composed = OmegaConf.structured(compose_settings())
+    assert {key: OmegaConf.select(composed, key) for key in PROMISED_DEFAULTS} == PROMISED_DEFAULTS
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_is_a_choice_of_its_group(compose_settings: ComposeSettings, task: str) -> None:
+    assert compose_settings(f"task={task}").task.name == task
+
+
+def test_the_demo_experiment_names_files_that_exist(compose_settings: ComposeSettings) -> None:
+    from heretic_ds.cli import compose
+
+    settings = compose(["experiment=demo"])
+    assert (settings.search.trials, settings.search.startup_trials) == (40, 10)
+    assert (settings.model.dtype, settings.run.dir) == ("float32", "runs/demo")
+    sources = [
+        getattr(getattr(settings.prompts, kind), part).source
+        for kind in ("target", "baseline")
+        for part in ("train", "eval")
+    ]
+    files = [path.removeprefix("pkg://") for path in (settings.model.path, *sources)]
+    assert not [path for path in files if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"model__device": "cuda:1"},
+        {"search__startup_trials": 0, "search__trials": 1},
+        {"capture__degree": 1},
+        {"direction__winsorize_quantile": 0.5},
+        {"export__max_kl": float("inf")},
+        {"task__name": "evaluate", "ablation__profiles__mlp": COMPLETE_PROFILE},
+        {
+            "task__name": "export",
+            "ablation__profiles__attention": COMPLETE_PROFILE,
+            "ablation__direction_index": 2.5,
+        },
+        {"task__name": "export", "export__trial": 0},
+    ],
+)
+def test_good_settings_pass(values: dict[str, object]) -> None:
+    validate(settings_with(**values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task.name", "train"),
+        ("model.path", " "),
+        ("model.dtype", "float64"),
+        ("model.device", "gpu"),
+        ("capture.placement", "elsewhere"),
+        ("evaluate.placement", "elsewhere"),
+        ("evaluate.degree", 2),
+        ("ablation.row_norm", "half"),
+        ("scoring.scorers", []),
+        ("search.trials", 0),
+        ("search.trials", -3),
+        ("search.startup_trials", -1),
+        ("search.trials_per_pass", 0),
+        ("search.seed", -1),
+        ("search.kl_target", 0.0),
+        ("search.kl_target", float("nan")),
+        ("generation.max_new_tokens", 0),
+        ("generation.batch_size", -1),
+        ("export.trial", -1),
+        ("export.max_kl", 0.0),
+        ("export.max_kl", float("nan")),
+        ("direction.winsorize_quantile", 0.0),
+        ("direction.winsorize_quantile", 1.5),
+        ("ablation.direction_index", -0.5),
+        ("ablation.direction_index", 1.0),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^{key} is ") as refused:
+        validate(settings_with(**{key.replace(".", "__"): value}))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (ProfileSettings(max_weight=1.0), "lacks max_weight_position, min_weight, min_weight_distance"),
+        (ProfileSettings(None, 3.0, 0.2, 2.0), "lacks max_weight;"),
+        (ProfileSettings(1.0, 3.0, 0.2, 0.0), "min_weight_distance is 0.0"),
+        (ProfileSettings(1.0, float("nan"), 0.2, 1.0), "max_weight_position is nan"),
+        (ProfileSettings(float("inf"), 3.0, 0.2, 1.0), "max_weight is inf"),
+    ],
+)
+@pytest.mark.parametrize("component", ["attention", "mlp"])
+def test_a_profile_is_complete_and_finite(profile: ProfileSettings, message: str, component: str) -> None:
+    settings = settings_with(task__name="evaluate", **{f"ablation__profiles__{component}": profile})
+    with pytest.raises(UserError, match=rf"^ablation\.profiles\.{component}.*{message}"):
+        validate(settings)
+
+
+@pytest.mark.parametrize("key", ["ablation.profiles.mlp", "ablation.profiles.attention"])
+def test_a_search_takes_no_fixed_edit(key: str) -> None:
+    with pytest.raises(UserError, match=rf"^{key} is set, but task=abliterate"):
+        validate(settings_with(**{key.replace(".", "__"): COMPLETE_PROFILE}))
+
+
+def test_a_direction_alone_edits_nothing() -> None:
+    with pytest.raises(UserError, match="nothing would be edited"):
+        validate(settings_with(task__name="evaluate", ablation__direction_index=1.0))
+
+
+def test_export_takes_one_edit_only() -> None:
+    with pytest.raises(UserError, match=r"^export\.trial and ablation\.profiles"):
+        validate(
+            settings_with(task__name="export", export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE)
+        )
+
+
+def test_the_configuration_reference_is_current() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    fresh = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["render"]()
+    assert page == fresh + "\n", "docs/configuration.md is out of date: run `make docs`"
+    undocumented = [key for key in setting_keys() if "." in key and f"| `{key}` |" not in page]
+    sections = {key.rpartition(".")[0] for key in setting_keys()}
+    assert not set(undocumented) - sections
+    assert "|  |" not in page, "a setting or a choice has no description"
+
+
+def test_every_choice_has_a_file_that_composes(compose_settings: ComposeSettings) -> None:
+    groups = [path for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")]
+    choices = [f"{group.name}={file.stem}" for group in groups for file in group.glob("[!_]*.yaml")]
+    assert {"task=abliterate", "capture=replicated", "experiment=demo"} <= set(choices)
+    for choice in choices:
+        compose_settings(choice)
