@@ -1,0 +1,59 @@
+"""The machine-readable record of an export: what was done to which model, with which versions and numbers."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from heretic_ds.export.names import public_model_name
+from heretic_ds.loading import LoadedModel
+
+SCHEMA = 1
+_PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers in an export depend on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # a source tree that was not installed
+            versions[package] = "not installed"
+    return versions
+
+
+def build_manifest(
+    loaded: LoadedModel,
+    *,
+    edit: Mapping[str, Any],
+    row_norm: str,
+    through_norm: bool,
+    trial: int | None,
+    scores: Mapping[str, Any],
+    verified: Mapping[str, Any] | None,
+    tensors_edited: Sequence[str],
+) -> dict[str, Any]:
+    """The content of `heretic_ds.json`. `edit` is the edit as a dictionary, `scores` those of its trial.
+
+    `tensors_edited` are module or checkpoint names of the writers whose weights changed.
+    """
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base_model": public_model_name(loaded),
+        "revision": loaded.revision,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "dequantized_from": loaded.quantization,
+        "trial": trial,
+        "edit": dict(edit),
+        "row_norm": row_norm,
+        "through_norm": through_norm,
+        "scores": dict(scores),
+        "verified": None if verified is None else dict(verified),
+        "tensors_edited": list(tensors_edited),
+        "versions": package_versions(),
+    }

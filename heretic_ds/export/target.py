@@ -1,0 +1,165 @@
+"""The export folder: what may be written where, and how a finished folder takes its place in one step."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from heretic_ds.errors import UserError
+from heretic_ds.model_source import (
+    CARD_NAME,
+    CODE_FILES,
+    CONFIG_NAME,
+    GENERATION_NAME,
+    LICENCE_FILES,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    read_json,
+)
+
+MANIFEST_NAME = "heretic_ds.json"
+_REPLACEABLE = (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    CARD_NAME,
+    MANIFEST_NAME,
+    "additional_chat_templates",
+    ".gitattributes",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model*.bin.index.json",
+    *TOKENIZER_FILES,
+    *PROCESSOR_FILES,
+    *LICENCE_FILES,
+    *CODE_FILES,
+)
+"""What a model folder may hold for it to be replaced as a whole."""
+_SPARE_BYTES = 64 * 1024**2
+
+
+def check_export_target(
+    target: Path | str, overwrite: bool, *, source: Path | None = None, needed_bytes: int = 0
+) -> Path:
+    """The resolved export folder, where a model of `needed_bytes` may and can be written; else UserError.
+
+    Creates and removes nothing but the leftovers of this folder's earlier, unfinished exports. `source` is
+    the original model's folder, which must not be written over. Meant to be called before a long search, and
+    again before writing.
+    """
+    target = Path(target).expanduser().resolve()
+    recover_leftovers(target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"export.dir={target} is a file; expected a folder that is empty or does not exist.")
+    if source is not None and (source := source.resolve()) and (source == target or target in source.parents):
+        raise UserError(f"export.dir={target} holds the original model itself; choose another folder.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise UserError(
+                f"export.dir={target} exists and is not empty; choose another folder or set "
+                "export.overwrite=true."
+            )
+        _check_replaceable(target)
+    home = next(folder for folder in target.parents if folder.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise UserError(
+            f"export.dir={target}: {home} is not a folder that can be written to; choose another folder."
+        )
+    free = shutil.disk_usage(home).free
+    if needed_bytes and free < needed_bytes + _SPARE_BYTES:
+        raise UserError(
+            f"export.dir={target}: the model needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} "
+            "GB are free there; free some space or choose a folder on another disk."
+        )
+    return target
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace a folder that holds anything but a model: it may be the user's own work."""
+    refusal = f"export.overwrite=true would delete {target}, which"
+    config = target / CONFIG_NAME
+    if not config.is_file() or not {"model_type", "architectures"} & read_json(config).keys():
+        raise UserError(f"{refusal} is not the folder of a model; choose another export.dir.")
+    for entry in sorted(target.iterdir()):
+        if not any(fnmatch(entry.name, pattern) for pattern in _REPLACEABLE):
+            raise UserError(
+                f"{refusal} also holds {entry.name}; move that away or choose another export.dir."
+            )
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place when the block ends without an error.
+
+    Files are on disk before the rename; an older `target` is moved aside, and deleted only once the new one
+    stands in its place. On an error, or Ctrl-C, the unfinished folder is removed and `target` is as it was.
+    After a crash the next export's `recover_leftovers` puts back or removes what is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = _sibling(target, "partial"), _sibling(target, "old")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def recover_leftovers(target: Path) -> None:
+    """Clean up after exports to `target` that were killed: put an older folder back, remove unfinished ones.
+
+    Leftovers of processes that still run, or ran on another machine, are left alone.
+    """
+    if not target.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
+    for entry in sorted(target.parent.iterdir()):
+        match = pattern.fullmatch(entry.name)
+        if match is None or _runs(int(match[2])):
+            continue
+        if match[1] == "old" and not target.exists():
+            entry.rename(target)
+        else:
+            shutil.rmtree(entry)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.parent / f".{target.name}.{kind}-{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()  # this process has no other export under way
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

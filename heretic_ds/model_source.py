@@ -1,0 +1,229 @@
+"""Where a model's files come from, and what can be known about them before a single tensor is read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from heretic_ds.errors import UserError
+
+CONFIG_NAME = "config.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""What holds or lists the weights, in the order in which transformers looks for it."""
+
+TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "tokenizer*.jinja",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor*.json",
+    "video_preprocessor_config.json",
+    "feature_extractor*.json",
+)
+LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*")
+CODE_FILES = ("*.py",)
+CARD_NAME = "README.md"
+GENERATION_NAME = "generation_config.json"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's folder on this machine."""
+
+    folder: Path
+    """The folder the user named, or the cached snapshot of a hub model."""
+    name: str
+    """Hub id, or for a local folder its own name: never an absolute path."""
+    revision: str | None
+    """Commit of a hub model."""
+    is_hub: bool
+    """Whether the model comes from the hub."""
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` reads as a hub id (`name` or `owner/name`)."""
+    return _HUB_ID.fullmatch(path) is not None
+
+
+def resolve_source(path: str, revision: str | None = None) -> ModelSource:
+    """The folder of the model that `path` names: itself, or a hub model's snapshot, downloaded where missing.
+
+    Of a hub model only the weights that transformers would load are fetched, not their duplicates in other
+    formats. Raises UserError where there is no such folder, or the hub does not give the model.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return ModelSource(local.resolve(), local.resolve().name, None, is_hub=False)
+    if local.exists():
+        raise UserError(f"model.path={path} is a file; expected a model's folder or a hub id.")
+    if not is_hub_id(path):
+        raise UserError(f"model.path={path}: there is no such folder; expected a model's folder or a hub id.")
+    folder = _fetch(path, revision)
+    return ModelSource(folder, path, folder.name, is_hub=True)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    small: tuple[str, ...] = (CONFIG_NAME, GENERATION_NAME, CARD_NAME, *WEIGHT_FILES[1::2])
+    small += TOKENIZER_FILES + PROCESSOR_FILES + LICENCE_FILES + CODE_FILES
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(small)))
+        weights = _weights_to_fetch(folder)
+        if not all((folder / file).exists() for file in weights):
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights))
+        if not any((folder / file).exists() for file in WEIGHT_FILES) and (folder / CONFIG_NAME).exists():
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[WEIGHT_FILES[2]]))
+    except GatedRepoError as error:
+        raise UserError(
+            f"model.path={name} is gated: accept its terms on its hub page and log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"model.revision={revision}: {name} has no such branch, tag or commit.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"model.path={name} is neither a folder here nor a model on the hub that this login can see."
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"model.path={name} is not a folder here, is not cached, and the hub cannot be reached: "
+            "check the name and the network, or set model.path to a local folder."
+        ) from error
+    return folder
+
+
+def _weights_to_fetch(folder: Path) -> list[str]:
+    """Shards that the index in `folder` lists, else the one file of an unsharded checkpoint."""
+    index = folder / WEIGHT_FILES[1]
+    if index.exists():
+        return sorted(set(_read_index(index).values()))
+    if (folder / WEIGHT_FILES[3]).exists():
+        return sorted(set(_read_index(folder / WEIGHT_FILES[3]).values()))
+    return [WEIGHT_FILES[0]]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from `file`; UserError where it is anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}); download or copy it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The raw `config.json` of a model's folder; UserError where there is none."""
+    file = folder / CONFIG_NAME
+    if file.is_file():
+        return read_json(file)
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} holds an adapter, not a whole model; merge it into its base model first.")
+    if next(folder.glob("*.gguf"), None):
+        raise UserError(f"{folder} holds GGUF files; set model.path to the original Hugging Face checkpoint.")
+    raise UserError(
+        f"{folder} has no {CONFIG_NAME}; expected the folder of a Hugging Face model (model.path)."
+    )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} lists no tensors under 'weight_map'; download or copy it again.")
+    return weight_map
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A checkpoint tensor as its file's header describes it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInfo]:
+    """Every tensor of the folder's safetensors checkpoint by its name, read from the files' headers only.
+
+    Checks each file's header against its size, and the index against the files. Empty for a checkpoint of
+    pickled `.bin` files, whose presence alone is checked (`allow_pickle=False`: refused). Raises UserError
+    naming the file.
+    """
+    found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise UserError(f"{folder} has no weights; expected {WEIGHT_FILES[0]} or {WEIGHT_FILES[1]} in it.")
+    weight_map = _read_index(folder / found) if found.endswith(".index.json") else {}
+    shards = sorted(set(weight_map.values())) or [found]
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder / missing[0]} is missing: {len(missing)} of the {len(shards)} files that {found} lists "
+            "are not there; download or copy the model again."
+        )
+    if found.startswith("pytorch_model"):
+        if not allow_pickle:
+            raise UserError(f"{folder} has no safetensors weights, only {found}.")
+        return {}
+    headers: dict[str, TensorInfo] = {}
+    for shard in shards:
+        headers.update(_read_header(folder / shard))
+    for tensor, shard in weight_map.items():
+        if tensor not in headers or headers[tensor].file != shard:
+            raise UserError(
+                f"{folder / shard} has no tensor {tensor}, which {found} says it holds; "
+                "download or copy the model again."
+            )
+    return headers
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    with file.open("rb") as start:
+        if start.read(26) == b"version https://git-lfs.gi":
+            raise UserError(
+                f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder."
+            )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            infos = {}
+            for name in tensors.keys():  # noqa: SIM118 - not a dict: iterating over it is not supported
+                view = tensors.get_slice(name)
+                infos[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), file.name)
+            return infos
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} is truncated or corrupt ({file.stat().st_size} bytes; {error}); download or copy it "
+            "again."
+        ) from error

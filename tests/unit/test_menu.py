@@ -1,0 +1,116 @@
+"""The menu: what typed answers lead to, and that no answer breaks it."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.menu import MenuActions, run_menu
+
+
+@dataclass
+class Trial:
+    index: int
+    refusals: float | None = 3
+    kl: float | None = 0.01
+
+
+class Session:
+    """Plays typed answers to the menu and records what it did; exceptions among the answers are raised."""
+
+    def __init__(self, *answers: str | BaseException, fail: BaseException | None = None) -> None:
+        self.answers, self.fail = list(answers), fail
+        self.done: list[tuple] = []
+        self.records, self.front = [Trial(4), Trial(7, 0, 0.0625), Trial(9, 1)], [7, 4]
+        self.questions: list[str] = []
+        self.output = io.StringIO()
+        console = Console(file=self.output, width=120)
+        actions = MenuActions(self.save, self.chat, self.more_trials, default_dir="runs/tiny/model")
+        run_menu(actions, self.records, self.front, self.ask, console)
+        assert not self.answers, "the menu left before all answers were used"
+
+    @property
+    def text(self) -> str:
+        return self.output.getvalue()
+
+    def ask(self, question: str) -> str:
+        self.questions.append(question)
+        answer = self.answers.pop(0) if self.answers else EOFError()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def act(self, *what) -> None:
+        self.done.append(what)
+        if self.fail:
+            raise self.fail
+
+    def save(self, index: int, folder: str) -> None:
+        self.act("save", index, folder)
+
+    def chat(self, index: int) -> None:
+        self.act("chat", index)
+
+    def more_trials(self, count: int):
+        self.act("more", count)
+        return [*self.records, Trial(12, 0, 0.002)], [12]
+
+
+def test_front_is_shown_in_its_order() -> None:
+    text = Session("4").text
+    assert text.index("1  trial 7: 0 refusals, KL 0.0625") < text.index("2  trial 4: 3 refusals, KL 0.01")
+    assert "trial 9" not in text and "3  run more trials" in text and "4  leave" in text
+
+
+def test_save_chat_and_back() -> None:
+    session = Session("1", "1", "", "1", " elsewhere ", "2", "3", "2", "2", "3", "4")
+    assert session.done == [
+        ("save", 7, "runs/tiny/model"), ("save", 7, "elsewhere"), ("chat", 7), ("chat", 4),
+    ]  # fmt: skip
+
+
+def test_more_trials_bring_a_new_front() -> None:
+    session = Session("3", "20", "1", "2", "3", "3")
+    assert session.done == [("more", 20), ("chat", 12)]
+    assert Session("3", "", "3", "0", "4").done == []
+
+
+@pytest.mark.parametrize("nonsense", ["0", "5", "-1", "x", "1.5", "", "²", "1 2", "[/red]"])
+def test_bad_input_asks_again(nonsense: str) -> None:
+    session = Session(nonsense, "2", nonsense.replace("0", "x"), "2", "3", "4")
+    assert session.done == [("chat", 4)]
+    assert ("expected a whole number from 1 to 4" in session.text) == bool(nonsense)
+
+
+@pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("before", [[], ["1"], ["1", "1"], ["3"]])
+def test_end_of_input_leaves_from_everywhere(before: list[str], end: BaseException) -> None:
+    assert Session(*before, end).done == []
+
+
+@pytest.mark.parametrize("error", [UserError("export.dir=x [is] full"), SearchFailed("nothing found")])
+def test_errors_are_shown_and_the_menu_goes_on(error: Exception) -> None:
+    session = Session("1", "1", "", "2", "3", "3", "5", "4", fail=error)
+    assert session.done == [("save", 7, "runs/tiny/model"), ("chat", 7), ("more", 5)]
+    assert session.text.count(str(error)) == 3
+
+
+def test_ctrl_c_in_an_action_comes_back_to_the_menu() -> None:
+    assert Session("1", "1", "", "3", "4", fail=KeyboardInterrupt()).done == [("save", 7, "runs/tiny/model")]
+
+
+def test_other_errors_are_not_swallowed() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Session("1", "2", fail=ZeroDivisionError())
+
+
+def test_an_empty_front_still_offers_more_trials() -> None:
+    output = io.StringIO()
+    answers = iter(["2"])
+    actions = MenuActions(lambda i, d: None, lambda i: None, lambda n: ([], []), default_dir="x")
+    run_menu(actions, [], [], lambda question: next(answers), Console(file=output))
+    assert "1  run more trials" in output.getvalue()
