@@ -1,0 +1,6 @@
+"""Where a decoder's residual stream runs and which weights write to it."""
+
+from heretic_ds.anatomy.find import find_anatomy, has_expert_dispatch
+from heretic_ds.anatomy.model import Anatomy, Writer
+
+__all__ = ["Anatomy", "Writer", "find_anatomy", "has_expert_dispatch"]
