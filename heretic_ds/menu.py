@@ -97,7 +97,7 @@ class _Menu:
 
     def save(self, index: int) -> None:
         """Ask for a folder and save there; an empty answer takes the default."""
-        folder = self.question(f"folder [{self.actions.default_dir}]").strip()
+        folder = self.question(f"folder, or Enter for {self.actions.default_dir}").strip()
         self.actions.save(index, folder or self.actions.default_dir)
 
     def more(self, records: Sequence[Record], front: Sequence[int]) -> tuple[Sequence[Record], Sequence[int]]:

@@ -73,6 +73,13 @@ def test_save_chat_and_back() -> None:
     ]  # fmt: skip
 
 
+def test_questions_survive_a_console_that_reads_markup() -> None:
+    """Text in square brackets would vanish where the caller asks through rich."""
+    session = Session("1", "1", "", "3", "3", "2", "4")
+    assert any("runs/tiny/model" in question for question in session.questions)
+    assert not any("[" in question for question in session.questions)
+
+
 def test_more_trials_bring_a_new_front() -> None:
     session = Session("3", "20", "1", "2", "3", "3")
     assert session.done == [("more", 20), ("chat", 12)]
