@@ -64,11 +64,11 @@ def type_name(hint: Any) -> str:
 
 def _keys_outside(config: DictConfig, section: type, prefix: str) -> Iterator[str]:
     hints = get_type_hints(section)
-    for name in config:
+    for name in map(str, config):
         if name not in hints:
-            yield f"{prefix}{name}"
-        elif is_dataclass(hints[str(name)]):
-            yield from _keys_outside(config[name], hints[str(name)], f"{prefix}{name}.")
+            yield prefix + name
+        elif is_dataclass(hints[name]):
+            yield from _keys_outside(config[name], hints[name], f"{prefix}{name}.")
 
 
 def _explain_grammar(error: OverrideParseException) -> str:

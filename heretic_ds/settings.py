@@ -33,6 +33,8 @@ class TaskSettings:
     name: str = "abliterate"
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
     (write one trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
+    answer_tokens: int = 1024
+    """Longest answer of ``task=chat``, in tokens."""
 
 
 @dataclass
@@ -311,6 +313,7 @@ def _check_numbers(settings: Settings) -> _Findings:
     search, generation, export = settings.search, settings.generation, settings.export
     quantile = settings.direction.winsorize_quantile
     lower_bounds: tuple[tuple[str, float | None, int], ...] = (
+        ("task.answer_tokens", settings.task.answer_tokens, 1),
         ("search.trials", search.trials, 1),
         ("search.startup_trials", search.startup_trials, 0),
         ("search.trials_per_pass", search.trials_per_pass, 1),

@@ -106,6 +106,7 @@ def test_good_settings_pass(values: dict[str, object]) -> None:
     ("key", "value"),
     [
         ("task.name", "train"),
+        ("task.answer_tokens", 0),
         ("model.path", " "),
         ("model.dtype", "float64"),
         ("model.device", "gpu"),
