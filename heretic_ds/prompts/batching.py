@@ -1,0 +1,77 @@
+"""Token rows as left-padded batches. Shapes: B rows of a batch, S positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from heretic_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the left, so that every row ends at the last position; all tensors are int64 [B, S]."""
+
+    input_ids_BS: Tensor
+    attention_mask_BS: Tensor
+    """1 at tokens, 0 at padding."""
+    position_ids_BS: Tensor
+    """Positions counted from each row's first token; 0 at padding."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.input_ids_BS.to(device), self.attention_mask_BS.to(device), self.position_ids_BS.to(device)
+        )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
+    """A batch of rows of token ids, padded with ``pad_id`` to the length of the longest.
+
+    Positions are passed to the model explicitly, since padding would shift learned ones otherwise.
+    """
+    longest = max(len(row) for row in rows)
+    input_ids_BS = torch.tensor(
+        [[pad_id] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64
+    )
+    lengths_B1 = torch.tensor([[len(row)] for row in rows])
+    position_S = torch.arange(longest)
+    mask_BS = (position_S >= longest - lengths_B1).long()
+    return Batch(input_ids_BS, mask_BS, (mask_BS.cumsum(dim=1) - 1).clamp(min=0))
+
+
+def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices into ``lengths`` in batches of at most ``batch_size``, the longest rows first.
+
+    Rows of a batch are of similar length, so little is padded; and a batch that does not fit into memory
+    comes first. Rows of equal length keep their order.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but a batch holds at least one row")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_lengths(
+    rows: Sequence[Sequence[int]], max_new_tokens: int, config: PreTrainedConfig, name: str
+) -> None:
+    """Raises UserError where the longest row and its answer do not fit into the model's context.
+
+    ``name`` is the override prefix of the prompts. Models whose configuration gives no context length, or
+    whose attention has no positions to run out of (ALiBi), take rows of any length.
+    """
+    text_config = config.get_text_config(decoder=True)
+    context = getattr(text_config, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 1 or getattr(text_config, "alibi", False):
+        return
+    index, longest = max(enumerate(map(len, rows)), key=lambda item: item[1])
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"{name}: prompt {index} has {longest} tokens, which with "
+            f"generation.max_new_tokens={max_new_tokens} exceeds the model's context of {context}; "
+            f"leave long prompts out of {name}.source, or lower generation.max_new_tokens"
+        )

@@ -1,0 +1,168 @@
+"""Puts a prompt to a chat model: its chat template, and the text that every answer is made to start with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from heretic_ds.errors import UserError
+from heretic_ds.settings import PromptSettings, ThinkingMarker
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+_PROBE = "Which vegetables grow in the shade?"
+# What templates raise: refusals of their own and undefined names are TemplateErrors; the others come from
+# operations on contents of a type that the template was not written for.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError)
+
+
+class ChatFormat:
+    """Renders prompts as token ids for one tokenizer.
+
+    The chat template is tried out once, here: where it refuses or drops the system role, the system prompt is
+    put before the user's message instead, which is said once; where it only takes messages made of parts, as
+    those of vision-language models do, the prompt is given as a text part.
+
+    ``response_prefix`` is text that follows the generation prompt; None takes ``settings.response_prefix``,
+    where ``auto`` stands for none as long as it has not been found
+    (:func:`heretic_ds.prompts.detect_response_prefix`).
+
+    Raises UserError where there is no chat template, or none that renders a prompt.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, response_prefix: str | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.thinking: Sequence[ThinkingMarker] = settings.thinking
+        if not all(marker.open.strip() for marker in self.thinking):
+            raise UserError(
+                "prompts.thinking has a marker without `open`; give the text that opens the block"
+            )
+        self.system = settings.system if settings.system and settings.system.strip() else None
+        given = "" if settings.response_prefix == AUTO else settings.response_prefix
+        self.response_prefix = given if response_prefix is None else response_prefix
+        self._template = None if settings.template is None else _read_template(settings.template)
+        if self._template is None and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "the model has no chat template; set prompts.template to a Jinja chat template or to a file "
+                "that holds one"
+            )
+        self._system_folded, self._in_parts = self._try_out()
+        if self._system_folded:
+            log.warning(
+                "the chat template takes no system prompt: it is put before the user's message instead"
+            )
+
+    def with_prefix(self, response_prefix: str) -> ChatFormat:
+        """The same format with another response prefix."""
+        other = copy.copy(self)
+        other.response_prefix = response_prefix
+        return other
+
+    def messages(self, prompt: str) -> list[dict[str, Any]]:
+        """The conversation that the template is given: the system prompt, if any, and the user's turn."""
+        return self._messages(prompt, self._system_folded, self._in_parts)
+
+    def render(self, prompt: str) -> str:
+        """The prompt as text, ending where the answer starts; the response prefix is included.
+
+        Raises UserError where the template cannot render this prompt.
+        """
+        try:
+            return self._apply_template(self.messages(prompt)) + self.response_prefix
+        except _TEMPLATE_ERRORS as error:
+            raise UserError(_unusable(error)) from error
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of :meth:`render`.
+
+        Template and response prefix are tokenised as one text, as the model saw such turns in training:
+        tokens may span the border between them. Special tokens come from the template alone, so that there is
+        one beginning-of-text token and not two.
+        """
+        return self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"]
+
+    def closing_prefix(self) -> str:
+        """Text that closes a chain-of-thought block that the generation prompt opens; empty for none."""
+        rendered = self._apply_template(self.messages(_PROBE))
+        for marker in self.thinking:
+            rest = marker.closed.removeprefix(marker.open)
+            for given in range(len(rest) - 1, -1, -1):
+                if rendered.endswith(marker.open + rest[:given]):
+                    return rest[given:]
+            if rendered.rstrip().endswith(marker.open.rstrip()):
+                return rest
+        return ""
+
+    def _messages(self, prompt: str, system_folded: bool, in_parts: bool) -> list[dict[str, Any]]:
+        turns = [("user", prompt)]
+        if self.system is not None and system_folded:
+            turns = [("user", f"{self.system}\n\n{prompt}")]
+        elif self.system is not None:
+            turns = [("system", self.system), ("user", prompt)]
+        return [
+            {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
+            for role, text in turns
+        ]
+
+    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+        )
+        return str(rendered)
+
+    def _try_out(self) -> tuple[bool, bool]:
+        """The first form of a conversation (system folded, content in parts) that is rendered whole."""
+        wanted = [_PROBE] if self.system is None else [_PROBE, self.system.strip()]
+        problem: Exception | None = None
+        for in_parts in (False, True):
+            for folded in (False, True) if self.system is not None else (False,):
+                messages = self._messages(_PROBE, folded, in_parts)
+                try:
+                    rendered = self._apply_template(messages)
+                except _TEMPLATE_ERRORS as error:
+                    problem = problem or error
+                    continue
+                printed = in_parts and str(messages[-1]["content"]) in rendered
+                if all(text in rendered for text in wanted) and not printed:
+                    return folded, in_parts
+        raise UserError(_unusable(problem)) from problem
+
+
+def decode_answers(
+    tokenizer: PreTrainedTokenizerBase, answers: Sequence[Sequence[int]], keep_special: bool = False
+) -> list[str]:
+    """Answers as text. The text of an answer's first tokens is the beginning of the whole answer's text.
+
+    That is why tokenizers' cleaning of spaces, which rewrites text at later tokens, is switched off. A
+    character of which only the first bytes are there appears as U+FFFD at the end. ``keep_special`` keeps
+    special tokens, some of which mark chains of thought.
+    """
+    options = {"skip_special_tokens": not keep_special, "clean_up_tokenization_spaces": False}
+    return [str(tokenizer.decode(list(answer), **options)) for answer in answers]
+
+
+def _read_template(given: str) -> str:
+    """A template from ``prompts.template``: every Jinja template has a brace, no sensible path has one."""
+    if "{" in given:
+        return given
+    path = Path(given).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"prompts.template is {given!r}, which is neither a Jinja template nor a file that can be read"
+        ) from error
+
+
+def _unusable(problem: Exception | None) -> str:
+    reason = "it leaves out the user's message" if problem is None else " ".join(str(problem).split())
+    return f"the chat template cannot render a prompt ({reason}); set prompts.template to one that can"

@@ -1,0 +1,61 @@
+"""Finds the text that a model starts every answer with, so that the first token after it matters."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+
+from heretic_ds.prompts.chat import ChatFormat
+from heretic_ds.settings import ThinkingMarker
+
+# Closing a chain of thought uncovers what answers start with, which is looked for once more.
+_MOST_ROUNDS = 2
+_WORD = r"[\w'’-]"
+
+
+def detect_response_prefix(chat: ChatFormat, answer: Callable[[ChatFormat], Sequence[str]]) -> str:
+    """The response prefix of a model; ``answer`` returns its answers to prompts put in a given format.
+
+    The answers are wanted as text with their special tokens (``decode_answers(..., keep_special=True)``). A
+    chain-of-thought block that the generation prompt opens is closed before anything is asked; one that the
+    answers open is closed, and the model is asked again for what it then starts with.
+    """
+    prefix = chat.closing_prefix()
+    for _ in range(_MOST_ROUNDS):
+        found = find_response_prefix(answer(chat.with_prefix(prefix)), chat.thinking)
+        prefix += found
+        if not any(found.endswith(marker.closed) for marker in chat.thinking):
+            break
+    return prefix
+
+
+def find_response_prefix(answers: Sequence[str], thinking: Sequence[ThinkingMarker]) -> str:
+    """The text that all answers start with; an opened chain-of-thought block is replaced by the closed one.
+
+    Blank answers are passed over. The common text is taken back to where a tokenizer would also end a token:
+    to the end of a word that is common as a whole, and to the front of spaces, which belong to the word that
+    follows. Where nothing would be left to say in one of the answers, there is no prefix: it would be the
+    answer.
+    """
+    spoken = [answer for answer in answers if answer.strip()]
+    common = os.path.commonprefix(spoken)  # noqa: RUF071 (these are no paths: character by character is right)
+    opened = [(common.find(marker.open), marker) for marker in thinking if marker.open in common]
+    if opened:
+        start, marker = min(opened, key=lambda item: item[0])
+        end = marker.closed.removeprefix(marker.open).strip()
+        if not end or end not in common[start:]:
+            return common[:start] + marker.closed
+    prefix = _whole_tokens(common, spoken)
+    return prefix if all(answer[len(prefix) :].strip() for answer in spoken) else ""
+
+
+def _whole_tokens(common: str, answers: Sequence[str]) -> str:
+    """The common text without a word, or a run of line breaks, that goes on in one of the answers."""
+    following = [answer[len(common) : len(common) + 1] for answer in answers]
+    prefix = common.rstrip("\ufffd")
+    if any(re.match(_WORD, character) for character in following):
+        prefix = re.sub(_WORD + r"+\Z", "", prefix)
+    if any(character.isspace() for character in following):
+        prefix = prefix.rstrip()
+    return prefix.rstrip(" \t")
