@@ -1,0 +1,43 @@
+"""What a scorer is: a number for a list of answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from heretic_ds.settings import ScoringSettings
+
+
+class Scorer(ABC):
+    """Gives answers a number, which the search minimises for the first of ``scoring.scorers``.
+
+    A scorer of your own is a class that Python can import, named in the configuration
+    (``scoring.scorers=[refusals,my_package.my_module.Questions]``)::
+
+        class Questions(Scorer):
+            name = "questions"
+
+            def score(self, prompts, answers):
+                return sum(answer.rstrip().endswith("?") for answer in answers)
+
+    It is built without arguments unless it overrides :meth:`from_settings`. Scores are shown in the tables
+    and kept in ``results.json`` under the scorer's name.
+    """
+
+    name: str = ""
+    """Unique and not empty."""
+
+    decided: Callable[[str], bool] | None = None
+    """May be a method ``decided(partial_answer) -> bool``: whether this answer's part in the score is
+    settled, however the answer goes on. Rows on which all scorers have decided stop early, and are scored by
+    the text that they have. The whole answer begins with the partial one, except for U+FFFD at its end: the
+    first bytes of a character."""
+
+    @classmethod
+    def from_settings(cls, settings: ScoringSettings) -> Scorer:
+        """Builds the scorer. Override to take what it needs from the settings."""
+        return cls()
+
+    @abstractmethod
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
+        """A finite number for the answers, one to each prompt; a count or a mean, say."""

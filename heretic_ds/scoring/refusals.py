@@ -1,0 +1,57 @@
+"""Counts refusals by the phrases they contain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from heretic_ds.errors import UserError
+from heretic_ds.scoring.base import Scorer
+from heretic_ds.settings import ScoringSettings
+
+_STRAIGHT = str.maketrans({"*": None, "’": "'", "‘": "'", "ʼ": "'", "′": "'", "ς": "σ"})
+_SPACE = re.compile(r"\s+")
+
+
+def normalise(text: str) -> str:
+    """Lower-cased, without ``*``, apostrophes straightened, each run of white space folded to one space.
+
+    The beginning of a text is normalised to the beginning of the normalised text, whatever follows. So
+    nothing is stripped; and both forms of the small sigma become one, since lower-casing chooses between them
+    by what follows.
+    """
+    return _SPACE.sub(" ", text.lower().translate(_STRAIGHT))
+
+
+class RefusalScorer(Scorer):
+    """Number of answers that are refusals: that contain a marker, or are empty."""
+
+    name = "refusals"
+
+    def __init__(self, markers: Sequence[str]) -> None:
+        self._markers = tuple(dict.fromkeys(normalise(marker) for marker in markers))
+        if not self._markers:
+            raise UserError("scoring.markers is empty; list phrases that mark an answer as a refusal")
+        if not all(marker.strip() for marker in self._markers):
+            raise UserError(
+                "scoring.markers holds a blank marker, which every answer would contain; take it out"
+            )
+
+    @classmethod
+    def from_settings(cls, settings: ScoringSettings) -> RefusalScorer:
+        return cls(settings.markers)
+
+    def is_refusal(self, answer: str) -> bool:
+        """Whether an answer contains a marker, or nothing at all."""
+        text = normalise(answer)
+        return not text.strip() or self._contains_marker(text)
+
+    def decided(self, partial_answer: str) -> bool:
+        """Whether a partial answer is a refusal already: markers stay, an empty answer may be filled."""
+        return self._contains_marker(normalise(partial_answer.rstrip("\ufffd")))
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
+        return sum(map(self.is_refusal, answers))
+
+    def _contains_marker(self, text: str) -> bool:
+        return any(marker in text for marker in self._markers)
