@@ -1,0 +1,300 @@
+"""The search: a multi-objective study that asks for edits and keeps their scores, exact after any kill.
+
+How resume is exact. Asking happens on an in-memory copy of the study, with a sampler made anew for every
+trial from (seed, trial index), so an ask depends on the finished trials and nothing else: no clock, no
+sampler state. Only finished trials are appended to the journal, in order, one record (one line) each. After a
+kill the journal therefore holds a prefix of the uninterrupted study. Where that prefix ends inside a pass,
+the pass is asked again from the state before it, which gives the same edits, and only the missing ones are
+handed out.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+
+from heretic_ds.ablation.edit import Edit
+from heretic_ds.errors import UserError
+from heretic_ds.search.journal import DIRECTIONS, open_study, quiet_optuna
+from heretic_ds.search.space import edit_of, known_params, search_space
+from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores
+from heretic_ds.settings import SearchSettings
+
+logger = logging.getLogger(__name__)
+
+_FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
+"""Keeps a number taken in the in-memory study; samplers leave failed trials out."""
+
+
+def objectives(scores: TrialScores, baseline_refusals: float, kl_target: float) -> tuple[float, float]:
+    """The two numbers the sampler minimises: r = refusals / refusals of the original, and the aimed KL.
+
+    Below ``kl_target`` the second is r x kl_target: there a smaller KL is worth nothing, fewer refusals are.
+    """
+    ratio = scores.refusals / baseline_refusals
+    return ratio, scores.kl if scores.kl >= kl_target else ratio * kl_target
+
+
+def _plain(scores: TrialScores | None) -> TrialScores | None:
+    """Python numbers, which JSON takes, for a scorer's array scalars; a side score not finite is None."""
+    if scores is None:
+        return None
+    others = {name: _python(value) for name, value in scores.scores.items()}
+    finite = {name: v if v is not None and math.isfinite(v) else None for name, v in others.items()}
+    return TrialScores(_python(scores.refusals), _python(scores.kl), finite)
+
+
+def _python(number: Any) -> Any:
+    return number.item() if hasattr(number, "item") else number
+
+
+class Search:
+    """Asks for edits, is told their scores, and can be closed or killed and opened again at any moment.
+
+    Args:
+        journal: the study's file; started where it does not exist. The caller is its only writer.
+        n_layers: blocks of the model.
+        settings: the ``search`` group. ``trials`` may differ from earlier runs in the same folder; a pass in
+        flight
+            is completed as it was asked, later passes have ``trials_per_pass`` trials.
+        baseline_refusals: the original model's refusals on the target eval prompts, above 0.
+
+    Raises:
+        UserError: the journal is damaged or belongs to another search space.
+    """
+
+    def __init__(
+        self, journal: Path, n_layers: int, settings: SearchSettings, baseline_refusals: float
+    ) -> None:
+        if baseline_refusals <= 0:
+            raise UserError(
+                "the original model shows none of the behaviour on the target eval prompts, so there is "
+                "nothing to search for; change prompts.target.eval or scoring.markers"
+            )
+        quiet_optuna()
+        self.trials = settings.trials
+        """Number of trials to reach, those of earlier runs included; may be raised at any time."""
+        self._settings = settings
+        self._baseline_refusals = baseline_refusals
+        self._space = search_space(n_layers)
+        self._path = journal
+        space = {name: distribution_to_json(distribution) for name, distribution in self._space.items()}
+        self._journal = open_study(journal, space)
+        self._records: dict[int, TrialRecord] = {}
+        self._unstored: dict[int, tuple[Ask, TrialScores | None, float, str]] = {}
+        self._pass: list[Ask] = []
+        self._unfinished: dict[int, FrozenTrial] = {}
+        """Trials that something else left running or waiting in the journal, by index."""
+        self._mirror = self._replay(self._journal.get_trials(deepcopy=False))
+
+    @property
+    def records(self) -> list[TrialRecord]:
+        """Finished trials, by index."""
+        return [self._records[index] for index in sorted(self._records)]
+
+    @property
+    def remaining(self) -> int:
+        """Trials still to finish."""
+        return max(0, self.trials - len(self._records))
+
+    def ask(self) -> list[Ask]:
+        """The next trials to evaluate together, at most ``trials_per_pass``; empty when the study is
+        complete.
+
+        A pass is always asked for in full and cut here, so that raising ``trials`` later gives the trials
+        that a longer study would have had. Asking again before telling gives the same trials again.
+        """
+        if self.remaining == 0:
+            return []
+        if not self._outstanding():
+            self._begin_pass()
+        allowed = self.remaining - len(self._unstored)
+        return self._outstanding()[: min(self._settings.trials_per_pass, allowed)]
+
+    def tell(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str = "") -> TrialRecord:
+        """Keep one trial's scores; None, or scores that are not finite, make it a failed trial, never chosen.
+
+        Trials of a pass may be told in any order: they reach the journal in theirs, so that it stays a
+        prefix.
+        """
+        scores = _plain(scores)
+        if scores is not None and not scores.usable:
+            failure = failure or f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
+            scores = None
+        if failure:
+            logger.warning("trial %d failed: %s", ask.index, failure)
+        self._unstored[ask.index] = (ask, scores, seconds, failure)
+        for planned in self._pass:
+            if planned.index in self._records:
+                continue
+            if planned.index not in self._unstored:
+                break
+            self._store(*self._unstored.pop(planned.index))
+        return self._records.get(ask.index) or self._record(ask, scores, seconds)
+
+    def _outstanding(self) -> list[Ask]:
+        done = {*self._records, *self._unstored}
+        return [ask for ask in self._pass if ask.index not in done]
+
+    def _begin_pass(self) -> None:
+        pass_ = 1 + max((record.pass_ for record in self._records.values()), default=-1)
+        # A trial that something else left unfinished is a pass of its own: it was not asked with the others'
+        # state.
+        count = 1 if self._unfinished else self._settings.trials_per_pass
+        self._pass = [self._sample(pass_) for _ in range(count)]
+
+    def _sample(self, pass_: int) -> Ask:
+        """Ask the in-memory study for one trial, with a sampler made from the seed and the index."""
+        index = min(self._unfinished, default=len(self._mirror.get_trials(deepcopy=False)))
+        seed = int(np.random.SeedSequence([self._settings.seed, index]).generate_state(1)[0])
+        self._mirror.sampler = optuna.samplers.TPESampler(
+            seed=seed,
+            n_startup_trials=self._settings.startup_trials,
+            multivariate=True,
+            constant_liar=True,  # spreads the trials of one pass; with one trial in flight it changes nothing
+        )
+        trial = self._mirror.ask(fixed_distributions=self._space)
+        return Ask(index=trial.number, edit=edit_of(trial.params), pass_=pass_)
+
+    def _store(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str) -> None:
+        """Journal first, then memory: what the journal does not hold is asked again after a kill."""
+        values = None
+        if scores is not None:
+            values = objectives(scores, self._baseline_refusals, self._settings.kl_target)
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        attributes: dict[str, Any] = {
+            "refusals": scores.refusals if scores else None,
+            "kl": scores.kl if scores else None,
+            "scores": dict(scores.scores) if scores else {},
+            "seconds": seconds,
+            "pass": ask.pass_,
+        }
+        if failure:
+            attributes["failure"] = failure
+        params = self._mirror.get_trials(deepcopy=False)[ask.index].params
+        if ask.index in self._unfinished:
+            self._finish(self._unfinished.pop(ask.index), params, attributes, state, values)
+        else:
+            attributes["pass_first"], attributes["pass_size"] = self._pass[0].index, len(self._pass)
+            self._append(ask.index, params, attributes, state, values)
+        self._mirror.tell(ask.index, values, state)
+        self._records[ask.index] = self._record(ask, scores, seconds)
+
+    def _append(
+        self,
+        index: int,
+        params: Mapping[str, Any],
+        attributes: dict[str, Any],
+        state: TrialState,
+        values: tuple[float, float] | None,
+    ) -> None:
+        """Append one finished trial to the journal: one record, so a kill leaves all of it or none."""
+        trial = optuna.trial.create_trial(
+            state=state, values=values, params=dict(params), distributions=self._space, user_attrs=attributes
+        )
+        now = datetime.now()
+        trial.datetime_start, trial.datetime_complete = now - timedelta(seconds=attributes["seconds"]), now
+        self._journal.add_trial(trial)
+        found = len(self._journal.get_trials(deepcopy=False))
+        if found != index + 1:
+            raise UserError(
+                f"another program added trials to {self._path} during the search (found {found}, expected "
+                f"{index + 1}); stop it and run the same command again"
+            )
+
+    def _finish(
+        self,
+        trial: FrozenTrial,
+        params: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+        state: TrialState,
+        values: tuple[float, float] | None,
+    ) -> None:
+        """Finish a trial that something else left unfinished; its state comes last."""
+        storage, trial_id = self._journal._storage, trial._trial_id
+        if trial.state == TrialState.WAITING:
+            storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        for name, distribution in self._space.items():
+            internal = distribution.to_internal_repr(params[name])
+            storage.set_trial_param(trial_id, name, internal, distribution)
+        for name, value in attributes.items():
+            storage.set_trial_user_attr(trial_id, name, value)
+        storage.set_trial_state_values(trial_id, state, values)
+
+    def _replay(self, trials: list[FrozenTrial]) -> optuna.Study:
+        """The in-memory study after the journal's trials; a pass cut short is asked again."""
+        mirror = self._mirror = optuna.create_study(directions=DIRECTIONS)
+        cut = self._cut_pass(trials)
+        for trial in trials[: len(trials) - len(cut)]:
+            if trial.state.is_finished():
+                record = self._records[trial.number] = self._restored(trial)
+                mirror.add_trial(self._mirrored(trial) if record.complete else _FAILED_TRIAL)
+            else:
+                params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+                mirror.enqueue_trial(known_params(params, self._space))
+                self._unfinished[trial.number] = trial
+        if cut:
+            attributes = cut[0].user_attrs
+            self._pass = [self._sample(attributes["pass"]) for _ in range(attributes["pass_size"])]
+            for trial in cut:
+                self._check_repeated(trial)
+                mirror.tell(trial.number, trial.values, trial.state)
+                self._records[trial.number] = self._restored(trial)
+        return mirror
+
+    def _mirrored(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial with exactly this space's parameters: others would change the sampler's space."""
+        params = known_params(trial.params, self._space)
+        return optuna.trial.create_trial(params=params, distributions=self._space, values=trial.values)
+
+    def _cut_pass(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        """The journal's last trials, where they are the beginning of a pass that was not told in full."""
+        if not trials or "pass_first" not in trials[-1].user_attrs:
+            return []
+        attributes = trials[-1].user_attrs
+        cut = trials[attributes["pass_first"] :]
+        is_one_pass = all(trial.user_attrs.get("pass_first") == attributes["pass_first"] for trial in cut)
+        earlier_are_finished = all(trial.state.is_finished() for trial in trials)
+        return cut if len(cut) < attributes["pass_size"] and is_one_pass and earlier_are_finished else []
+
+    def _check_repeated(self, trial: FrozenTrial) -> None:
+        """Say so where another version of Optuna or numpy draws other numbers than the ones recorded."""
+        asked = self._mirror.get_trials(deepcopy=False)[trial.number].params
+        if asked != trial.params:
+            logger.warning(
+                "trial %d was asked for with other parameters than now: the study goes on, but will differ "
+                "from an uninterrupted one (was Optuna or numpy updated?)",
+                trial.number,
+            )
+
+    def _record(self, ask: Ask, scores: TrialScores | None, seconds: float) -> TrialRecord:
+        return TrialRecord(
+            index=ask.index,
+            pass_=ask.pass_,
+            state=COMPLETE if scores else FAILED,
+            edit=ask.edit,
+            refusals=scores.refusals if scores else None,
+            kl=scores.kl if scores else None,
+            scores=dict(scores.scores) if scores else {},
+            seconds=seconds,
+        )
+
+    def _restored(self, trial: FrozenTrial) -> TrialRecord:
+        """A journal trial's record; one that something else finished without scores counts as failed."""
+        attributes = trial.user_attrs
+        has_params = known_params(trial.params, self._space).keys() == self._space.keys()
+        edit = edit_of(trial.params) if has_params else Edit(direction_index=None, profiles={})
+        ask = Ask(index=trial.number, edit=edit, pass_=attributes.get("pass", 0))
+        scores = None
+        if trial.state == TrialState.COMPLETE and has_params and attributes.get("kl") is not None:
+            scores = TrialScores(attributes["refusals"], attributes["kl"], attributes.get("scores", {}))
+        return self._record(ask, scores, attributes.get("seconds", 0.0))
