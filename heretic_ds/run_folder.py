@@ -1,0 +1,330 @@
+"""The folder a run works in: one process, one set of score-changing settings, files replaced atomically."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from heretic_ds.errors import UserError
+from heretic_ds.settings import Settings
+
+_LOCK = ".lock"
+_FINGERPRINT = "fingerprint.json"
+_SAMPLED_BYTES = 65536
+
+_SCORE_SETTINGS = (
+    "model.path",
+    "model.revision",
+    "model.dtype",
+    "prompts",
+    "direction",
+    "ablation.row_norm",
+    "ablation.through_norm",
+    "search.seed",
+    "search.startup_trials",
+    "search.kl_target",
+    "generation.max_new_tokens",
+    "scoring.scorers",
+    "scoring.markers",
+)
+"""Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
+
+_FIXED_EDIT = ("ablation.direction_index", "ablation.profiles")
+
+
+def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
+    """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
+
+    Beside the settings themselves: identities of a local model's files and of prompt files, so that a model
+    trained anew under the same name is told from the old one. ``more`` adds what only the caller knows, such
+    as the commit of a hub model. For ``task=evaluate`` the fixed edit counts too.
+    """
+    tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
+    evaluating = settings.task.name == "evaluate"
+    flat: dict[str, Any] = {"task.name": "evaluate" if evaluating else "abliterate"}
+    for key in (*_SCORE_SETTINGS, *(_FIXED_EDIT if evaluating else ())):
+        value = OmegaConf.select(tree, key)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        _flatten(key, value, flat)
+    model = Path(settings.model.path)
+    if model.is_dir():
+        flat["model.path"] = str(model.resolve())
+        flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
+    for key in [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]:
+        source = Path(str(flat[key]))
+        if source.is_file():
+            flat[key] = str(source.resolve())
+            digest = hashlib.sha256(source.read_bytes()).hexdigest()
+            flat[key.removesuffix("source") + "content"] = digest[:16]
+    flat.update(more)
+    return json.loads(json.dumps(flat))
+
+
+def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _flatten(f"{key}.{name}", inner, into)
+    else:
+        into[key] = value
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """Files that decide what a checkpoint computes: weights, configuration, tokenizer, code."""
+    kinds = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py"}
+    return sorted(file for file in folder.iterdir() if file.suffix in kinds and file.is_file())
+
+
+def _identity(file: Path) -> str:
+    """Size and a digest of both ends: enough to tell two checkpoints apart without reading gigabytes."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        ends = stream.read(_SAMPLED_BYTES)
+        stream.seek(max(size - _SAMPLED_BYTES, 0))
+        ends += stream.read(_SAMPLED_BYTES)
+    return f"{size} bytes, {hashlib.sha256(ends).hexdigest()[:12]}"
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class RunFolder:
+    """An opened run folder; a context manager that holds the folder's lock until it is closed.
+
+    Open it after validation and the model checks: opening creates the folder.
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+        self._handler: logging.Handler | None = None
+        self._logged: logging.Logger | None = None
+        self.results = path / "results.json"
+        self.journal = path / "study.journal"
+        self.directions = path / "directions.safetensors"
+        self.config = path / "config.yaml"
+        self.log = path / "run.log"
+        self.front_plot = path / "pareto.png"
+        self._measured = path / "measured.json"
+
+    @classmethod
+    def open(cls, path: Path | str, config: str, fingerprint: Mapping[str, Any]) -> RunFolder:
+        """Create the folder or go on in it, and lock it.
+
+        Args:
+            path: the folder, with its parents created as needed.
+            config: the composed configuration as YAML; kept as ``config.yaml``, of the latest run.
+            fingerprint: what :func:`fingerprint` returns.
+
+        Raises:
+            UserError: the path is no folder, holds other things, is in use by another process, was made with
+                other settings (each difference is named), or cannot be written.
+        """
+        path = Path(path)
+        _refuse_foreign(path)
+        _refuse_other_settings(path, fingerprint)  # also before locking: a refused folder stays untouched
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = (path / _LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            message = f"the run folder {path} cannot be written ({error.strerror}); set run.dir"
+            raise UserError(message) from error
+        try:
+            _acquire(lock, path)
+            _refuse_other_settings(path, fingerprint)
+            folder = cls(path, lock)
+            write_atomically(folder.config, config)
+            stored = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
+            write_atomically(path / _FINGERPRINT, stored + "\n")
+        except BaseException:
+            lock.close()
+            raise
+        return folder
+
+    def save_results(self, results: Mapping[str, Any], finished: Mapping[str, Any] | None = None) -> None:
+        """Write ``results.json`` atomically.
+
+        ``finished`` is what the run was asked for beyond its fingerprint (number of trials, export folder,
+        ...), given when all of it is done; see :meth:`is_finished`. Raises ValueError on NaN, which JSON does
+        not have.
+        """
+        content = dict(results) if finished is None else {**results, "finished": dict(finished)}
+        write_atomically(self.results, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def load_results(self) -> dict[str, Any] | None:
+        """The results of the latest run in this folder; None where there are none yet."""
+        if not self.results.exists():
+            return None
+        try:
+            return json.loads(self.results.read_text(encoding="utf-8"))
+        except ValueError as error:
+            message = f"{self.results} is not valid JSON; remove it, or give another run.dir"
+            raise UserError(message) from error
+
+    def is_finished(self, request: Mapping[str, Any]) -> bool:
+        """Whether an earlier run has done all of ``request``, in the words given to :meth:`save_results`."""
+        results = self.load_results()
+        return results is not None and results.get("finished") == json.loads(json.dumps(dict(request)))
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What earlier runs found by measuring (batch sizes, response prefix, ...), to be used again."""
+        if not self._measured.exists():
+            return {}
+        return json.loads(self._measured.read_text(encoding="utf-8"))
+
+    def remember(self, **values: Any) -> None:
+        """Add to :attr:`measured`, or replace in it."""
+        write_atomically(self._measured, json.dumps({**self.measured, **values}, indent=1) + "\n")
+
+    def attach_log(self, logger: logging.Logger, level: int = logging.INFO) -> None:
+        """Append what this logger and its children say to ``run.log``, until :meth:`detach_log` or close."""
+        self.detach_log()
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setLevel(level)
+        logger.addHandler(handler)
+        self._handler, self._logged = handler, logger
+
+    def detach_log(self) -> None:
+        """Stop writing ``run.log``."""
+        if self._handler is not None and self._logged is not None:
+            self._logged.removeHandler(self._handler)
+            self._handler.close()
+        self._handler = self._logged = None
+
+    def close(self) -> None:
+        """Detach the log and let other processes use the folder. Harmless when called again."""
+        self.detach_log()
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def finished_results(
+    path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
+    results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
+    same = stored == json.loads(json.dumps(dict(fingerprint)))
+    done = results is not None and results.get("finished") == json.loads(json.dumps(dict(request)))
+    return results if same and done else None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or damaged: opening the folder will say which
+        return None
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A folder with anything but a run's own beginnings in it belongs to someone else."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"run.dir={path} is a file, not a folder; set run.dir to a new or empty folder")
+    names = {entry.name for entry in path.iterdir()}
+    if _FINGERPRINT in names:
+        return
+    # A run killed while it opened leaves its lock and perhaps config.yaml; Hydra may write .hydra before.
+    own = {_LOCK, ".hydra", "config.yaml"}
+    foreign = sorted(name for name in names - own if not (name.startswith(".") and name.endswith(".tmp")))
+    if foreign:
+        raise UserError(
+            f"run.dir={path} is not a run folder and not empty (it holds {foreign[0]}); "
+            "set run.dir to a new or empty folder"
+        )
+
+
+def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
+    file = path / _FINGERPRINT
+    if not file.exists():
+        return
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; give another run.dir") from error
+    current = json.loads(json.dumps(dict(fingerprint)))
+    if stored != current:
+        raise UserError(
+            f"{path} holds a run with other settings: {'; '.join(differences(stored, current))}. "
+            "Give another run.dir, or the same settings as before"
+        )
+
+
+def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One phrase for every key with different values, naming both."""
+    phrases = []
+    for key in sorted({*stored, *current}):
+        before, now = stored.get(key), current.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            phrases += differences(
+                {f"{key}.{name}": value for name, value in before.items()},
+                {f"{key}.{name}": value for name, value in now.items()},
+            )
+        elif _short(before) == _short(now):
+            phrases.append(f"{key} has other content")
+        else:
+            phrases.append(f"{key} was {_short(before)}, is now {_short(now)}")
+    return phrases
+
+
+def _short(value: Any, limit: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def _acquire(lock: IO[str], path: Path) -> None:
+    """Take the folder's lock, which the kernel releases with the process, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(
+                f"the file system of run.dir={path} offers no file locks ({error.strerror}); "
+                "set run.dir to a folder on another one"
+            ) from error
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        raise UserError(
+            f"the run folder {path} is in use by another process (pid {holder}); "
+            "wait for it, or set another run.dir"
+        ) from error
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()

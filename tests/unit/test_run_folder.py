@@ -1,0 +1,265 @@
+"""The run folder: one process, one set of settings, files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from heretic_ds import run_folder
+from heretic_ds.errors import UserError
+from heretic_ds.run_folder import RunFolder, fingerprint, finished_results, write_atomically
+from heretic_ds.settings import Settings
+
+HELD = {"model.path": "a/model", "search.seed": 0}
+
+
+def opened(path: Path, held: dict[str, Any] | None = None) -> RunFolder:
+    return RunFolder.open(path, "task: {}\n", HELD if held is None else held)
+
+
+def settings(*overrides: str) -> Settings:
+    base = OmegaConf.structured(Settings())
+    sources = [
+        f"prompts.{kind}.{part}.source=some/{kind}"
+        for kind in ("target", "baseline")
+        for part in ("train", "eval")
+    ]
+    merged = OmegaConf.merge(base, OmegaConf.from_dotlist(["model.path=some/model", *sources, *overrides]))
+    result = OmegaConf.to_object(merged)
+    assert isinstance(result, Settings)
+    return result
+
+
+def start(code: str, argument: Path, stdout: int | None = None) -> subprocess.Popen[bytes]:
+    env = os.environ | {"PYTHONPATH": str(Path(run_folder.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, "-c", code, str(argument)], stdout=stdout, env=env)
+
+
+def files_below(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_creates_and_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "model"
+    with opened(path) as folder:
+        assert folder.config.read_text() == "task: {}\n"
+        assert folder.load_results() is None and not folder.is_finished({"trials": 4})
+    with RunFolder.open(path, "task: {name: abliterate}\n", HELD) as folder:
+        assert folder.config.read_text() == "task: {name: abliterate}\n"
+
+
+def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from heretic_ds.run_folder import RunFolder\n"
+        f"folder = RunFolder.open(Path(sys.argv[1]), '', {HELD!r}); print('open', flush=True); time.sleep(60)"
+    )
+    child = start(code, tmp_path / "run", stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None and child.stdout.readline() == b"open\n"
+        with pytest.raises(
+            UserError, match=rf"{tmp_path / 'run'} is in use by another process \(pid {child.pid}\)"
+        ):
+            opened(tmp_path / "run")
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    with opened(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+
+
+def test_one_process_cannot_open_it_twice_either(tmp_path: Path) -> None:
+    with opened(tmp_path / "run"), pytest.raises(UserError, match=f"pid {os.getpid()}"):
+        opened(tmp_path / "run")
+    opened(tmp_path / "run").close()
+
+
+def test_other_settings_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+    opened(tmp_path / "run").close()
+    before = files_below(tmp_path)
+    with pytest.raises(UserError) as caught:
+        opened(tmp_path / "run", {"model.path": "another/model", "search.seed": 0, "prompts.system": None})
+    message = str(caught.value)
+    assert 'model.path was "a/model", is now "another/model"' in message
+    assert "search.seed" not in message and "run.dir" in message and "\n" not in message
+    assert files_below(tmp_path) == before
+    with pytest.raises(UserError, match=r"search.seed was 0, is now 1"):
+        opened(tmp_path / "run", HELD | {"search.seed": 1})
+
+
+def test_long_values_that_differ_at_the_end_are_still_named() -> None:
+    long = [f"marker number {number}" for number in range(40)]
+    assert run_folder.differences({"scoring.markers": long}, {"scoring.markers": [*long, "x"]}) == [
+        "scoring.markers has other content"
+    ]
+    one, two = {"model.files": {"a": "1", "b": "2"}}, {"model.files": {"a": "1", "b": "3"}}
+    assert run_folder.differences(one, two) == ['model.files.b was "2", is now "3"']
+
+
+def test_someone_elses_folder_is_refused_untouched(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"not a run folder and not empty \(it holds notes.txt\)"):
+        opened(tmp_path)
+    assert files_below(tmp_path) == {"notes.txt": b"mine"}
+    with pytest.raises(UserError, match="is a file, not a folder"):
+        opened(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="cannot be written"):
+        opened(tmp_path / "notes.txt" / "run")
+
+
+def test_empty_and_half_opened_folders_are_taken(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".fingerprint.json.abc.tmp").write_text("{")
+    (tmp_path / "config.yaml").write_text("")
+    opened(tmp_path).close()
+    assert json.loads((tmp_path / "fingerprint.json").read_text()) == HELD
+
+
+def test_results_are_whole_or_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path / "run") as folder:
+        folder.save_results({"schema": 1, "trials": []}, finished={"trials": 4, "export": "x"})
+        with pytest.raises(ValueError):
+            folder.save_results({"kl": float("nan")})
+
+        def power_cut(source: str, target: str) -> None:
+            raise OSError("cut")
+
+        monkeypatch.setattr(run_folder.os, "replace", power_cut)
+        with pytest.raises(OSError, match="cut"):
+            folder.save_results({"schema": 2})
+        monkeypatch.undo()
+        assert folder.load_results() == {"schema": 1, "trials": [], "finished": {"trials": 4, "export": "x"}}
+        assert folder.is_finished({"export": "x", "trials": 4})
+        assert not folder.is_finished({"export": "x", "trials": 5})
+        assert not list(folder.path.glob("*.tmp")) and not list(folder.path.glob(".*.tmp"))
+        folder.save_results({"schema": 1})
+        assert not folder.is_finished({"export": "x", "trials": 4})
+        folder.results.write_text("{")
+        with pytest.raises(UserError, match="not valid JSON"):
+            folder.load_results()
+
+
+def test_a_finished_folder_is_known_without_opening_it(tmp_path: Path) -> None:
+    path, request = tmp_path / "run", {"trials": 4}
+    assert finished_results(path, HELD, request) is None
+    with opened(path) as folder:
+        folder.save_results({"schema": 1})
+        assert finished_results(path, HELD, request) is None
+        folder.save_results({"schema": 1}, finished=request)
+        found = finished_results(path, HELD, request)
+        assert found is not None and found["schema"] == 1
+        assert finished_results(path, HELD, {"trials": 5}) is None
+        assert finished_results(path, HELD | {"search.seed": 3}, request) is None
+
+
+def test_results_are_never_seen_half_written(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from heretic_ds.run_folder import write_atomically\n"
+        "number = 0\n"
+        "while True:\n"
+        "    number += 1; write_atomically(Path(sys.argv[1]), str(number) * 200000)\n"
+    )
+    target = tmp_path / "results.json"
+    child = start(code, target)
+    deadline = time.monotonic() + 30
+    while not target.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    text = target.read_text()
+    number = text[: len(text) // 200000]
+    assert number and text == number * 200000
+
+
+def test_written_files_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a", "x")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_measured_values_are_kept(tmp_path: Path) -> None:
+    with opened(tmp_path / "run") as folder:
+        folder.remember(batch_size={"capture": 48}, trials_per_pass=4)
+        folder.remember(trials_per_pass=8)
+    with opened(tmp_path / "run") as folder:
+        assert folder.measured == {"batch_size": {"capture": 48}, "trials_per_pass": 8}
+
+
+def test_log_is_appended_and_let_go(tmp_path: Path) -> None:
+    logger = logging.getLogger("heretic_ds_test_log")
+    logger.setLevel(logging.INFO)
+    for word in ("first", "second"):
+        with opened(tmp_path / "run") as folder:
+            folder.attach_log(logger)
+            logger.getChild("part").info("%s run", word)
+        logger.info("outside")
+        assert logger.handlers == []
+    lines = folder.log.read_text().splitlines()
+    assert [line.split(": ", 1)[1] for line in lines] == ["first run", "second run"]
+
+
+SCORE_CHANGES = [
+    "model.path=other/model", "model.revision=v2", "model.dtype=float32", "prompts.system=hello",
+    "prompts.target.eval.slice='0:10'", "prompts.baseline.train.source=other/set",
+    "prompts.response_prefix=''",
+    "direction.orthogonalize=false", "direction.winsorize_quantile=0.9", "ablation.row_norm=none",
+    "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
+    "generation.max_new_tokens=50", "scoring.scorers=[a.b.C]", "scoring.markers=[sorry]",
+]  # fmt: skip
+FREE_CHANGES = [
+    "search.trials=5", "search.trials_per_pass=4", "capture.placement=zero3", "evaluate.degree=2",
+    "generation.batch_size=3", "generation.early_stop=false", "export.max_kl=1", "export.dir=x", "run.dir=y",
+    "scoring.print_answers=true", "model.device=cpu", "task.name=export",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", SCORE_CHANGES)
+def test_what_changes_scores_changes_the_fingerprint(override: str) -> None:
+    before, now = fingerprint(settings()), fingerprint(settings(override))
+    key = override.split("=")[0]
+    assert len(run_folder.differences(before, now)) == 1
+    assert run_folder.differences(before, now)[0].startswith(f"{key} ")
+
+
+@pytest.mark.parametrize("override", FREE_CHANGES)
+def test_what_does_not_change_scores_is_free(override: str) -> None:
+    assert fingerprint(settings()) == fingerprint(settings(override))
+
+
+def test_a_fixed_edit_counts_when_it_is_evaluated() -> None:
+    edit = "ablation.profiles.mlp.max_weight=1.0"
+    assert fingerprint(settings("task.name=evaluate")) != fingerprint(settings())
+    assert fingerprint(settings("task.name=evaluate")) != fingerprint(settings("task.name=evaluate", edit))
+
+
+def test_local_files_count_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"\1" * 300000)
+    prompts.write_text("one\n")
+    overrides = [f"model.path={model}", f"prompts.target.eval.source={prompts}"]
+    before = fingerprint(settings(*overrides))
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(settings("model.path=model", "prompts.target.eval.source=prompts.txt")) == before
+    prompts.write_text("two\n")
+    assert [
+        text.split()[0] for text in run_folder.differences(before, fingerprint(settings(*overrides)))
+    ] == ["prompts.target.eval.content"]
+    prompts.write_text("one\n")
+    (model / "model.safetensors").write_bytes(b"\1" * 299999 + b"\2")
+    (found,) = run_folder.differences(before, fingerprint(settings(*overrides)))
+    assert found.startswith("model.files.model.safetensors was ")
+    assert fingerprint(settings(), **{"model.commit": "abc"})["model.commit"] == "abc"
