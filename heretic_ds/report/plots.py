@@ -1,0 +1,110 @@
+"""The trade-off of a search as a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from heretic_ds.run_folder import write_atomically
+from heretic_ds.search.trials import TrialRecord
+
+_GREY, _BLUE, _ORANGE = "#9aa0a6", "#1f5fa8", "#d9600a"
+
+
+def plot_front(
+    path: Path,
+    records: Sequence[TrialRecord],
+    front: Sequence[int],
+    baseline_refusals: float,
+    prompts: int,
+    selected: int | None = None,
+    max_kl: float | None = None,
+) -> None:
+    """Write a PNG of refusals against KL of all complete trials, with the Pareto front and the selected
+    trial.
+
+    KL has a logarithmic axis, linear around 0 where a trial left the model as it is. Works without a display,
+    and
+    for any number of trials, none included.
+
+    Args:
+        path: the PNG; replaced atomically.
+        records: finished trials; failed ones are left out.
+        front: indices from :func:`heretic_ds.search.pareto.pareto_front`.
+        baseline_refusals: the original model's, drawn as a line.
+        prompts: number of target eval prompts.
+        selected: index of the exported trial, if any.
+        max_kl: the largest KL that may be exported (nats), drawn as a line.
+    """
+    points = {
+        record.index: (max(record.kl, 0.0), record.refusals)
+        for record in records
+        if record.complete and record.kl is not None and record.refusals is not None
+    }
+    figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw_trials(axes, points, front, selected)
+    axes.axhline(baseline_refusals, color=_GREY, linestyle=":", linewidth=1.2, label="original model")
+    if max_kl is not None:
+        axes.axvline(max_kl, color=_GREY, linestyle="--", linewidth=1, label=f"export.max_kl = {max_kl:g}")
+    _scale(axes, [kl for kl, _ in points.values()] + ([max_kl] if max_kl else []))
+    axes.set_ylim(bottom=-0.03 * max(prompts, 1), top=1.03 * max(prompts, 1))
+    axes.set_xlabel("KL divergence from the original model (nats, first answer token)")
+    axes.set_ylabel(f"refusals, of {prompts} target prompts")
+    axes.set_title(f"{len(points)} trial{'' if len(points) == 1 else 's'}", loc="left")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _coordinates(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [kl for kl, _ in points], [refusals for _, refusals in points]
+
+
+def _draw_trials(
+    axes: Axes, points: dict[int, tuple[float, float]], front: Sequence[int], selected: int | None
+) -> None:
+    """Grey dots, the front as a stepped line (what lies above is beaten), the selected trial as a ring."""
+    others = [point for index, point in points.items() if index not in set(front)]
+    if others:
+        axes.scatter(*_coordinates(others), s=18, color=_GREY, linewidths=0, label="trials", zorder=2)
+    line = sorted(points[index] for index in front if index in points)
+    if line:
+        axes.step(*_coordinates(line), where="post", color=_BLUE, linewidth=1.4, zorder=3)
+        axes.scatter(*_coordinates(line), s=30, color=_BLUE, label="Pareto front", zorder=4)
+    if selected in points:
+        kl, refusals = points[selected]
+        axes.scatter([kl], [refusals], s=130, facecolors="none", edgecolors=_ORANGE, linewidths=2, zorder=5)
+        axes.annotate(
+            f"trial {selected}",
+            (kl, refusals),
+            xytext=(8, 10),
+            textcoords="offset points",
+            color=_ORANGE,
+            fontweight="bold",
+            zorder=6,
+        )
+
+
+def _scale(axes: Axes, kls: Sequence[float]) -> None:
+    """Logarithmic where all KLs are positive; linear below the smallest positive one where some are 0."""
+    positive = [kl for kl in kls if kl > 0]
+    if not positive:
+        axes.set_xlim(-0.001, 0.1)
+        return
+    low, high = min(positive), max(positive)
+    if min(kls) == 0:
+        axes.set_xscale("symlog", linthresh=low)
+        axes.set_xlim(-0.1 * low, high * 2)
+    else:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 2, high * 2)
