@@ -24,9 +24,9 @@ def duration(seconds: float) -> str:
 class SearchProgress:
     """A context manager that shows each finished trial in a line and how far the search is.
 
-    The time left is the mean of the finished trials' own seconds (each its share of its pass) times the number
-    still to come; trials of earlier runs do not count, they may be another machine's. Where the console is no terminal (a log file, a
-    batch job) there is no bar and no control code: the time left stands at the end of each line.
+    The time left is the mean of the finished trials' own seconds, each a share of its pass, times the number
+    to come; trials of earlier runs do not count, they may be another machine's. Where the console is no
+    terminal (a log file, a batch job) there is no bar and no control code: the time left ends each line.
 
     Args:
         console: where to write.
