@@ -50,7 +50,10 @@ class Job:
     def check_lengths(self, name: str) -> None:
         """Refuse prompts that leave no room for an answer in the model's context."""
         check_lengths(
-            self.prompts(name).rows, self.settings.generation.max_new_tokens, self.loaded.model.config, f"prompts.{name}"
+            self.prompts(name).rows,
+            self.settings.generation.max_new_tokens,
+            self.loaded.model.config,
+            f"prompts.{name}",
         )
 
     def engine(self, measured: dict[str, int]) -> Engine:
@@ -71,7 +74,10 @@ class Job:
         ablation = self.settings.ablation
         profiles = {
             component: Profile(given.max_weight, given.max_weight_position, given.min_weight, given.min_weight_distance)
-            for component, given in (("attention", ablation.profiles.attention), ("mlp", ablation.profiles.mlp))
+            for component, given in (
+                ("attention", ablation.profiles.attention),
+                ("mlp", ablation.profiles.mlp),
+            )
             if given.max_weight is not None
         }
         return Edit(ablation.direction_index, profiles) if profiles else None

@@ -55,7 +55,7 @@ def evaluate(settings: Settings) -> Scores | None:
 
 
 def export(settings: Settings) -> Scores | None:
-    """Write the model with the edit of one trial of an earlier run, or with the fixed edit that ``ablation.*`` gives."""
+    """Write the model with the edit of one trial of an earlier run, or with the one that ``ablation.*`` gives."""
     stages.refuse_used_export_folder(settings)
     with stages.opened(settings, console) as run:
         edit, trial = stages.named_edit(run)

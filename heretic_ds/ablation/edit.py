@@ -93,7 +93,9 @@ def _row_scales(norms_D: Tensor, overlaps_D: Tensor, direction_D: Tensor, streng
     squared_D = removed_D.square() * (direction_D * overlaps_D).sum(-1, keepdim=True)
     radicand_D = 1 - 2 * removed_D * overlaps_D + squared_D
     rounding_D = 8 * torch.finfo(radicand_D.dtype).eps * (1 + squared_D)
-    scale_D = torch.where(radicand_D > rounding_D, radicand_D.clamp_min(rounding_D).rsqrt(), torch.zeros_like(radicand_D))
+    scale_D = torch.where(
+        radicand_D > rounding_D, radicand_D.clamp_min(rounding_D).rsqrt(), torch.zeros_like(radicand_D)
+    )
     return torch.where(norms_D > 0, scale_D, torch.ones_like(scale_D))
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines import replicated
 from heretic_ds.engines.protocol import Engine
-from heretic_ds.engines.replicated import ReplicatedEngine
 from heretic_ds.loading import LoadedModel
 from heretic_ds.settings import Settings
 
@@ -15,14 +15,7 @@ __all__ = ["PLACEMENTS", "Engine", "build_engine"]
 Build = Callable[[Settings, LoadedModel, Anatomy, dict[str, int]], Engine]
 
 
-def _replicated(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> Engine:
-    generation = settings.generation
-    return ReplicatedEngine(
-        loaded.model, loaded.tokenizer, anatomy, generation.max_new_tokens, generation.batch_size, measured
-    )
-
-
-PLACEMENTS: dict[str, Build] = {"replicated": _replicated}
+PLACEMENTS: dict[str, Build] = {"replicated": replicated.build}
 """How to build the engine of each placement."""
 
 

@@ -56,7 +56,9 @@ def tapped(model: nn.Module, anatomy: Anatomy) -> Iterator[Taps]:
         first = next(iter(blocks.children()))
         handles = [first.register_forward_pre_hook(before_first, with_kwargs=True)]
         handles += [
-            block.register_forward_hook(after(i + 1)) for i, block in enumerate(blocks.children()) if i + 1 < anatomy.n_blocks
+            block.register_forward_hook(after(i + 1))
+            for i, block in enumerate(blocks.children())
+            if i + 1 < anatomy.n_blocks
         ]
         handles.append(model.get_submodule(anatomy.final_norm).register_forward_hook(after(anatomy.n_blocks)))
         for handle in handles:

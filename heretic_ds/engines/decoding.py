@@ -44,7 +44,12 @@ class Forward:
 
 
 def _live_rows(
-    live: list[int], answers: list[list[int]], tokens: list[int], ends: Collection[int], limit: int, decided: Decided | None
+    live: list[int],
+    answers: list[list[int]],
+    tokens: list[int],
+    ends: Collection[int],
+    limit: int,
+    decided: Decided | None,
 ) -> list[int]:
     """Positions within the batch of the rows that go on, after each row's new token was noted in its answer."""
     going = []

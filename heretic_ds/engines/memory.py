@@ -61,7 +61,12 @@ def in_batches(
                     "generation.max_new_tokens, or a placement that spreads the model"
                 )
             sizes[phase] = len(batch) // 2
-            log.warning("out of memory with %d rows in a batch (%s); going on with %d", len(batch), phase, sizes[phase])
+            log.warning(
+                "out of memory with %d rows in a batch (%s); going on with %d",
+                len(batch),
+                phase,
+                sizes[phase],
+            )
             continue
         yield start, result
         start += len(batch)

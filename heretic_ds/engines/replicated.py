@@ -2,146 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.capture import tapped
-from heretic_ds.engines.decoding import decode, end_tokens, last_logits
-from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory
-from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
-from heretic_ds.engines.weights import WeightEditor
-from heretic_ds.prompts import pad_left
-from heretic_ds.scoring.kl import first_token_kl
-
-_PROBE_TOKENS = 8
-"""Answer tokens per row while the batch size for generation is measured."""
-_MOST_ROWS = 512
-"""Largest batch that is tried."""
+from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.loading import LoadedModel
+from heretic_ds.settings import Settings
 
 
-class ReplicatedEngine:
-    """One process, one device, edits made in the weights themselves, one at a time."""
-
-    max_edits_per_pass = 1
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        anatomy: Anatomy,
-        max_new_tokens: int,
-        batch_size: int = 0,
-        measured: dict[str, int] | None = None,
-    ) -> None:
-        """``batch_size`` 0 measures, unless ``measured`` holds the sizes an earlier session of this run found."""
-        self.model, self.anatomy = model, anatomy
-        self._pad_id = tokenizer.pad_token_id
-        self._ends = end_tokens(model, tokenizer)
-        self._max_new_tokens = max_new_tokens
-        self._editor = WeightEditor(model, anatomy)
-        self._applied: Edit | None = None
-        self.batch_sizes: dict[str, int] = dict(measured or {})
-        if batch_size:
-            self.batch_sizes = {"capture": batch_size, "kl": batch_size, "generate": batch_size}
-
-    @torch.inference_mode()
-    def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
-        means = ResidualMeans()
-        decoder = self.model.get_submodule(self.anatomy.decoder)
-        self._find_batch_size("capture", prompts, lambda rows: self._residuals(decoder, rows))
-        for _, residual_BLD in self._sorted_batches("capture", prompts, lambda rows: self._residuals(decoder, rows)):
-            means.update(winsorize(residual_BLD.float(), winsorize_quantile))
-        return means.mean()
-
-    def prepare(self, ablation: Ablation) -> None:
-        self._applied = None
-        self._editor.prepare(ablation)
-
-    @torch.inference_mode()
-    def reference(self, prompts: TokenRows) -> Tensor:
-        """Log-probabilities [N, V] of the first answer token, float32, on the host."""
-        self._editor.wear(self._applied)
-        work = self._first_token_logits
-        self._find_batch_size("kl", prompts, work)
-        logp_NV: Tensor | None = None
-        for indices, logits_BV in self._sorted_batches("kl", prompts, work):
-            logp_BV = logits_BV.float().log_softmax(-1).cpu()
-            if logp_NV is None:
-                logp_NV = logp_BV.new_empty(len(prompts), logp_BV.shape[-1])
-            logp_NV[indices] = logp_BV
-        if logp_NV is None:
-            raise ValueError("no prompts were given to take reference distributions from")
-        return logp_NV
-
-    @torch.inference_mode()
-    def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
-        result = []
-        for edit in edits:
-            self._editor.wear(edit or self._applied)
-            total = 0.0
-            for indices, logits_BV in self._sorted_batches("kl", prompts, self._first_token_logits):
-                total += first_token_kl(reference[indices].to(logits_BV.device), logits_BV).double().sum().item()
-            result.append(total / len(prompts))
-        return result
-
-    def generate(
-        self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
-    ) -> list[list[list[int]]]:
-        result = []
-        for edit in edits:
-            self._editor.wear(edit or self._applied)
-            self._find_batch_size("generate", prompts, lambda rows: self._decode(rows, _PROBE_TOKENS, None))
-            answers: list[list[int]] = [[] for _ in prompts]
-            for indices, batch in self._sorted_batches(
-                "generate", prompts, lambda rows: self._decode(rows, self._max_new_tokens, decided)
-            ):
-                for index, answer in zip(indices, batch, strict=True):
-                    answers[index] = answer
-            result.append(answers)
-        return result
-
-    def apply(self, edit: Edit) -> None:
-        self._editor.wear(edit)
-        self._applied = edit
-
-    def restore(self) -> None:
-        self._editor.wear(None)
-        self._applied = None
-
-    def close(self) -> None:
-        del self.model, self._editor
-        release_memory()
-
-    def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
-        batch = pad_left(rows, self._pad_id).to(next(decoder.parameters()).device)
-        with tapped(self.model, self.anatomy) as taps:
-            decoder(
-                input_ids=batch.input_ids_BS,
-                attention_mask=batch.attention_mask_BS,
-                position_ids=batch.position_ids_BS,
-                use_cache=False,
-            )
-            return taps.take()
-
-    def _first_token_logits(self, rows: TokenRows) -> Tensor:
-        return last_logits(self.model, rows, self._pad_id)
-
-    def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
-        return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided)
-
-    def _sorted_batches(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> Any:
-        """Run ``work`` on batches of prompts of like length, yielding (indices of the batch's prompts, result)."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
-        for start, result in in_batches([prompts[i] for i in order], self.batch_sizes, phase, work):
-            yield order[start : start + len(result)], result
-
-    def _find_batch_size(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> None:
-        if phase in self.batch_sizes:
-            return
-        longest = sorted(prompts, key=len, reverse=True)
-        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), min(len(prompts), _MOST_ROWS))
+def build(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> ResidentEngine:
+    """The engine over a model that was loaded whole onto its device."""
+    generation = settings.generation
+    return ResidentEngine(
+        loaded.model, loaded.tokenizer, anatomy, generation.max_new_tokens, generation.batch_size, measured
+    )

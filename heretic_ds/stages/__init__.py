@@ -9,10 +9,15 @@ from heretic_ds.stages.finish import (
     verify,
 )
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit
-from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
+from heretic_ds.stages.measure import (
+    capture_directions,
+    find_response_prefix,
+    fixed_directions,
+    measure_original,
+)
 from heretic_ds.stages.opening import Run, already_finished, opened, refuse_used_export_folder
 from heretic_ds.stages.search import search_edits
-from heretic_ds.stages.talk import wants_menu
+from heretic_ds.stages.talk import menu, talk, wants_menu
 
 __all__ = [
     "Run",
@@ -23,6 +28,7 @@ __all__ = [
     "finish",
     "fixed_directions",
     "measure_original",
+    "menu",
     "named_edit",
     "objective_of",
     "opened",
@@ -31,6 +37,7 @@ __all__ = [
     "score_fixed_edit",
     "search_edits",
     "select_and_verify",
+    "talk",
     "verify",
     "wants_menu",
 ]

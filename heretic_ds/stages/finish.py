@@ -133,12 +133,15 @@ def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
     file = target / MANIFEST_NAME
     if not file.is_file():
         return False
-    stored, same = read_json(file), ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype")
+    stored, same = (
+        read_json(file),
+        ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype"),
+    )
     return all(stored.get(key) == manifest[key] for key in same)
 
 
 def finish(run: Run) -> tuple[float, float] | None:
-    """Keep the results for good, beside which nothing is left to do. Returns (refusal rate, KL) of the verified edit."""
+    """Keep the results of a run with nothing left to do. Returns (refusal rate, KL) of the verified edit."""
     run.save(finished=True)
     log.info("results are in %s", run.folder.results)
     return objective_of(run.results)

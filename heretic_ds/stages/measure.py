@@ -146,6 +146,10 @@ def measure_original(run: Run) -> Objective:
         )
     original = objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
-    log.info("the original model: %g of %d target prompts declined", original.refusals, len(job.texts["target.eval"]))
+    log.info(
+        "the original model: %g of %d target prompts declined",
+        original.refusals,
+        len(job.texts["target.eval"]),
+    )
     run.folder.remember(batch_sizes=run.engine.batch_sizes)
     return objective

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from heretic_ds.engines import Engine
 from heretic_ds.engines.memory import peak_memory
+from heretic_ds.export.checkpoint import model_bytes
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.job import Job
-from heretic_ds.run_folder import RunFolder, finished_results, fingerprint
+from heretic_ds.model_source import read_json
+from heretic_ds.run_folder import RunFolder, fingerprint, finished_results
 from heretic_ds.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,11 @@ def request(settings: Settings) -> dict[str, Any]:
     return {
         "task": settings.task.name,
         "trials": settings.search.trials,
-        "export": {"dir": str(export_dir(settings)), "trial": settings.export.trial, "max_kl": settings.export.max_kl},
+        "export": {
+            "dir": str(export_dir(settings)),
+            "trial": settings.export.trial,
+            "max_kl": settings.export.max_kl,
+        },
     }
 
 
@@ -87,8 +93,18 @@ def already_finished(settings: Settings) -> dict[str, Any] | None:
 
 
 def refuse_used_export_folder(settings: Settings) -> None:
-    """Find out before the search that the model cannot be written after it."""
-    check_export_target(export_dir(settings), settings.export.overwrite)
+    """Find out before the search that the model cannot be written after it.
+
+    A folder that this run itself wrote, and was killed before it could say so, is fine.
+    """
+    target = export_dir(settings)
+    results, manifest = run_dir(settings) / "results.json", target / MANIFEST_NAME
+    if manifest.is_file() and results.is_file():
+        outcome, written = read_json(results), read_json(manifest)
+        unfinished = "finished" not in outcome and outcome.get("verified") is not None
+        if unfinished and outcome["verified"] == written.get("verified") and outcome["selected"] == written["trial"]:
+            return
+    check_export_target(target, settings.export.overwrite)
 
 
 @contextmanager
@@ -96,6 +112,7 @@ def opened(settings: Settings, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder and lay the model out. Nothing is written before the checks passed."""
     started = time.perf_counter()
     job = Job.check(settings)
+    _refuse_impossible_export(job)
     config = OmegaConf.to_yaml(OmegaConf.structured(settings))
     with RunFolder.open(run_dir(settings), config, fingerprint(settings)) as folder:
         folder.attach_log(logging.getLogger("heretic_ds"))
@@ -107,6 +124,15 @@ def opened(settings: Settings, console: Console) -> Iterator[Run]:
             yield run
         finally:
             engine.close()
+
+
+def _refuse_impossible_export(job: Job) -> None:
+    """What only a loaded model tells: the disk is too small for it, or its own folder is to be written over."""
+    settings, target = job.settings, export_dir(job.settings)
+    kept = target.exists() and not settings.export.overwrite  # an earlier export, or a menu that asks for a folder
+    if settings.task.name in ("abliterate", "export") and not kept:
+        size = model_bytes(job.loaded.model)
+        check_export_target(target, settings.export.overwrite, source=job.loaded.source, needed_bytes=size)
 
 
 def _begun(settings: Settings, job: Job) -> dict[str, Any]:
@@ -126,6 +152,6 @@ def _begun(settings: Settings, job: Job) -> dict[str, Any]:
         "pareto": [],
         "selected": None,
         "verified": None,
-        "timings": {},
+        "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
         "versions": package_versions(),
     }

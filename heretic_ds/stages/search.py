@@ -17,7 +17,10 @@ log = logging.getLogger(__name__)
 def open_search(run: Run, objective: Objective) -> Search:
     """The study of this run folder, with the trials it holds already."""
     search = Search(
-        run.folder.journal, run.job.anatomy.n_blocks, run.settings.search, baseline_refusals=objective.original.refusals
+        run.folder.journal,
+        run.job.anatomy.n_blocks,
+        run.settings.search,
+        baseline_refusals=objective.original.refusals,
     )
     run.results["trials"] = [record.to_dict() for record in search.records]
     if search.records:

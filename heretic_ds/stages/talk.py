@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
+from rich.console import Console
+
+from heretic_ds.chat import chat
+from heretic_ds.errors import SearchFailed
+from heretic_ds.export.target import check_export_target
+from heretic_ds.job import Job
+from heretic_ds.menu import MenuActions, run_menu
+from heretic_ds.search.objective import Objective
+from heretic_ds.search.pareto import pareto_front
+from heretic_ds.search.study import Search
+from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.finish import export_edited, objective_of, report_front, verify
+from heretic_ds.stages.fixed import named_edit
+from heretic_ds.stages.measure import find_response_prefix, fixed_directions
+from heretic_ds.stages.opening import Run, export_dir, opened
+from heretic_ds.stages.search import continue_search
+
+log = logging.getLogger(__name__)
 
 
 def wants_menu(settings: Settings) -> bool:
@@ -12,3 +33,57 @@ def wants_menu(settings: Settings) -> bool:
     if settings.run.interactive is not None:
         return settings.run.interactive
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def menu(run: Run, objective: Objective, search: Search) -> tuple[float, float] | None:
+    """Let the user choose trials, save them, talk to them, or search on. Returns the scores of what was saved last."""
+    report_front(run, search)
+    if not search.records:
+        raise SearchFailed("no trial was finished, so there is nothing to choose from; run the same command again")
+    front = pareto_front(search.records)
+
+    def by_index(index: int) -> TrialRecord:
+        return next(record for record in search.records if record.index == index)
+
+    def save(index: int, folder: str) -> None:
+        target = check_export_target(Path(folder), run.settings.export.overwrite, source=run.job.loaded.source)
+        scores = verify(run, objective, by_index(index).edit)
+        log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
+        run.results["selected"] = index
+        export_edited(run, by_index(index).edit, index, target)
+        report_front(run, search)
+
+    def talk_to(index: int) -> None:
+        run.engine.apply(by_index(index).edit)
+        _talk(run.job)
+
+    def more_trials(count: int) -> tuple[Sequence[TrialRecord], Sequence[int]]:
+        search.trials = len(search.records) + count
+        continue_search(run, search, objective)
+        report_front(run, search)
+        return search.records, pareto_front(search.records)
+
+    actions = MenuActions(save, talk_to, more_trials, default_dir=str(export_dir(run.settings)))
+    run_menu(actions, search.records, front, run.console.input, run.console)
+    run.save()
+    return objective_of(run.results)
+
+
+def talk(settings: Settings, console: Console) -> None:
+    """Talk to the original model, or to the edited one where ``export.trial`` or ``ablation.*`` names an edit."""
+    profiles = settings.ablation.profiles
+    fixed = profiles.attention.max_weight is not None or profiles.mlp.max_weight is not None
+    if settings.export.trial is None and not fixed:
+        log.info("this is the original model; export.trial or ablation.profiles.* choose an edited one")
+        _talk(Job.check(settings, with_prompts=False))
+        return
+    with opened(settings, console) as run:
+        edit, _ = named_edit(run)
+        find_response_prefix(run)
+        fixed_directions(run)
+        run.engine.apply(edit)
+        _talk(run.job)
+
+
+def _talk(job: Job) -> None:
+    chat(job.loaded.model, job.chat, max_new_tokens=job.settings.task.answer_tokens)

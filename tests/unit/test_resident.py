@@ -8,7 +8,7 @@ import torch
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines.protocol import Ablation
-from heretic_ds.engines.replicated import ReplicatedEngine
+from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.errors import UserError
 from tests import families
 
@@ -23,8 +23,8 @@ def prompts() -> list[list[int]]:
     return [torch.randint(low, high, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def engine_for(model, batch_size=3, **options) -> ReplicatedEngine:
-    return ReplicatedEngine(model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, **options)
+def engine_for(model, batch_size=3, **options) -> ResidentEngine:
+    return ResidentEngine(model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, **options)
 
 
 def ablation_for(engine, row_norm="full", through_norm=False) -> Ablation:

@@ -1,0 +1,166 @@
+"""The ranks of one job: who decides, which ranks hold a replica of the model together, who works on which prompts.
+
+All rank arithmetic is here. A phase lays the world out as ``count`` replicas of ``degree`` ranks each, consecutive
+ranks making up one replica, so that a replica's traffic stays inside a node where it can.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from heretic_ds.errors import UserError
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)
+"""Longest wait in a collective: loading a large model from a slow disk takes minutes on one rank before another."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How one phase lies on the world: ``count`` replicas of the model, ``degree`` ranks each."""
+
+    count: int
+    degree: int
+    index: int
+    """The replica that this rank belongs to."""
+    member: int
+    """This rank's place within its replica."""
+    inside: dist.ProcessGroup | None
+    """The ranks of this replica; None where it is one rank."""
+    across: dist.ProcessGroup | None
+    """The ranks with this rank's place in every replica; None where there is one replica."""
+
+    def share(self, n: int) -> list[int]:
+        """Indices of the items, of ``n``, that this replica works on.
+
+        Every replica gets equally many, so that all take part in equally many collectives: where ``n`` does not
+        divide, the last item of a share is repeated, or the first of all for a replica left with none.
+        """
+        each = -(-n // self.count)
+        mine = list(range(self.index, n, self.count))
+        return mine + [mine[-1] if mine else 0] * (each - len(mine))
+
+    def gather(self, items: Sequence[T], n: int) -> list[T]:
+        """All ``n`` results in order, from every replica's results for its :meth:`share`."""
+        if self.across is None:
+            return list(items)[:n]
+        shares: list[Any] = [None] * self.count
+        dist.all_gather_object(shares, list(items), group=self.across)
+        return [shares[i % self.count][i // self.count] for i in range(n)]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a host tensor over replicas."""
+        if self.across is not None:
+            dist.all_reduce(tensor, group=self.across)
+        return tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise UserError(f"RANK={self.rank} is not below WORLD_SIZE={self.size}; start ranks with the launcher")
+
+    @classmethod
+    def join(cls) -> World:
+        """The world that the launcher's environment describes; a world of one without a launcher."""
+        world = cls(
+            rank=int(os.environ.get("RANK", 0)),
+            size=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        )
+        if world.size > 1 and not dist.is_initialized():
+            if torch.cuda.is_available():
+                torch.cuda.set_device(world.local_rank)
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        return world
+
+    @property
+    def decides(self) -> bool:
+        """Whether this rank asks the study, writes files and speaks; the others follow."""
+        return self.rank == 0
+
+    def replicas(self, degree: int | None, setting: str) -> Replicas:
+        """The layout of a phase; ``degree`` None takes the whole world for one replica.
+
+        Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
+        """
+        degree = self.size if degree is None else degree
+        if degree < 1 or self.size % degree:
+            raise UserError(
+                f"{setting}={degree} does not divide the world size {self.size}: world size = data parallel size x "
+                f"{setting}; choose a divisor of {self.size}, or start another number of ranks"
+            )
+        count = self.size // degree
+        index, member = divmod(self.rank, degree)
+        inside = across = None
+        for replica in range(count if degree > 1 else 0):  # every rank takes part in making every group
+            group = dist.new_group(list(range(replica * degree, (replica + 1) * degree)))
+            inside = group if replica == index else inside
+        for place in range(degree if count > 1 else 0):
+            group = dist.new_group(list(range(place, self.size, degree)))
+            across = group if place == member else across
+        return Replicas(count, degree, index, member, inside, across)
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, on every rank. An error there is raised on every rank."""
+        if self.size == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.decides:
+            try:
+                outcome[0] = make()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """Each rank's own result; an error on any rank is raised on every rank, that of the lowest rank first.
+
+        For work without collectives, such as reading files: a rank that failed alone would leave the others waiting.
+        """
+        if self.size == 1:
+            return work()
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            problem = error
+        problems: list[Any] = [None] * self.size
+        dist.all_gather_object(problems, problem)
+        for error in problems:
+            if error is not None:
+                raise error
+        return result  # type: ignore[return-value]
+
+    def gather(self, item: T) -> list[T]:
+        """Every rank's item, by rank, on every rank."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def leave(self) -> None:
+        """End this process's part in the job."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
