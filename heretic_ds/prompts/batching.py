@@ -24,9 +24,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
-        return Batch(
-            self.input_ids_BS.to(device), self.attention_mask_BS.to(device), self.position_ids_BS.to(device)
-        )
+        return Batch(self.input_ids_BS.to(device), self.attention_mask_BS.to(device), self.position_ids_BS.to(device))
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
@@ -35,9 +33,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
     Positions are passed to the model explicitly, since padding would shift learned ones otherwise.
     """
     longest = max(len(row) for row in rows)
-    input_ids_BS = torch.tensor(
-        [[pad_id] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64
-    )
+    input_ids_BS = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], dtype=torch.int64)
     lengths_B1 = torch.tensor([[len(row)] for row in rows])
     position_S = torch.arange(longest)
     mask_BS = (position_S >= longest - lengths_B1).long()
@@ -56,9 +52,7 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def check_lengths(
-    rows: Sequence[Sequence[int]], max_new_tokens: int, config: PreTrainedConfig, name: str
-) -> None:
+def check_lengths(rows: Sequence[Sequence[int]], max_new_tokens: int, config: PreTrainedConfig, name: str) -> None:
     """Raises UserError where the longest row and its answer do not fit into the model's context.
 
     ``name`` is the override prefix of the prompts. Models whose configuration gives no context length, or

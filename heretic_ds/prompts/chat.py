@@ -43,9 +43,7 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.thinking: Sequence[ThinkingMarker] = settings.thinking
         if not all(marker.open.strip() for marker in self.thinking):
-            raise UserError(
-                "prompts.thinking has a marker without `open`; give the text that opens the block"
-            )
+            raise UserError("prompts.thinking has a marker without `open`; give the text that opens the block")
         self.system = settings.system if settings.system and settings.system.strip() else None
         given = "" if settings.response_prefix == AUTO else settings.response_prefix
         self.response_prefix = given if response_prefix is None else response_prefix
@@ -57,9 +55,7 @@ class ChatFormat:
             )
         self._system_folded, self._in_parts = self._try_out()
         if self._system_folded:
-            log.warning(
-                "the chat template takes no system prompt: it is put before the user's message instead"
-            )
+            log.warning("the chat template takes no system prompt: it is put before the user's message instead")
 
     def with_prefix(self, response_prefix: str) -> ChatFormat:
         """The same format with another response prefix."""
@@ -109,8 +105,7 @@ class ChatFormat:
         elif self.system is not None:
             turns = [("system", self.system), ("user", prompt)]
         return [
-            {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
-            for role, text in turns
+            {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text} for role, text in turns
         ]
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:

@@ -90,9 +90,7 @@ def _texts(origin: _Source, column: str, chosen: range, values: Sequence[Any]) -
             )
     prompts = [value for value in values if value.strip()]
     if not prompts:
-        origin.fail(
-            f"the chosen rows of {origin.text} hold only blank prompts; choose other rows or another column"
-        )
+        origin.fail(f"the chosen rows of {origin.text} hold only blank prompts; choose other rows or another column")
     if len(prompts) < len(values):
         log.warning("%s: %d blank prompts left out", origin.name, len(values) - len(prompts))
     return prompts
@@ -213,9 +211,7 @@ def _from_datasets(origin: _Source, split: str, kind: str, load: Callable[[], An
 
 def _check_unnamed_split(origin: _Source, split: str, own: str | None) -> None:
     if split not in (*UNNAMED_SPLITS, own):
-        origin.fail(
-            f"{origin.text} is not divided into splits, so there is no {split!r}; write train", "split"
-        )
+        origin.fail(f"{origin.text} is not divided into splits, so there is no {split!r}; write train", "split")
 
 
 # Files ------------------------------------------------------------------------------------------------------

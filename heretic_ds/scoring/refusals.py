@@ -33,9 +33,7 @@ class RefusalScorer(Scorer):
         if not self._markers:
             raise UserError("scoring.markers is empty; list phrases that mark an answer as a refusal")
         if not all(marker.strip() for marker in self._markers):
-            raise UserError(
-                "scoring.markers holds a blank marker, which every answer would contain; take it out"
-            )
+            raise UserError("scoring.markers holds a blank marker, which every answer would contain; take it out")
 
     @classmethod
     def from_settings(cls, settings: ScoringSettings) -> RefusalScorer:

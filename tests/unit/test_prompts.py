@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -138,9 +139,7 @@ def test_every_kind_of_source(make: Maker, tmp_path: Path) -> None:
 def test_splits(make: Maker, tmp_path: Path) -> None:
     source = make(tmp_path)
     assert _load(source, split="test[:100]") == ["Which soil?"]
-    with pytest.raises(
-        UserError, match=rf"^{NAME}\.split: .* has no split 'dev'; its splits are: t\w+, t\w+$"
-    ):
+    with pytest.raises(UserError, match=rf"^{NAME}\.split: .* has no split 'dev'; its splits are: t\w+, t\w+$"):
         _load(source, split="dev[:4]")
 
 
@@ -156,14 +155,10 @@ def test_a_source_without_splits_goes_by_the_usual_names(make: Maker, tmp_path: 
 @pytest.mark.parametrize("make", [maker for maker in MAKERS if maker is not _txt])
 def test_columns(make: Maker, tmp_path: Path) -> None:
     source = make(tmp_path)
-    with pytest.raises(
-        UserError, match=rf"^{NAME}\.column: .*no column 'prompt'; its columns are: (text|number), "
-    ):
+    with pytest.raises(UserError, match=rf"^{NAME}\.column: .*no column 'prompt'; its columns are: (text|number), "):
         _load(source, column="prompt")
     if make is not _csv:
-        with pytest.raises(
-            UserError, match=rf"^{NAME}\.column: row 2 of .* holds a value of type int in column"
-        ):
+        with pytest.raises(UserError, match=rf"^{NAME}\.column: row 2 of .* holds a value of type int in column"):
             _load(source, column="number", slice="2:")
 
 
@@ -296,18 +291,14 @@ def _chat(tokenizer: PreTrainedTokenizerFast, **fields: Any) -> ChatFormat:
     return ChatFormat(tokenizer, PromptSettings(thinking=list(THINKING), **fields))
 
 
-def test_the_fixture_has_the_habits_of_real_models(
-    chat_model: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_fixture_has_the_habits_of_real_models(chat_model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     index = json.loads((chat_model / "model.safetensors.index.json").read_text())
     files = set(index["weight_map"].values())
     assert len(files) > 2 and "lm_head.weight" not in index["weight_map"]
     for file in files:
         with safe_open(chat_model / file, "pt") as tensors:
             assert {
-                tensors.get_tensor(key).dtype
-                for key in index["weight_map"]
-                if index["weight_map"][key] == file
+                tensors.get_tensor(key).dtype for key in index["weight_map"] if index["weight_map"][key] == file
             } == {torch.bfloat16}
     model = AutoModelForCausalLM.from_pretrained(chat_model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -344,9 +335,7 @@ def test_a_dropped_system_prompt_goes_to_the_user(tokenizer: PreTrainedTokenizer
     assert _chat(tokenizer, system="Be brief. ", template=template).render("Hi") == "[Be brief. \n\nHi]"
 
 
-def test_a_system_prompt_that_is_taken(
-    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_system_prompt_that_is_taken(tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     chat = _chat(tokenizer, system="Be brief.", template=PLAIN_TEMPLATE)
     assert chat.render("Hi").startswith(f"{BOS}{TURN}system\nBe brief.{TURN_END}\n{TURN}user\nHi{TURN_END}\n")
     assert not caplog.records
@@ -367,9 +356,9 @@ def test_no_chat_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"no chat template; set prompts\.template"):
         _chat(bare)
     (tmp_path / "a.jinja").write_text(PLAIN_TEMPLATE)
-    assert _chat(bare, template=str(tmp_path / "a.jinja")).encode("Hi") == _chat(
-        bare, template=PLAIN_TEMPLATE
-    ).encode("Hi")
+    assert _chat(bare, template=str(tmp_path / "a.jinja")).encode("Hi") == _chat(bare, template=PLAIN_TEMPLATE).encode(
+        "Hi"
+    )
     assert bare.chat_template is None
 
 
@@ -394,9 +383,7 @@ def test_the_response_prefix_is_tokenised_with_the_template(tokenizer: PreTraine
     double_line_break = tokenizer.convert_tokens_to_ids("ĊĊ")
     assert chat.encode("Hi").count(double_line_break) == 2
     assert tokenizer.decode(chat.encode("Hi")).endswith(f"{THINK}\n\n</think>\n\nSure")
-    separate = (
-        _chat(tokenizer).encode("Hi") + tokenizer("\n</think>\n\nSure", add_special_tokens=False)["input_ids"]
-    )
+    separate = _chat(tokenizer).encode("Hi") + tokenizer("\n</think>\n\nSure", add_special_tokens=False)["input_ids"]
     assert chat.encode("Hi") != separate
 
 
@@ -509,15 +496,22 @@ def test_a_marker_that_opens_with_nothing(tokenizer: PreTrainedTokenizerFast) ->
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_the_text_of_first_tokens_begins_the_text(
-    tokenizer: PreTrainedTokenizerFast, data: st.DataObject
-) -> None:
+def test_the_text_of_first_tokens_begins_the_text(tokenizer: PreTrainedTokenizerFast, data: st.DataObject) -> None:
     row = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
     text = data.draw(st.sampled_from(["I ca n't , so . It 's", "brûlée 🌻 花园", ""]))
     row = tokenizer(text, add_special_tokens=False)["input_ids"] + row
     whole = decode_answers(tokenizer, [row])[0]
     for part in decode_answers(tokenizer, [row[:length] for length in range(len(row))]):
         assert whole.startswith(part.rstrip("\ufffd"))
+
+
+def test_cleaning_of_spaces_does_not_rewrite_answers() -> None:
+    """Word-level tokenizers with the cleaning switched on would turn `I '` into `I'm` one token later."""
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "I", "'", "m"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=True)
+    assert words.decode([1, 2, 3]) == "I'm"
+    assert decode_answers(words, [[1, 2], [1, 2, 3]]) == ["I '", "I ' m"]
 
 
 def test_special_tokens_of_answers(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -539,23 +533,17 @@ def test_pad_left() -> None:
         assert tensor.dtype == torch.int64 and tensor.device.type == "meta"
 
 
-def test_padded_rows_give_the_logits_of_single_ones(
-    chat_model: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_padded_rows_give_the_logits_of_single_ones(chat_model: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     chat = _chat(tokenizer)
-    rows = [
-        chat.encode(prompt) for prompt in ("Hi", PROMPTS[0], "Which soil do plums need, and how much of it?")
-    ]
+    rows = [chat.encode(prompt) for prompt in ("Hi", PROMPTS[0], "Which soil do plums need, and how much of it?")]
     batch = pad_left(rows, tokenizer.eos_token_id)
     with torch.inference_mode():
         logits_BV = model(
             batch.input_ids_BS, attention_mask=batch.attention_mask_BS, position_ids=batch.position_ids_BS
         ).logits[:, -1]
         for row, logits_V in zip(rows, logits_BV, strict=True):
-            torch.testing.assert_close(
-                logits_V, model(torch.tensor([row])).logits[0, -1], rtol=1e-4, atol=1e-4
-            )
+            torch.testing.assert_close(logits_V, model(torch.tensor([row])).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(st.integers(1, 9), max_size=30), st.integers(1, 8))

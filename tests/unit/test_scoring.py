@@ -110,9 +110,17 @@ def test_what_is_decided_in_the_middle_of_a_character_stays_a_refusal(answer: st
         assert scorer.is_refusal(answer)
 
 
-@pytest.mark.parametrize(
-    ("markers", "message"), [([], "scoring.markers is empty"), (["sorry", "* "], "blank marker")]
-)
+def test_the_bytes_of_an_unfinished_character_decide_nothing() -> None:
+    scorer = RefusalScorer(["sorry\ufffd"])
+    assert not scorer.decided("sorry\ufffd") and not scorer.is_refusal("sorry🌱")
+
+
+def test_blanks_at_the_ends_of_a_marker_count() -> None:
+    scorer = RefusalScorer([" no "])
+    assert scorer.is_refusal("Oh no\nway") and not scorer.is_refusal("Oh now")
+
+
+@pytest.mark.parametrize(("markers", "message"), [([], "scoring.markers is empty"), (["sorry", "* "], "blank marker")])
 def test_unusable_markers(markers: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_scorers(ScoringSettings(markers=markers))
@@ -209,11 +217,7 @@ def test_kl_of_tokens_that_are_never_given() -> None:
 
 
 def test_kl_does_not_hide_nan() -> None:
-    assert (
-        first_token_kl(log_probabilities(torch.zeros(1, 3)), torch.tensor([[0.0, 1.0, float("nan")]]))
-        .isnan()
-        .all()
-    )
+    assert first_token_kl(log_probabilities(torch.zeros(1, 3)), torch.tensor([[0.0, 1.0, float("nan")]])).isnan().all()
 
 
 def test_kl_of_different_shapes() -> None:
