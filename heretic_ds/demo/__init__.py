@@ -1,0 +1,36 @@
+"""The demo model: a tiny garden assistant that declines cooking questions along one known direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEMO_DIR = Path(__file__).resolve().parent
+
+PromptKind = Literal["target", "baseline"]
+PromptPart = Literal["train", "eval"]
+
+
+def demo_model_dir() -> Path:
+    """Folder of the shipped demo model, in Hugging Face layout (weights stored in bfloat16)."""
+    return DEMO_DIR / "model"
+
+
+def demo_prompts(kind: PromptKind, part: PromptPart) -> Path:
+    """Text file, one prompt a line: `target` (cooking) is declined, `baseline` (gardening) answered.
+
+    Raises ValueError for another kind or part.
+    """
+    if kind not in ("target", "baseline") or part not in ("train", "eval"):
+        raise ValueError(f"no demo prompts {kind!r}, {part!r}: kinds are target, baseline; parts are train, eval")
+    return DEMO_DIR / "prompts" / f"{kind}_{part}.txt"
+
+
+def planted_direction() -> Tensor:
+    """The unit vector [d], float32, that training planted: what a captured direction should resemble."""
+    from safetensors.torch import load_file
+
+    return load_file(DEMO_DIR / "planted_direction.safetensors")["direction"]
