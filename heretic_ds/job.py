@@ -1,4 +1,4 @@
-"""What every task starts from: checked inputs, a loaded model, its anatomy, its prompts as token ids."""
+"""What every task starts from: checked settings, prompts, the model's tokenizer and anatomy; its weights come later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from heretic_ds.ablation import Edit, Profile
 from heretic_ds.anatomy import Anatomy, find_anatomy
-from heretic_ds.engines import Engine, build_engine
-from heretic_ds.loading import LoadedModel, load_model
+from heretic_ds.loading import OpenedModel, open_model
 from heretic_ds.prompts import ChatFormat, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import Scorer
 from heretic_ds.search.objective import PromptSet
 from heretic_ds.settings import PromptSource, Settings
+from heretic_ds.world import World
 
 KINDS = ("target", "baseline")
 PARTS = ("train", "eval")
@@ -24,7 +24,8 @@ class Job:
     """One command's inputs. Made before anything is written, so that every mistake in them costs nothing."""
 
     settings: Settings
-    loaded: LoadedModel
+    world: World
+    opened: OpenedModel
     anatomy: Anatomy
     chat: ChatFormat
     scorers: list[Scorer]
@@ -32,52 +33,49 @@ class Job:
     """Prompts by kind and part, such as ``target.train``."""
 
     @classmethod
-    def check(cls, settings: Settings, with_prompts: bool = True) -> Job:
-        """Read prompts, load the model and find its writers. Raises UserError for anything wrong with them."""
-        texts: dict[str, list[str]] = {}
-        for kind in KINDS if with_prompts else ():
-            for part in PARTS:
-                source: PromptSource = getattr(getattr(settings.prompts, kind), part)
-                texts[f"{kind}.{part}"] = load_prompts(source, f"prompts.{kind}.{part}")
-        scorers = make_scorers(settings.scoring)
-        loaded = load_model(settings.model)
-        anatomy = find_anatomy(loaded.model)
-        job = cls(settings, loaded, anatomy, ChatFormat(loaded.tokenizer, settings.prompts), scorers, texts)
-        for name in texts:
-            job.check_lengths(name)
+    def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
+        """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
+        texts = world.decide(lambda: _all_prompts(settings)) if with_prompts else {}
+        scorers = world.agree(lambda: make_scorers(settings.scoring))
+        world.decide(lambda: open_model(settings.model) and None)  # one rank downloads what all will read
+        opened = world.agree(lambda: open_model(settings.model))
+        anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
+        chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
+        job = cls(settings, world, opened, anatomy, chat, scorers, texts)
+        job.check_lengths()
         return job
 
-    def check_lengths(self, name: str) -> None:
+    def check_lengths(self) -> None:
         """Refuse prompts that leave no room for an answer in the model's context."""
-        check_lengths(
-            self.prompts(name).rows,
-            self.settings.generation.max_new_tokens,
-            self.loaded.model.config,
-            f"prompts.{name}",
-        )
+        for name in self.texts:
+            rows = self.prompts(name).rows
+            check_lengths(rows, self.settings.generation.max_new_tokens, self.opened.config, f"prompts.{name}")
 
-    def engine(self, measured: dict[str, int]) -> Engine:
-        """The model on the placement that the settings name; ``measured`` holds the batch sizes known already."""
-        return build_engine(self.settings, self.loaded, self.anatomy, measured)
-
-    def prompts(self, name: str, most: int | None = None) -> PromptSet:
-        """Prompts of one kind and part (``target.train``), at most ``most``, in the current chat format."""
-        texts = self.texts[name][:most]
+    def prompts(self, name: str) -> PromptSet:
+        """Prompts of one kind and part (``target.train``) in the current chat format."""
+        texts = self.texts[name]
         return PromptSet(texts, [self.chat.encode(text) for text in texts])
 
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
-        return decode_answers(self.loaded.tokenizer, answers)
+        return decode_answers(self.opened.tokenizer, answers)
 
     def fixed_edit(self) -> Edit | None:
         """The edit that ``ablation.*`` gives, or None."""
-        ablation = self.settings.ablation
-        profiles = {
-            component: Profile(given.max_weight, given.max_weight_position, given.min_weight, given.min_weight_distance)
-            for component, given in (
-                ("attention", ablation.profiles.attention),
-                ("mlp", ablation.profiles.mlp),
-            )
-            if given.max_weight is not None
-        }
-        return Edit(ablation.direction_index, profiles) if profiles else None
+        given = self.settings.ablation.profiles
+        profiles: dict[str, Profile] = {}
+        for component, numbers in (("attention", given.attention), ("mlp", given.mlp)):
+            four = (numbers.max_weight, numbers.max_weight_position, numbers.min_weight, numbers.min_weight_distance)
+            known = [number for number in four if number is not None]
+            if len(known) == len(four):
+                profiles[component] = Profile(*known)
+        return Edit(self.settings.ablation.direction_index, profiles) if profiles else None
+
+
+def _all_prompts(settings: Settings) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    for kind in KINDS:
+        for part in PARTS:
+            source: PromptSource = getattr(getattr(settings.prompts, kind), part)
+            texts[f"{kind}.{part}"] = load_prompts(source, f"prompts.{kind}.{part}")
+    return texts

@@ -54,14 +54,50 @@ DTYPES = {
 _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
-_TRUST_HINT = (
-    "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
-)
+_TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
+
+
+@dataclass
+class OpenedModel:
+    """All of a model but its weights, which every placement lays out in its own way."""
+
+    settings: ModelSettings
+    source: ModelSource
+    config: PreTrainedConfig
+    headers: Mapping[str, TensorInfo]
+    """What the weight files hold, by tensor name."""
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any | None
+    """Processor of a vision-language wrapper; None for text models."""
+    device: torch.device
+    quantization: str | None
+    """Method by which the checkpoint is quantised; the model in memory never is."""
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Dtypes to load the weights in, best first."""
+        parameters = sum(math.prod(info.shape) for info in self.headers.values())
+        return dtype_candidates(self.settings.dtype, own_dtype(self.config, self.headers), self.device, parameters)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without memory for its weights: modules, names and shapes, on the meta device."""
+        with torch.device("meta"):
+            model = _auto_class(self.config).from_config(
+                self.config, dtype=self.dtypes[0], trust_remote_code=self.settings.trust_remote_code
+            )
+        return self.ready(model)
+
+    def ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same model in eval mode, without gradients, decoding greedily."""
+        model.requires_grad_(False).eval()
+        model.config._name_or_path = self.source.name
+        model.generation_config = greedy_generation_config(self.source.folder, model.config, self.tokenizer)
+        return model
 
 
 @dataclass
 class LoadedModel:
-    """A model in memory, with what is needed to prompt it and to write an edited copy of it."""
+    """A whole model in memory, with what is needed to prompt it and to write an edited copy of it."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -80,37 +116,51 @@ class LoadedModel:
     """Method by which the checkpoint is quantised; the model in memory never is."""
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
-    """Load the model that `settings` name, in eval mode, without gradients, padded on the left, greedy.
+def open_model(settings: ModelSettings) -> OpenedModel:
+    """Find the model that `settings` name and check all that its configuration and file headers can tell.
 
-    Everything that can be known from configuration and file headers is checked before weights are read.
-    `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward
-    is not finite. Raises UserError for anything wrong with the model or the settings, naming the file or
-    tensor.
+    Raises UserError for anything wrong with the model or the settings, naming the file or tensor.
     """
     source = resolve_source(settings.path, settings.revision)
     raw = read_config(source.folder)
     headers = read_headers(source.folder)
-    config = _load_config(settings, source, raw)
-    device = choose_device(settings.device)
-    tokenizer = load_tokenizer(settings, source)
-    own = own_dtype(config, headers)
-    model = _load_in_some_dtype(settings, source, config, own, device, headers)
-    model.requires_grad_(False).eval()
-    model.config._name_or_path = source.name
-    model.generation_config = greedy_generation_config(source.folder, model.config, tokenizer)
+    return OpenedModel(
+        settings=settings,
+        source=source,
+        config=_load_config(settings, source, raw),
+        headers=headers,
+        device=choose_device(settings.device),
+        tokenizer=load_tokenizer(settings, source),
+        processor=load_processor(settings, source),
+        quantization=_quantization(raw),
+    )
+
+
+def load_weights(opened: OpenedModel) -> LoadedModel:
+    """The whole model on its device: finite, complete, in the best dtype that a first forward runs in.
+
+    `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward is not
+    finite. Raises UserError naming the file or tensor at fault.
+    """
+    model = opened.ready(_load_in_some_dtype(opened))
+    source = opened.source
     return LoadedModel(
         model=model,
-        tokenizer=tokenizer,
-        processor=load_processor(settings, source),
+        tokenizer=opened.tokenizer,
+        processor=opened.processor,
         source=source.folder,
         dtype=model.dtype,
-        device=device,
+        device=opened.device,
         model_name=source.name,
         revision=source.revision,
         is_hub=source.is_hub,
-        quantization=_quantization(raw),
+        quantization=opened.quantization,
     )
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """:func:`open_model` and :func:`load_weights` in one."""
+    return load_weights(open_model(settings))
 
 
 def _load_config(settings: ModelSettings, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
@@ -146,24 +196,16 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     candidates = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
     for auto in candidates:
         built = auto._model_mapping[type(config)]
-        if wanted in [
-            getattr(cls, "__name__", "") for cls in (built if isinstance(built, tuple) else (built,))
-        ]:
+        if wanted in [getattr(cls, "__name__", "") for cls in (built if isinstance(built, tuple) else (built,))]:
             return auto
     return candidates[0] if candidates else AutoModelForCausalLM
 
 
-def _load_in_some_dtype(
-    settings: ModelSettings,
-    source: ModelSource,
-    config: PreTrainedConfig,
-    own: torch.dtype,
-    device: torch.device,
-    headers: Mapping[str, TensorInfo],
-) -> PreTrainedModel:
-    parameters = sum(math.prod(info.shape) for info in headers.values())
+def _load_in_some_dtype(opened: OpenedModel) -> PreTrainedModel:
+    settings, source, config, device = opened.settings, opened.source, opened.config, opened.device
+    own = own_dtype(config, opened.headers)
     reason = ""
-    for dtype in dtype_candidates(settings.dtype, own, device, parameters):
+    for dtype in opened.dtypes:
         if reason:
             log.warning("%s; loading it in %s instead", reason, dtype_name(dtype))
         model = _load_weights(settings, source, config, dtype, device)
@@ -171,8 +213,7 @@ def _load_in_some_dtype(
         widens = dtype in (own, torch.float32, torch.float64)
         if tensor is not None and widens:
             raise UserError(
-                f"model.path={settings.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint "
-                "is damaged."
+                f"model.path={settings.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
             )
         if tensor is not None:
             reason = f"{tensor} of {settings.path} is not finite in {dtype_name(dtype)}"
@@ -241,12 +282,9 @@ def _dequantised(path: str, config: PreTrainedConfig) -> dict[str, Any]:
     known = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}
     if method not in known:
         raise UserError(
-            f"model.path={path} is quantised with {method}, which cannot be edited; use the unquantised "
-            "original."
+            f"model.path={path} is quantised with {method}, which cannot be edited; use the unquantised original."
         )
-    log.warning(
-        "%s is quantised with %s: its weights are dequantised, and so will its edited copy be", path, method
-    )
+    log.warning("%s is quantised with %s: its weights are dequantised, and so will its edited copy be", path, method)
     try:
         return {"quantization_config": known[method](dequantize=True)}
     except ImportError as error:

@@ -7,9 +7,12 @@ Each stage leaves something in the run folder, so that the same command goes on 
 
 from __future__ import annotations
 
+from rich.console import Console
+
 from heretic_ds import stages
-from heretic_ds.report.console import console, messages_to
+from heretic_ds.report.console import console_of, messages_to
 from heretic_ds.settings import Settings
+from heretic_ds.world import World
 
 Scores = tuple[float, float]
 """What a sweep over runs minimises: (refusal rate, KL divergence in nats) of the verified edit."""
@@ -20,33 +23,36 @@ def run(settings: Settings) -> Scores | None:
 
     Raises UserError for what the user can mend, SearchFailed where the search found nothing to export.
     """
-    with messages_to(console):
-        return _TASKS[settings.task.name](settings)
+    world = World.join()
+    with messages_to(console_of(world)) as console:
+        result = _TASKS[settings.task.name](settings, world, console)
+    world.leave()
+    return result
 
 
-def abliterate(settings: Settings) -> Scores | None:
+def abliterate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Search for the edit that removes the behaviour, verify it on really edited weights, export the edited model."""
-    interactive = stages.wants_menu(settings)
+    interactive = stages.wants_menu(settings, world)
     if not interactive:
-        if results := stages.already_finished(settings):
+        if results := stages.already_finished(settings, world):
             return stages.objective_of(results)
-        stages.refuse_used_export_folder(settings)
-    with stages.opened(settings, console) as run:
+        stages.refuse_used_export_folder(settings, world)
+    with stages.opened(settings, world, console) as run:
         stages.find_response_prefix(run)
         stages.capture_directions(run)
         objective = stages.measure_original(run)
         search = stages.search_edits(run, objective)
         if interactive:
             return stages.menu(run, objective, search)
-        chosen = stages.select_and_verify(run, objective, search)
-        stages.report_front(run, search)
+        chosen = stages.select_and_verify(run, objective)
+        stages.report_front(run)
         stages.export_edited(run, chosen.edit, chosen.index)
         return stages.finish(run)
 
 
-def evaluate(settings: Settings) -> Scores | None:
+def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights."""
-    with stages.opened(settings, console) as run:
+    with stages.opened(settings, world, console) as run:
         stages.find_response_prefix(run)
         stages.fixed_directions(run)
         objective = stages.measure_original(run)
@@ -54,10 +60,10 @@ def evaluate(settings: Settings) -> Scores | None:
         return stages.finish(run)
 
 
-def export(settings: Settings) -> Scores | None:
+def export(settings: Settings, world: World, console: Console) -> Scores | None:
     """Write the model with the edit of one trial of an earlier run, or with the one that ``ablation.*`` gives."""
-    stages.refuse_used_export_folder(settings)
-    with stages.opened(settings, console) as run:
+    stages.refuse_used_export_folder(settings, world)
+    with stages.opened(settings, world, console) as run:
         edit, trial = stages.named_edit(run)
         stages.find_response_prefix(run)
         stages.fixed_directions(run)
@@ -67,9 +73,9 @@ def export(settings: Settings) -> Scores | None:
         return stages.objective_of(run.results)
 
 
-def chat(settings: Settings) -> None:
+def chat(settings: Settings, world: World, console: Console) -> None:
     """Talk to the model in the terminal, as it is, or with the edit of a trial or of ``ablation.*``."""
-    stages.talk(settings, console)
+    stages.talk(settings, world, console)
 
 
 _TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat}

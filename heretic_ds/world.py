@@ -49,6 +49,10 @@ class Replicas:
         mine = list(range(self.index, n, self.count))
         return mine + [mine[-1] if mine else 0] * (each - len(mine))
 
+    def own(self, n: int) -> int:
+        """How many items of :meth:`share` are this replica's; the rest are repeats."""
+        return len(range(self.index, n, self.count))
+
     def gather(self, items: Sequence[T], n: int) -> list[T]:
         """All ``n`` results in order, from every replica's results for its :meth:`share`."""
         if self.across is None:
@@ -62,6 +66,10 @@ class Replicas:
         if self.across is not None:
             dist.all_reduce(tensor, group=self.across)
         return tensor
+
+
+ALONE = Replicas(count=1, degree=1, index=0, member=0, inside=None, across=None)
+"""One replica on one rank."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,10 @@ class World:
         items: list[Any] = [None] * self.size
         dist.all_gather_object(items, item)
         return items
+
+    def same(self, value: float) -> float:
+        """Rank 0's value."""
+        return self.decide(lambda: value)
 
     def leave(self) -> None:
         """End this process's part in the job."""

@@ -6,6 +6,8 @@ after each block, the last of them after the final norm. Block i uses entry i+1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,12 @@ class ResidualMeans:
         self._sum_LD = batch_LD if self._sum_LD is None else self._sum_LD + batch_LD
         self.count += residual_BLD.shape[0]
 
-    def mean(self) -> Tensor:
-        """Mean residuals [L+1, D], float64, on the CPU."""
+    def mean(self, total: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Tensor:
+        """Mean residuals [L+1, D], float64, on the CPU. ``total`` adds up a tensor over those who share the work."""
         if self._sum_LD is None:
             raise ValueError("no residuals were added, so there is no mean")
-        return self._sum_LD / self.count
+        count = total(torch.tensor(float(self.count), dtype=torch.float64))
+        return total(self._sum_LD) / count
 
 
 def behaviour_directions(target_LD: Tensor, baseline_LD: Tensor, orthogonalize: bool) -> Tensor:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from typing import TYPE_CHECKING
 
-from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines import replicated
 from heretic_ds.engines.protocol import Engine
-from heretic_ds.loading import LoadedModel
-from heretic_ds.settings import Settings
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
 
 __all__ = ["PLACEMENTS", "Engine", "build_engine"]
 
-Build = Callable[[Settings, LoadedModel, Anatomy, dict[str, int]], Engine]
+PLACEMENTS = {
+    "replicated": "heretic_ds.engines.replicated",
+}
+"""The module of each placement; its ``build(job, placement, phase)`` gives the engine. Imported only when chosen."""
 
 
-PLACEMENTS: dict[str, Build] = {"replicated": replicated.build}
-"""How to build the engine of each placement."""
-
-
-def build_engine(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> Engine:
-    """The engine that ``settings`` ask for; ``measured`` holds batch sizes that are known already, by phase."""
-    return PLACEMENTS[settings.evaluate.placement](settings, loaded, anatomy, measured)
+def build_engine(job: Job, phase: str) -> Engine:
+    """The engine that the settings ask for in one phase: ``capture`` or ``evaluate``."""
+    placement = job.settings.capture if phase == "capture" else job.settings.evaluate
+    engine: Engine = importlib.import_module(PLACEMENTS[placement.placement]).build(job, placement, phase)
+    return engine

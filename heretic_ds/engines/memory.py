@@ -72,11 +72,17 @@ def in_batches(
         start += len(batch)
 
 
-def measure_batch_size(run: Callable[[int], None], most: int, gain: float = 1.05) -> int:
+def measure_batch_size(
+    run: Callable[[int], object],
+    most: int,
+    same: Callable[[float], float] = lambda value: value,
+    gain: float = 1.05,
+) -> int:
     """Rows per batch with the best measured throughput, up to ``most``.
 
     ``run(n)`` does a sample of the phase's work on n rows. Sizes are doubled as long as rows per second grow by
     ``gain``; then the size between the best and its successor is tried, so that it need not be a power of two.
+    ``same`` makes one rank's measurement that of all ranks, which have to come to one size.
     """
     rates: dict[int, float] = {}
 
@@ -92,7 +98,7 @@ def measure_batch_size(run: Callable[[int], None], most: int, gain: float = 1.05
                 failed = True
             if failed:
                 release_memory()
-            rates[size] = 0.0 if failed else size / (time.perf_counter() - started)
+            rates[size] = same(0.0 if failed else size / (time.perf_counter() - started))
         return rates[size]
 
     run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from heretic_ds.ablation import Edit, block_direction, through_norm
+from heretic_ds.loading import LoadedModel
 
 TokenRows = Sequence[Sequence[int]]
 """Prompts as token ids, one row each, unpadded, ending where the answer starts."""
@@ -47,8 +49,15 @@ class Engine(Protocol):
     """
 
     max_edits_per_pass: int
+    whole: LoadedModel | None
+    """The model where it lies whole in this process, so that it can be written or talked to; else None."""
     batch_sizes: dict[str, int]
     """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured, or halved for want of memory."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as loaded."""
+        ...
 
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""

@@ -1,16 +1,30 @@
-"""The placement ``replicated``: the whole model on one device."""
+"""The placement ``replicated``: the whole model on every rank's device, each rank at work on its own prompts."""
 
 from __future__ import annotations
 
-from heretic_ds.anatomy import Anatomy
+from typing import TYPE_CHECKING
+
 from heretic_ds.engines.resident import ResidentEngine
-from heretic_ds.loading import LoadedModel
-from heretic_ds.settings import Settings
+from heretic_ds.loading import load_weights
+from heretic_ds.settings import PlacementSettings
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
 
 
-def build(settings: Settings, loaded: LoadedModel, anatomy: Anatomy, measured: dict[str, int]) -> ResidentEngine:
-    """The engine over a model that was loaded whole onto its device."""
-    generation = settings.generation
-    return ResidentEngine(
-        loaded.model, loaded.tokenizer, anatomy, generation.max_new_tokens, generation.batch_size, measured
+def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
+    """The engine over a model that is loaded whole onto its device."""
+    world, generation = job.world, job.settings.generation
+    replicas = world.replicas(placement.degree or 1, f"{phase}.degree")
+    loaded = world.agree(lambda: load_weights(job.opened))
+    engine = ResidentEngine(
+        loaded.model,
+        loaded.tokenizer,
+        job.anatomy,
+        generation.max_new_tokens,
+        generation.batch_size,
+        replicas=replicas,
+        same=world.same,
     )
+    engine.whole = loaded
+    return engine

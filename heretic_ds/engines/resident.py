@@ -5,6 +5,7 @@ Placements build on it: they lay the weights out, and say how a writer's weight 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,10 @@ from heretic_ds.engines.decoding import decode, end_tokens, last_logits
 from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
 from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.loading import LoadedModel
 from heretic_ds.prompts import pad_left
-from heretic_ds.scoring.kl import first_token_kl
+from heretic_ds.scoring.kl import first_token_kl, log_probabilities
+from heretic_ds.world import ALONE, Replicas
 
 _PROBE_TOKENS = 8
 """Answer tokens per row while the batch size for generation is measured."""
@@ -39,31 +42,44 @@ class ResidentEngine:
         anatomy: Anatomy,
         max_new_tokens: int,
         batch_size: int = 0,
-        measured: dict[str, int] | None = None,
         editor: WeightEditor | None = None,
+        replicas: Replicas = ALONE,
+        same: Callable[[float], float] = lambda value: value,
     ) -> None:
-        """``batch_size`` 0 measures, unless ``measured`` holds the sizes an earlier session of this run found.
+        """Rows per batch are ``batch_size``, or for 0 what is measured, unless :attr:`batch_sizes` is given them.
 
-        ``editor`` is the placement's way to edit its weights; by default they lie whole in this process.
+        ``editor`` is the placement's way to edit its weights; by default they lie whole in this process. ``replicas``
+        says which prompts are this one's work, ``same`` makes one rank's number that of all ranks.
         """
         self.model, self.anatomy = model, anatomy
+        self.whole: LoadedModel | None = None
+        self._replicas, self._same = replicas, same
         self._pad_id = tokenizer.pad_token_id
         self._ends = end_tokens(model, tokenizer)
         self._max_new_tokens = max_new_tokens
         self._editor = editor or WeightEditor(model, anatomy)
         self._applied: Edit | None = None
-        self.batch_sizes: dict[str, int] = dict(measured or {})
-        if batch_size:
-            self.batch_sizes = {"capture": batch_size, "kl": batch_size, "generate": batch_size}
+        self.batch_sizes: dict[str, int] = (
+            dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     @torch.inference_mode()
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
-        means = ResidualMeans()
         decoder = self.model.get_submodule(self.anatomy.decoder)
-        self._find_batch_size("capture", prompts, lambda rows: self._residuals(decoder, rows))
-        for _, residual_BLD in self._sorted_batches("capture", prompts, lambda rows: self._residuals(decoder, rows)):
-            means.update(winsorize(residual_BLD.float(), winsorize_quantile))
-        return means.mean()
+        rows, own = self._share(prompts), self._replicas.own(len(prompts))
+        means = ResidualMeans()
+        self._find_batch_size("capture", rows, lambda batch: self._residuals(decoder, batch))
+        for indices, residual_BLD in self._sorted_batches(
+            "capture", rows, lambda batch: self._residuals(decoder, batch)
+        ):
+            counted = [position for position, index in enumerate(indices) if index < own]
+            kept_BLD = residual_BLD[counted].float()
+            means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
+        return means.mean(self._replicas.total)
 
     def prepare(self, ablation: Ablation) -> None:
         self._applied = None
@@ -71,15 +87,15 @@ class ResidentEngine:
 
     @torch.inference_mode()
     def reference(self, prompts: TokenRows) -> Tensor:
-        """Log-probabilities [N, V] of the first answer token, float32, on the host."""
+        """Log-probabilities [N, V] of the first answer token for the prompts of this replica, float32, on the host."""
         self._editor.wear(self._applied)
-        work = self._first_token_logits
-        self._find_batch_size("kl", prompts, work)
+        rows = self._share(prompts)
+        self._find_batch_size("kl", rows, self._first_token_logits)
         logp_NV: Tensor | None = None
-        for indices, logits_BV in self._sorted_batches("kl", prompts, work):
-            logp_BV = logits_BV.float().log_softmax(-1).cpu()
+        for indices, logits_BV in self._sorted_batches("kl", rows, self._first_token_logits):
+            logp_BV = log_probabilities(logits_BV).cpu()
             if logp_NV is None:
-                logp_NV = logp_BV.new_empty(len(prompts), logp_BV.shape[-1])
+                logp_NV = logp_BV.new_empty(len(rows), logp_BV.shape[-1])
             logp_NV[indices] = logp_BV
         if logp_NV is None:
             raise ValueError("no prompts were given to take reference distributions from")
@@ -87,29 +103,31 @@ class ResidentEngine:
 
     @torch.inference_mode()
     def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
-        result = []
+        rows, result = self._share(prompts), []
         for edit in edits:
             self._editor.wear(edit or self._applied)
-            total = 0.0
-            for indices, logits_BV in self._sorted_batches("kl", prompts, self._first_token_logits):
-                total += first_token_kl(reference[indices].to(logits_BV.device), logits_BV).double().sum().item()
-            result.append(total / len(prompts))
+            kl_N = [0.0] * len(rows)
+            for indices, logits_BV in self._sorted_batches("kl", rows, self._first_token_logits):
+                kl_B = first_token_kl(reference[indices].to(logits_BV.device), logits_BV)
+                for index, kl in zip(indices, kl_B.tolist(), strict=True):
+                    kl_N[index] = kl
+            result.append(math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts))
         return result
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        result = []
+        rows, result = self._share(prompts), []
         for edit in edits:
             self._editor.wear(edit or self._applied)
-            self._find_batch_size("generate", prompts, lambda rows: self._decode(rows, _PROBE_TOKENS, None))
-            answers: list[list[int]] = [[] for _ in prompts]
+            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
+            answers: list[list[int]] = [[] for _ in rows]
             for indices, batch in self._sorted_batches(
-                "generate", prompts, lambda rows: self._decode(rows, self._max_new_tokens, decided)
+                "generate", rows, lambda batch: self._decode(batch, self._max_new_tokens, decided)
             ):
                 for index, answer in zip(indices, batch, strict=True):
                     answers[index] = answer
-            result.append(answers)
+            result.append(self._replicas.gather(answers, len(prompts)))
         return result
 
     def apply(self, edit: Edit) -> None:
@@ -122,6 +140,7 @@ class ResidentEngine:
 
     def close(self) -> None:
         del self.model, self._editor
+        self.whole = None
         release_memory()
 
     def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
@@ -141,6 +160,9 @@ class ResidentEngine:
     def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
         return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided)
 
+    def _share(self, prompts: TokenRows) -> list[Sequence[int]]:
+        return [prompts[index] for index in self._replicas.share(len(prompts))]
+
     def _sorted_batches(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> Any:
         """Run ``work`` on batches of prompts of like length, yielding (indices of the batch's prompts, result)."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
@@ -151,4 +173,5 @@ class ResidentEngine:
         if phase in self.batch_sizes:
             return
         longest = sorted(prompts, key=len, reverse=True)
-        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), min(len(prompts), _MOST_ROWS))
+        most = min(len(prompts), _MOST_ROWS)
+        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, self._same)

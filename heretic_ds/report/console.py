@@ -9,10 +9,18 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from heretic_ds.world import World
+
 _WIDTH_OF_FILES = 160
 
-console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDTH_OF_FILES)
-"""Standard output. In a file or a pipe nobody knows the width of, tables are wide rather than folded."""
+
+def console_of(world: World) -> Console:
+    """Standard output, where the rank that decides speaks and the others are silent.
+
+    In a file or a pipe nobody knows the width of, tables are wide rather than folded.
+    """
+    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+    return Console(file=sys.stdout, width=width, quiet=not world.decides)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -28,7 +36,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 @contextmanager
-def messages_to(target: Console) -> Iterator[None]:
+def messages_to(target: Console) -> Iterator[Console]:
     """Show this package's messages on a console while the context lasts."""
     logger = logging.getLogger("heretic_ds")
     handler, level, propagate = _ConsoleHandler(target), logger.level, logger.propagate
@@ -36,7 +44,7 @@ def messages_to(target: Console) -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = False  # a root handler of somebody else's would say everything twice
     try:
-        yield
+        yield target
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

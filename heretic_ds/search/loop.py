@@ -12,7 +12,8 @@ from types import FrameType
 
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.study import Search
-from heretic_ds.search.trials import TrialRecord
+from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -46,16 +47,24 @@ def first_interrupt_stops() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, previous)
 
 
-def run_search(search: Search, objective: Objective, on_trial: Callable[[TrialRecord], None]) -> bool:
+def run_search(
+    world: World, search: Search | None, objective: Objective, on_trials: Callable[[list[TrialRecord]], None]
+) -> bool:
     """Evaluate passes until the study is complete; False where the user stopped it before.
 
-    ``on_trial`` is called with each finished trial. A trial's seconds are its share of its pass.
+    The rank that decides holds ``search``; all ranks evaluate, and all call ``on_trials`` with the finished trials of
+    each pass. A trial's seconds are its share of its pass.
     """
     with first_interrupt_stops() as stop:
-        while (asks := search.ask()) and not stop.made:
+        while asks := world.decide(lambda: [] if stop.made or search is None else search.ask()):
             started = time.perf_counter()
             scores = objective.score([ask.edit for ask in asks])
             seconds = (time.perf_counter() - started) / len(asks)
-            for ask, trial_scores in zip(asks, scores, strict=True):
-                on_trial(search.tell(ask, trial_scores, seconds))
-    return search.remaining == 0
+            on_trials(world.decide(lambda: _tell(search, asks, scores, seconds)))  # noqa: B023 - called at once
+    return world.decide(lambda: search is not None and search.remaining == 0)
+
+
+def _tell(search: Search | None, asks: list[Ask], scores: list[TrialScores], seconds: float) -> list[TrialRecord]:
+    if search is None:
+        raise RuntimeError("the rank that decides holds the study")
+    return [search.tell(ask, trial_scores, seconds) for ask, trial_scores in zip(asks, scores, strict=True)]

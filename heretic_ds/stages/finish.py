@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from heretic_ds.ablation import Edit
+from heretic_ds.anatomy import Writer
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
 from heretic_ds.export.target import MANIFEST_NAME
@@ -17,23 +17,27 @@ from heretic_ds.model_source import read_json
 from heretic_ds.report import pareto_table, plot_front
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
-from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord, TrialScores
+from heretic_ds.settings import PromptSettings
 from heretic_ds.stages.opening import Run, export_dir
 
 log = logging.getLogger(__name__)
 
 
-def report_front(run: Run, search: Search) -> None:
+def report_front(run: Run) -> None:
     """Show the Pareto front as a table, draw it, and keep what the search found. The selected trial is marked."""
-    records, results = search.records, run.results
+    records, results = run.records, run.results
     front = pareto_front(records)
     results["trials"], results["pareto"] = [record.to_dict() for record in records], front
-    original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
+    original, prompts, selected = (
+        results["baseline"]["refusals"],
+        results["prompts"]["target_eval"],
+        results["selected"],
+    )
     if front:
-        run.console.print(pareto_table(records, front, original, prompts, results["selected"]))
-    max_kl = run.settings.export.max_kl
-    plot_front(run.folder.front_plot, records, front, original, prompts, results["selected"], max_kl)
+        run.console.print(pareto_table(records, front, original, prompts, selected))
+    if run.folder is not None:
+        plot_front(run.folder.front_plot, records, front, original, prompts, selected, run.settings.export.max_kl)
     run.save()
 
 
@@ -49,13 +53,13 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
     return scores
 
 
-def select_and_verify(run: Run, objective: Objective, search: Search) -> TrialRecord:
+def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
     """Choose a trial and score it again on really edited weights; one whose KL is then too large gives way to the
     next. Raises SearchFailed where none is left, UserError where ``export.trial`` names none."""
     max_kl, wanted = run.settings.export.max_kl, run.settings.export.trial
-    choice = candidates(search.records, max_kl)
+    choice = candidates(run.records, max_kl)
     if wanted is not None:
-        choice = [record for record in search.records if record.index == wanted and record.complete]
+        choice = [record for record in run.records if record.index == wanted and record.complete]
         if not choice:
             raise UserError(f"export.trial={wanted}: the search has no finished trial of that number")
     for record in choice:
@@ -70,19 +74,27 @@ def select_and_verify(run: Run, objective: Objective, search: Search) -> TrialRe
         log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
     run.engine.restore()
     run.results["verified"] = None
-    report_front(run, search)
-    nearest = closest(search.records)
+    report_front(run)
+    nearest = closest(run.records)
     found = f"the closest was trial {nearest.index} with KL {nearest.kl:.3g}" if nearest else "no trial was finished"
     raise SearchFailed(f"no trial stays within export.max_kl={max_kl:g}: {found}; nothing was exported")
 
 
 def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> None:
     """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already."""
-    settings, job, results = run.settings, run.job, run.results
-    target = folder or export_dir(settings)
-    written = [w for w in job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
+    with run.timed("export"):
+        run.world.decide(lambda: _write_model(run, edit, trial, folder or export_dir(run.settings)))
+
+
+def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
+    settings, results, loaded = run.settings, run.results, run.engine.whole
+    if loaded is None:
+        raise UserError(
+            f"evaluate={settings.evaluate.placement} holds no whole model to write; set evaluate=replicated to export"
+        )
+    written = [w for w in run.job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
     manifest = build_manifest(
-        job.loaded,
+        loaded,
         edit=edit.to_dict(),
         row_norm=settings.ablation.row_norm,
         through_norm=settings.ablation.through_norm,
@@ -94,11 +106,17 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
     if _same_export(target, manifest):
         log.info("%s holds this very model already", target)
         return
+    card = model_card(loaded, _card_facts(run, edit, trial, written))
+    done = export_model(loaded, target, card, manifest, settings.export.overwrite)
+    log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+
+
+def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Writer]) -> CardFacts:
+    settings, results = run.settings, run.results
     counts: Counter[str] = Counter()
     for writer in written:
         counts[writer.component] += writer.experts or 1
-    sources = OmegaConf.to_container(OmegaConf.structured(settings.prompts))
-    facts = CardFacts(
+    return CardFacts(
         edit=edit,
         row_norm=settings.ablation.row_norm,
         through_norm=settings.ablation.through_norm,
@@ -110,22 +128,18 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
         target_prompts=results["prompts"]["target_eval"],
         kl=results["verified"]["kl"],
         baseline_prompts=results["prompts"]["baseline_eval"],
-        prompt_sources=_prompt_sources(sources),
+        prompt_sources=_prompt_sources(settings.prompts),
         trial=trial,
     )
-    with run.timed("export"):
-        done = export_model(job.loaded, target, model_card(job.loaded, facts), manifest, settings.export.overwrite)
-    log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
 
 
 def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
     return next(({k: t[k] for k in ("refusals", "kl")} for t in results["trials"] if t["index"] == trial), {})
 
 
-def _prompt_sources(prompts: Any) -> dict[str, str]:
-    return {
-        f"{kind}.{part}": prompts[kind][part]["source"] for kind in ("target", "baseline") for part in ("train", "eval")
-    }
+def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
+    pairs = {"target": prompts.target, "baseline": prompts.baseline}
+    return {f"{kind}.{part}": getattr(pair, part).source for kind, pair in pairs.items() for part in ("train", "eval")}
 
 
 def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
@@ -143,7 +157,7 @@ def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
 def finish(run: Run) -> tuple[float, float] | None:
     """Keep the results of a run with nothing left to do. Returns (refusal rate, KL) of the verified edit."""
     run.save(finished=True)
-    log.info("results are in %s", run.folder.results)
+    log.info("results are in %s", run.path / "results.json")
     return objective_of(run.results)
 
 

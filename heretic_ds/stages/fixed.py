@@ -22,16 +22,14 @@ def named_edit(run: Run) -> tuple[Edit, int | None]:
         return fixed, None
     if trial is None:
         raise UserError("no edit was named: give export.trial=<index> of an earlier run, or ablation.profiles.*")
-    entries = (run.folder.load_results() or {}).get("trials", [])
+    entries = run.world.decide(lambda: ((run.folder and run.folder.load_results()) or {}).get("trials", []))
     if not entries:
-        raise UserError(
-            f"export.trial={trial}: {run.folder.path} holds no trials; give the run.dir of an earlier search"
-        )
+        raise UserError(f"export.trial={trial}: {run.path} holds no trials; give the run.dir of an earlier search")
     for entry in entries:
         if entry["index"] == trial and entry["state"] == COMPLETE:
             return Edit.from_dict(entry), trial
     raise UserError(
-        f"export.trial={trial}: {run.folder.path} has no finished trial of that number; "
+        f"export.trial={trial}: {run.path} has no finished trial of that number; "
         f"its trials are 0 to {max(entry['index'] for entry in entries)}"
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from heretic_ds.engines import Engine
+from heretic_ds.engines import Engine, build_engine
 from heretic_ds.engines.memory import peak_memory
-from heretic_ds.export.checkpoint import model_bytes
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.job import Job
 from heretic_ds.model_source import read_json
 from heretic_ds.run_folder import RunFolder, fingerprint, finished_results
+from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +58,58 @@ def request(settings: Settings) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """One command at work: what every stage reads and adds to."""
+    """One command at work: what every stage reads and adds to.
 
-    settings: Settings
+    Every rank has one and goes through the same stages; the run folder is rank 0's alone.
+    """
+
     job: Job
-    folder: RunFolder
-    engine: Engine
     console: Console
+    folder: RunFolder | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What earlier runs in this folder found by measuring: batch sizes, response prefix."""
+    records: list[TrialRecord] = field(default_factory=list)
+    """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    _engine: Engine | None = None
+    _layout: object = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.job.settings
+
+    @property
+    def world(self) -> World:
+        return self.job.world
+
+    @property
+    def path(self) -> Path:
+        """The run folder's path."""
+        return run_dir(self.settings)
+
+    @property
+    def engine(self) -> Engine:
+        """The model as it is laid out now."""
+        if self._engine is None:
+            raise RuntimeError("no phase has laid the model out")
+        return self._engine
+
+    def lay_out(self, phase: str) -> Engine:
+        """The engine of a phase. Where two phases are placed alike they share one; else the first one's memory is
+        released before the second is built."""
+        layout = self.settings.capture if phase == "capture" else self.settings.evaluate
+        if self._engine is None or layout != self._layout:
+            self.close()
+            with self.timed("load"):
+                self._engine, self._layout = build_engine(self.job, phase), layout
+            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
+        return self._engine
+
+    def close(self) -> None:
+        """Release the model."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._layout = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -75,28 +121,39 @@ class Run:
             timings = self.results["timings"]
             timings[phase] = round(timings.get(phase, 0.0) + time.perf_counter() - started, 3)
 
+    def remember(self, **values: Any) -> None:
+        """Keep what was measured, and the batch sizes, for later runs in this folder."""
+        sizes = {**self.measured.get("batch_sizes", {}), **(self._engine.batch_sizes if self._engine else {})}
+        self.measured.update(values, batch_sizes=sizes)
+        if self.folder is not None:
+            self.folder.remember(**self.measured)
+
     def save(self, finished: bool = False) -> None:
-        """Write ``results.json`` as it stands, and what was measured for the next run in this folder."""
-        peak = peak_memory()
-        self.results["peak_memory_bytes"] = {kind: [number] for kind, number in peak.items()}
-        self.folder.remember(batch_sizes=self.engine.batch_sizes)
-        self.folder.save_results(self.results, request(self.settings) if finished else None)
+        """Write ``results.json`` as it stands. Every rank takes part: each has a peak of memory to tell."""
+        peaks = self.world.gather(peak_memory())
+        self.results["peak_memory_bytes"] = {kind: [peak[kind] for peak in peaks] for kind in ("host", "device")}
+        self.remember()
+        if self.folder is not None:
+            self.folder.save_results(self.results, request(self.settings) if finished else None)
 
 
-def already_finished(settings: Settings) -> dict[str, Any] | None:
+def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:
     """The results of an earlier run that did all that this command asks for; None where something is left to do."""
-    results = finished_results(run_dir(settings), fingerprint(settings), request(settings))
-    if results is None or not (export_dir(settings) / MANIFEST_NAME).is_file():
+    results = world.decide(lambda: finished_results(run_dir(settings), fingerprint(settings), request(settings)))
+    exported = world.decide(lambda: (export_dir(settings) / MANIFEST_NAME).is_file())
+    if results is None or not exported:
         return None
     log.info("%s is finished: see %s; nothing was done", run_dir(settings), run_dir(settings) / "results.json")
     return results
 
 
-def refuse_used_export_folder(settings: Settings) -> None:
-    """Find out before the search that the model cannot be written after it.
+def refuse_used_export_folder(settings: Settings, world: World) -> None:
+    """Find out before the search that the model cannot be written after it."""
+    world.decide(lambda: _refuse_used_export_folder(settings))
 
-    A folder that this run itself wrote, and was killed before it could say so, is fine.
-    """
+
+def _refuse_used_export_folder(settings: Settings) -> None:
+    """A folder that this run itself wrote, and was killed before it could say so, is fine."""
     target = export_dir(settings)
     results, manifest = run_dir(settings) / "results.json", target / MANIFEST_NAME
     if manifest.is_file() and results.is_file():
@@ -108,43 +165,49 @@ def refuse_used_export_folder(settings: Settings) -> None:
 
 
 @contextmanager
-def opened(settings: Settings, console: Console) -> Iterator[Run]:
-    """Check all inputs, then take the run folder and lay the model out. Nothing is written before the checks passed."""
-    started = time.perf_counter()
-    job = Job.check(settings)
-    _refuse_impossible_export(job)
-    config = OmegaConf.to_yaml(OmegaConf.structured(settings))
-    with RunFolder.open(run_dir(settings), config, fingerprint(settings)) as folder:
-        folder.attach_log(logging.getLogger("heretic_ds"))
-        log.info("%s: %s", job.loaded.model_name, job.anatomy.summary())
-        engine = job.engine(folder.measured.get("batch_sizes", {}))
-        run = Run(settings, job, folder, engine, console, _begun(settings, job))
-        run.results["timings"]["load"] = round(time.perf_counter() - started, 3)
-        try:
-            yield run
-        finally:
-            engine.close()
+def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
+    """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
+    with ExitStack() as stack:
+        job = Job.check(settings, world)
+        world.decide(lambda: _refuse_impossible_export(job))
+        run = Run(job, console, results=_begun(job))
+        stack.callback(run.close)
+        if not world.decide(lambda: run_dir(settings).exists()):
+            run.lay_out("capture")
+        world.decide(lambda: _take_folder(run, stack))
+        run.measured = world.decide(lambda: run.folder.measured if run.folder is not None else {})
+        if run._engine is not None:
+            run.engine.batch_sizes.update(run.measured.get("batch_sizes", {}))
+        log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
+        yield run
+
+
+def _take_folder(run: Run, stack: ExitStack) -> None:
+    config = OmegaConf.to_yaml(OmegaConf.structured(run.settings))
+    run.folder = stack.enter_context(RunFolder.open(run.path, config, fingerprint(run.settings)))
+    run.folder.attach_log(logging.getLogger("heretic_ds"))
 
 
 def _refuse_impossible_export(job: Job) -> None:
-    """What only a loaded model tells: the disk is too small for it, or its own folder is to be written over."""
+    """The disk is too small for the model, or its own folder is to be written over."""
     settings, target = job.settings, export_dir(job.settings)
     kept = target.exists() and not settings.export.overwrite  # an earlier export, or a menu that asks for a folder
     if settings.task.name in ("abliterate", "export") and not kept:
-        size = model_bytes(job.loaded.model)
-        check_export_target(target, settings.export.overwrite, source=job.loaded.source, needed_bytes=size)
+        size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
+        check_export_target(target, settings.export.overwrite, source=job.opened.source.folder, needed_bytes=size)
 
 
-def _begun(settings: Settings, job: Job) -> dict[str, Any]:
+def _begun(job: Job) -> dict[str, Any]:
     """``results.json`` before anything was measured."""
+    settings, size = job.settings, job.world.size
     return {
         "schema": SCHEMA,
         "task": settings.task.name,
         "model": settings.model.path,
         "world": {
-            "size": 1,
-            "capture": {"placement": settings.capture.placement, "degree": settings.capture.degree or 1},
-            "evaluate": {"placement": settings.evaluate.placement, "degree": settings.evaluate.degree or 1},
+            "size": size,
+            "capture": {"placement": settings.capture.placement, "degree": settings.capture.degree or size},
+            "evaluate": {"placement": settings.evaluate.placement, "degree": settings.evaluate.degree or size},
         },
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
         "baseline": None,

@@ -14,39 +14,43 @@ from heretic_ds.stages.opening import Run
 log = logging.getLogger(__name__)
 
 
-def open_search(run: Run, objective: Objective) -> Search:
-    """The study of this run folder, with the trials it holds already."""
-    search = Search(
-        run.folder.journal,
-        run.job.anatomy.n_blocks,
-        run.settings.search,
-        baseline_refusals=objective.original.refusals,
-    )
-    run.results["trials"] = [record.to_dict() for record in search.records]
-    if search.records:
-        log.info("%d of %d trials are done already", len(search.records), search.trials)
-    return search
+def open_search(run: Run, objective: Objective) -> Search | None:
+    """The study of this run folder, on the rank that decides; its finished trials are known to every rank."""
+    studies: list[Search] = []
+
+    def open_study() -> list[TrialRecord]:
+        if run.folder is None:
+            raise RuntimeError("the rank that decides holds the run folder")
+        layers, refusals = run.job.anatomy.n_blocks, objective.original.refusals
+        studies.append(Search(run.folder.journal, layers, run.settings.search, baseline_refusals=refusals))
+        return studies[0].records
+
+    run.records = run.world.decide(open_study)
+    if run.records:
+        log.info("%d of %d trials are done already", len(run.records), run.settings.search.trials)
+    return studies[0] if studies else None
 
 
-def continue_search(run: Run, search: Search, objective: Objective) -> None:
-    """Evaluate trials until the study is complete or the user stops it; trials are kept as they finish."""
+def continue_search(run: Run, search: Search | None, objective: Objective) -> None:
+    """Evaluate trials until the study is complete or the user stops it; each is kept as it finishes."""
+    trials = run.world.decide(lambda: search.trials if search else 0)
+    run.results["trials"] = [record.to_dict() for record in run.records]
     prompts = run.results["prompts"]["target_eval"]
-    with (
-        run.timed("search"),
-        SearchProgress(run.console, search.trials, len(search.records), prompts) as progress,
-    ):
+    with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts) as progress:
 
-        def on_trial(record: TrialRecord) -> None:
-            progress.update(record)
-            run.results["trials"].append(record.to_dict())
+        def on_trials(records: list[TrialRecord]) -> None:
+            for record in records:
+                progress.update(record)
+                run.records.append(record)
+                run.results["trials"].append(record.to_dict())
             run.save()
 
-        complete = run_search(search, objective, on_trial)
+        complete = run_search(run.world, search, objective, on_trials)
     if not complete:
-        log.warning("the search was stopped after %d of %d trials", len(search.records), search.trials)
+        log.warning("the search was stopped after %d of %d trials", len(run.records), trials)
 
 
-def search_edits(run: Run, objective: Objective) -> Search:
+def search_edits(run: Run, objective: Objective) -> Search | None:
     """Search, from wherever an earlier run of the same command was ended."""
     search = open_search(run, objective)
     continue_search(run, search, objective)

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from heretic_ds.chat import chat
-from heretic_ds.errors import SearchFailed
+from heretic_ds.engines import Engine, build_engine
+from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
 from heretic_ds.job import Job
 from heretic_ds.menu import MenuActions, run_menu
@@ -24,66 +25,75 @@ from heretic_ds.stages.fixed import named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, export_dir, opened
 from heretic_ds.stages.search import continue_search
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
 
-def wants_menu(settings: Settings) -> bool:
-    """Whether the run ends with a menu: as ``run.interactive`` says, else where there is somebody to ask."""
+def wants_menu(settings: Settings, world: World) -> bool:
+    """Whether the run ends with a menu: as ``run.interactive`` says, else where there is somebody to ask. Never on
+    several ranks, which would wait for one another's terminal."""
+    if world.size > 1:
+        return False
     if settings.run.interactive is not None:
         return settings.run.interactive
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def menu(run: Run, objective: Objective, search: Search) -> tuple[float, float] | None:
+def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, float] | None:
     """Let the user choose trials, save them, talk to them, or search on. Returns the scores of what was saved last."""
-    report_front(run, search)
-    if not search.records:
+    report_front(run)
+    if search is None or not run.records:
         raise SearchFailed("no trial was finished, so there is nothing to choose from; run the same command again")
-    front = pareto_front(search.records)
+    front = pareto_front(run.records)
 
     def by_index(index: int) -> TrialRecord:
-        return next(record for record in search.records if record.index == index)
+        return next(record for record in run.records if record.index == index)
 
     def save(index: int, folder: str) -> None:
-        target = check_export_target(Path(folder), run.settings.export.overwrite, source=run.job.loaded.source)
+        target = check_export_target(Path(folder), run.settings.export.overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
         log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
         run.results["selected"] = index
         export_edited(run, by_index(index).edit, index, target)
-        report_front(run, search)
+        report_front(run)
 
     def talk_to(index: int) -> None:
         run.engine.apply(by_index(index).edit)
-        _talk(run.job)
+        _talk(run.job, run.engine)
 
     def more_trials(count: int) -> tuple[Sequence[TrialRecord], Sequence[int]]:
-        search.trials = len(search.records) + count
+        search.trials = len(run.records) + count
         continue_search(run, search, objective)
-        report_front(run, search)
-        return search.records, pareto_front(search.records)
+        report_front(run)
+        return run.records, pareto_front(run.records)
 
     actions = MenuActions(save, talk_to, more_trials, default_dir=str(export_dir(run.settings)))
-    run_menu(actions, search.records, front, run.console.input, run.console)
+    run_menu(actions, run.records, front, run.console.input, run.console)
     run.save()
     return objective_of(run.results)
 
 
-def talk(settings: Settings, console: Console) -> None:
+def talk(settings: Settings, world: World, console: Console) -> None:
     """Talk to the original model, or to the edited one where ``export.trial`` or ``ablation.*`` names an edit."""
+    if world.size > 1:
+        raise UserError("task=chat runs in one process; start it without the launcher")
     profiles = settings.ablation.profiles
     fixed = profiles.attention.max_weight is not None or profiles.mlp.max_weight is not None
     if settings.export.trial is None and not fixed:
         log.info("this is the original model; export.trial or ablation.profiles.* choose an edited one")
-        _talk(Job.check(settings, with_prompts=False))
+        job = Job.check(settings, world, with_prompts=False)
+        _talk(job, build_engine(job, "evaluate"))
         return
-    with opened(settings, console) as run:
+    with opened(settings, world, console) as run:
         edit, _ = named_edit(run)
         find_response_prefix(run)
         fixed_directions(run)
         run.engine.apply(edit)
-        _talk(run.job)
+        _talk(run.job, run.engine)
 
 
-def _talk(job: Job) -> None:
-    chat(job.loaded.model, job.chat, max_new_tokens=job.settings.task.answer_tokens)
+def _talk(job: Job, engine: Engine) -> None:
+    if engine.whole is None:
+        raise UserError("this placement holds no whole model to talk to; set evaluate=replicated")
+    chat(engine.whole.model, job.chat, max_new_tokens=job.settings.task.answer_tokens)

@@ -203,7 +203,8 @@ def test_batch_sizes_are_measured_and_kept():
     engine.generate(prompts(), [None])
     assert set(engine.batch_sizes) == {"capture", "generate"}
     assert all(1 <= size <= len(LENGTHS) for size in engine.batch_sizes.values())
-    resumed = engine_for(model, batch_size=0, measured={"capture": 2, "generate": 3})
+    resumed = engine_for(model, batch_size=0)
+    resumed.batch_sizes.update(capture=2, generate=3)
     resumed.capture(prompts())
     assert resumed.batch_sizes == {"capture": 2, "generate": 3}
 
