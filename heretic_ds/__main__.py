@@ -1,8 +1,9 @@
-"""`python -m heretic_ds`: the same as the `heretic-ds` command."""
+"""`python -m heretic_ds`: the same as the `heretic-ds` command, and what launchers start as ranks."""
 
 import sys
 
+from heretic_ds import rank_guard
 from heretic_ds.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(rank_guard.run(main))

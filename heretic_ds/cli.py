@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import __version__, sweep_summary
+from heretic_ds import __version__, rank_guard, sweep_summary
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.settings import TASKS, Settings, register_schemas, validate
@@ -52,19 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _run(arguments)
     except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_INTERRUPTED
+        return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         return report(error)
 
 
 def report(error: BaseException) -> int:
     """Tells the user about an error, in one line where the user can mend it, and returns its exit status."""
+    status = EXIT_USER_ERROR if isinstance(error, UserError | COMPOSITION_ERRORS) else EXIT_FAILED
     if isinstance(error, UserError | SearchFailed | COMPOSITION_ERRORS):
-        _say(_in_one_line(error))
-    else:
-        traceback.print_exception(error)
-    return EXIT_USER_ERROR if isinstance(error, UserError | COMPOSITION_ERRORS) else EXIT_FAILED
+        return _say(f"heretic-ds: {_in_one_line(error)}", status)
+    return _say("".join(traceback.format_exception(error)).rstrip(), status, shared=False)
 
 
 def conf_dir() -> Path:
@@ -117,7 +115,7 @@ class _Job:
     def __call__(self, config: DictConfig) -> Objective | None:
         self.started = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return _sweep_job(config)
+            return sweep_job(config, _dispatch)
         try:
             return _dispatch(to_settings(config))
         except Exception as error:  # reported by main, without the lines that Hydra would add
@@ -128,6 +126,11 @@ class _Job:
 def _run(arguments: Sequence[str]) -> int:
     parser = get_args_parser()
     options = _parse(parser, arguments)
+    if options.multirun and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "--multirun inside ranks would run every job on every rank by itself; start one process, "
+            "heretic-ds --multirun hydra/launcher=deepspeed ..., which starts the ranks of each job"
+        )
     options.overrides = expand_model(options.overrides)
     hydra_version.setbase(VERSION_BASE)
     register_schemas()
@@ -179,7 +182,7 @@ def _dispatch(settings: Settings) -> Objective | None:
     return pipeline.run(settings)
 
 
-def _sweep_job(config: DictConfig) -> Objective | None:
+def sweep_job(config: DictConfig, dispatch: Callable[[Settings], Objective | None]) -> Objective | None:
     """One job of a sweep: whatever goes wrong becomes a row of the summary, and the sweep goes on.
 
     The run folder is the job's own folder in the sweep's, unless the command line names another. What a
@@ -190,7 +193,7 @@ def _sweep_job(config: DictConfig) -> Objective | None:
         config.run.dir = os.path.relpath(hydra.runtime.output_dir)
     status, message, objective = 0, None, None
     try:
-        objective = _dispatch(to_settings(config))
+        objective = dispatch(to_settings(config))
     except (Exception, SystemExit) as error:
         status, objective = report(error), (math.nan, math.nan)
         message = _in_one_line(error)
@@ -222,7 +225,8 @@ class _hydra_errors_raised:
             os.environ[self.variable] = self.before
 
 
-def _say(message: str) -> None:
-    """One line on stderr, from rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"heretic-ds: {message}", file=sys.stderr)
+def _say(text: str, status: int, shared: bool = True) -> int:
+    """Tells the user how this process ends, on stderr unless the launcher of ranks will; returns the status."""
+    if not rank_guard.leave_word(text, status, shared):
+        print(text, file=sys.stderr)
+    return status
