@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from heretic_ds.ablation import Edit, Profile
 from heretic_ds.anatomy import Anatomy, find_anatomy
 from heretic_ds.loading import OpenedModel, open_model
 from heretic_ds.prompts import ChatFormat, check_lengths, decode_answers, load_prompts
@@ -59,17 +58,6 @@ class Job:
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
         return decode_answers(self.opened.tokenizer, answers)
-
-    def fixed_edit(self) -> Edit | None:
-        """The edit that ``ablation.*`` gives, or None."""
-        given = self.settings.ablation.profiles
-        profiles: dict[str, Profile] = {}
-        for component, numbers in (("attention", given.attention), ("mlp", given.mlp)):
-            four = (numbers.max_weight, numbers.max_weight_position, numbers.min_weight, numbers.min_weight_distance)
-            known = [number for number in four if number is not None]
-            if len(known) == len(four):
-                profiles[component] = Profile(*known)
-        return Edit(self.settings.ablation.direction_index, profiles) if profiles else None
 
 
 def _all_prompts(settings: Settings) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from heretic_ds import stages
-from heretic_ds.report.console import console_of, messages_to
+from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
 from heretic_ds.settings import Settings
 from heretic_ds.world import World
 
@@ -24,6 +24,7 @@ def run(settings: Settings) -> Scores | None:
     Raises UserError for what the user can mend, SearchFailed where the search found nothing to export.
     """
     world = World.join()
+    no_bars_without_a_terminal(world)
     with messages_to(console_of(world)) as console:
         result = _TASKS[settings.task.name](settings, world, console)
     world.leave()
@@ -62,9 +63,9 @@ def evaluate(settings: Settings, world: World, console: Console) -> Scores | Non
 
 def export(settings: Settings, world: World, console: Console) -> Scores | None:
     """Write the model with the edit of one trial of an earlier run, or with the one that ``ablation.*`` gives."""
+    edit, trial = stages.named_edit(settings, world)
     stages.refuse_used_export_folder(settings, world)
     with stages.opened(settings, world, console) as run:
-        edit, trial = stages.named_edit(run)
         stages.find_response_prefix(run)
         stages.fixed_directions(run)
         objective = stages.measure_original(run)

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -40,30 +40,28 @@ _SCORE_SETTINGS = (
 )
 """Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
 
-_FIXED_EDIT = ("ablation.direction_index", "ablation.profiles")
-
 
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
 
     Beside the settings themselves: identities of a local model's files and of prompt files, so that a model
     trained anew under the same name is told from the old one. ``more`` adds what only the caller knows, such
-    as the commit of a hub model. For ``task=evaluate`` the fixed edit counts too.
+    as the commit of a hub model. A fixed edit does not count: any number of edits may be evaluated in one folder.
     """
     tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
     evaluating = settings.task.name == "evaluate"
     flat: dict[str, Any] = {"task.name": "evaluate" if evaluating else "abliterate"}
-    for key in (*_SCORE_SETTINGS, *(_FIXED_EDIT if evaluating else ())):
+    for key in _SCORE_SETTINGS:
         value = OmegaConf.select(tree, key)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         _flatten(key, value, flat)
-    model = Path(settings.model.path)
+    model = Path(settings.model.path).expanduser()
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
         flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
     for key in [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]:
-        source = Path(str(flat[key]))
+        source = Path(str(flat[key])).expanduser()
         if source.is_file():
             flat[key] = str(source.resolve())
             digest = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -120,9 +118,10 @@ class RunFolder:
     Open it after validation and the model checks: opening creates the folder.
     """
 
-    def __init__(self, path: Path, lock: IO[str]) -> None:
+    def __init__(self, path: Path, lock: IO[str], made: Sequence[Path] = ()) -> None:
         self.path = path
         self._lock = lock
+        self._made = made
         self._handler: logging.Handler | None = None
         self._logged: logging.Logger | None = None
         self.results = path / "results.json"
@@ -149,6 +148,7 @@ class RunFolder:
         path = Path(path)
         _refuse_foreign(path)
         _refuse_other_settings(path, fingerprint)  # also before locking: a refused folder stays untouched
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / _LOCK).open("a+", encoding="utf-8")
@@ -158,7 +158,7 @@ class RunFolder:
         try:
             _acquire(lock, path)
             _refuse_other_settings(path, fingerprint)
-            folder = cls(path, lock)
+            folder = cls(path, lock, made)
             write_atomically(folder.config, config)
             stored = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
             write_atomically(path / _FINGERPRINT, stored + "\n")
@@ -224,6 +224,22 @@ class RunFolder:
         self.detach_log()
         self._lock.close()
 
+    def discard(self) -> None:
+        """Close the folder, and remove it again where opening it made it.
+
+        For a run that a mistake ended before it found anything out: the mended command would be refused by what this
+        one left. A folder inside, which is not a run's own, keeps it all.
+        """
+        self.close()
+        if self.path not in self._made or any(entry.is_dir() for entry in self.path.iterdir()):
+            return
+        for file in self.path.iterdir():
+            file.unlink()
+        for folder in self._made:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
     def __enter__(self) -> RunFolder:
         return self
 
@@ -233,9 +249,7 @@ class RunFolder:
         self.close()
 
 
-def finished_results(
-    path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
     results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
     same = stored == json.loads(json.dumps(dict(fingerprint)))
@@ -322,8 +336,7 @@ def _acquire(lock: IO[str], path: Path) -> None:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         raise UserError(
-            f"the run folder {path} is in use by another process (pid {holder}); "
-            "wait for it, or set another run.dir"
+            f"the run folder {path} is in use by another process (pid {holder}); wait for it, or set another run.dir"
         ) from error
     lock.truncate(0)
     lock.write(str(os.getpid()))

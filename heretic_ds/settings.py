@@ -369,7 +369,13 @@ def _check_fixed_edit(settings: Settings) -> _Findings:
         )
     effective = index is None or bool(edited)
     yield effective, "ablation.direction_index is set without ablation.profiles, so nothing would be edited"
-    both = task == "export" and settings.export.trial is not None and bool(edited)
+    trial, trials = settings.export.trial, settings.search.trials
+    yield (
+        task != "abliterate" or trial is None or trial < trials,
+        f"export.trial is {trial}, but search.trials={trials} ends with trial {trials - 1}; choose one of 0 to "
+        f"{trials - 1}, or raise search.trials",
+    )
+    both = task == "export" and trial is not None and bool(edited)
     yield not both, "export.trial and ablation.profiles both name an edit to export; give only one of them"
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import huggingface_hub.utils
+import transformers.utils.logging
 from rich.console import Console
 
 from heretic_ds.world import World
@@ -21,6 +24,15 @@ def console_of(world: World) -> Console:
     """
     width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
     return Console(file=sys.stdout, width=width, quiet=not world.decides)
+
+
+def no_bars_without_a_terminal(world: World) -> None:
+    """Keep the progress bars of libraries off standard error where it is a file or a pipe, and on all ranks but one."""
+    if sys.stderr.isatty() and world.decides:
+        return
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by a library that is imported where it is needed
 
 
 class _ConsoleHandler(logging.Handler):

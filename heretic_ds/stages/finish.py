@@ -19,7 +19,7 @@ from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import PromptSettings
-from heretic_ds.stages.opening import Run, export_dir
+from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 
 log = logging.getLogger(__name__)
 
@@ -102,12 +102,13 @@ def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
         scores=_scores_of(results, trial),
         verified=results["verified"],
         tensors_edited=[writer.weight for writer in written],
-    )
+    ) | {"run_id": run.measured["run_id"]}
     if _same_export(target, manifest):
         log.info("%s holds this very model already", target)
         return
     card = model_card(loaded, _card_facts(run, edit, trial, written))
-    done = export_model(loaded, target, card, manifest, settings.export.overwrite)
+    overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
+    done = export_model(loaded, target, card, manifest, overwrite)
     log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
 
 
@@ -155,9 +156,15 @@ def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
 
 
 def finish(run: Run) -> tuple[float, float] | None:
-    """Keep the results of a run with nothing left to do. Returns (refusal rate, KL) of the verified edit."""
-    run.save(finished=True)
-    log.info("results are in %s", run.path / "results.json")
+    """Keep the results of a run that came to its end. Returns (refusal rate, KL) of the verified edit.
+
+    Where the user stopped the search, the run is not finished: the same command goes on with it.
+    """
+    stopped = run.settings.task.name == "abliterate" and len(run.records) < run.settings.search.trials
+    run.save(finished=not stopped)
+    log.info("results are in %s", run.path / RESULTS_NAME)
+    if stopped:
+        log.info("the same command goes on with the search and replaces the exported model")
     return objective_of(run.results)
 
 

@@ -4,39 +4,67 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
+from typing import Any
 
-from heretic_ds.ablation import Edit
+from heretic_ds.ablation import Edit, Profile
 from heretic_ds.errors import UserError
+from heretic_ds.model_source import read_json
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
+from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import verify
-from heretic_ds.stages.opening import Run
+from heretic_ds.stages.opening import RESULTS_NAME, Run, run_dir
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
 
-def named_edit(run: Run) -> tuple[Edit, int | None]:
-    """The edit to work with, and the index of its trial where ``export.trial`` names one of this run folder."""
-    fixed, trial = run.job.fixed_edit(), run.settings.export.trial
+def fixed_edit(settings: Settings) -> Edit | None:
+    """The edit that ``ablation.*`` gives, or None."""
+    given = settings.ablation.profiles
+    profiles: dict[str, Profile] = {}
+    for component, numbers in (("attention", given.attention), ("mlp", given.mlp)):
+        four = (numbers.max_weight, numbers.max_weight_position, numbers.min_weight, numbers.min_weight_distance)
+        known = [number for number in four if number is not None]
+        if len(known) == len(four):
+            profiles[component] = Profile(*known)
+    return Edit(settings.ablation.direction_index, profiles) if profiles else None
+
+
+def named_edit(settings: Settings, world: World) -> tuple[Edit, int | None]:
+    """The edit to work with, and the index of its trial where ``export.trial`` names one of the run folder.
+
+    Asked for before anything is loaded or written: it takes a folder's ``results.json`` alone. Raises UserError where
+    no edit is named, or the folder has no such trial.
+    """
+    fixed = fixed_edit(settings)
     if fixed is not None:
         return fixed, None
+    trial, folder = settings.export.trial, run_dir(settings)
     if trial is None:
         raise UserError("no edit was named: give export.trial=<index> of an earlier run, or ablation.profiles.*")
-    entries = run.world.decide(lambda: ((run.folder and run.folder.load_results()) or {}).get("trials", []))
+    entries = world.decide(lambda: _trials_in(folder))
     if not entries:
-        raise UserError(f"export.trial={trial}: {run.path} holds no trials; give the run.dir of an earlier search")
+        raise UserError(f"export.trial={trial}: {folder} holds no trials; give the run.dir of an earlier search")
     for entry in entries:
         if entry["index"] == trial and entry["state"] == COMPLETE:
             return Edit.from_dict(entry), trial
     raise UserError(
-        f"export.trial={trial}: {run.path} has no finished trial of that number; "
+        f"export.trial={trial}: {folder} has no finished trial of that number; "
         f"its trials are 0 to {max(entry['index'] for entry in entries)}"
     )
 
 
+def _trials_in(folder: Path) -> list[dict[str, Any]]:
+    file = folder / RESULTS_NAME
+    trials: list[dict[str, Any]] = read_json(file).get("trials", []) if file.is_file() else []
+    return trials
+
+
 def score_fixed_edit(run: Run, objective: Objective) -> None:
     """Score the edit that ``ablation.*`` gives, or the model as it is without one: the one trial of the results."""
-    edit = run.job.fixed_edit()
+    edit = fixed_edit(run.settings)
     started = time.perf_counter()
     scores = verify(run, objective, edit)
     record = TrialRecord(

@@ -10,12 +10,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from heretic_ds.engines import Engine, build_engine
 from heretic_ds.engines.memory import peak_memory
+from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.job import Job
@@ -28,6 +30,7 @@ from heretic_ds.world import World
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+RESULTS_NAME, MEASURED_NAME = "results.json", "measured.json"
 
 
 def run_dir(settings: Settings) -> Path:
@@ -143,25 +146,24 @@ def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:
     exported = world.decide(lambda: (export_dir(settings) / MANIFEST_NAME).is_file())
     if results is None or not exported:
         return None
-    log.info("%s is finished: see %s; nothing was done", run_dir(settings), run_dir(settings) / "results.json")
+    log.info("%s is finished: see %s; nothing was done", run_dir(settings), run_dir(settings) / RESULTS_NAME)
     return results
 
 
 def refuse_used_export_folder(settings: Settings, world: World) -> None:
     """Find out before the search that the model cannot be written after it."""
-    world.decide(lambda: _refuse_used_export_folder(settings))
+    world.decide(lambda: check_export_target(export_dir(settings), may_replace(settings)) and None)
 
 
-def _refuse_used_export_folder(settings: Settings) -> None:
-    """A folder that this run itself wrote, and was killed before it could say so, is fine."""
-    target = export_dir(settings)
-    results, manifest = run_dir(settings) / "results.json", target / MANIFEST_NAME
-    if manifest.is_file() and results.is_file():
-        outcome, written = read_json(results), read_json(manifest)
-        unfinished = "finished" not in outcome and outcome.get("verified") is not None
-        if unfinished and outcome["verified"] == written.get("verified") and outcome["selected"] == written["trial"]:
-            return
-    check_export_target(target, settings.export.overwrite)
+def may_replace(settings: Settings) -> bool:
+    """Whether what the export folder holds may give way: because ``export.overwrite`` says so, or because this run
+    folder's own search wrote it, which now goes on, or is asked for the same trial once more."""
+    manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
+    if settings.export.overwrite or not (manifest.is_file() and measured.is_file()):
+        return settings.export.overwrite
+    written, run_id = read_json(manifest), read_json(measured).get("run_id")
+    same_trial = settings.export.trial is not None and settings.export.trial == written.get("trial")
+    return run_id is not None and written.get("run_id") == run_id and (settings.task.name == "abliterate" or same_trial)
 
 
 @contextmanager
@@ -179,22 +181,30 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         if run._engine is not None:
             run.engine.batch_sizes.update(run.measured.get("batch_sizes", {}))
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
-        yield run
+        try:
+            yield run
+        except UserError:
+            if run.folder is not None and not run.records:
+                run.folder.discard()
+            raise
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
     config = OmegaConf.to_yaml(OmegaConf.structured(run.settings))
     run.folder = stack.enter_context(RunFolder.open(run.path, config, fingerprint(run.settings)))
     run.folder.attach_log(logging.getLogger("heretic_ds"))
+    if "run_id" not in run.folder.measured:
+        run.folder.remember(run_id=uuid4().hex)  # by which the run knows its own export again
 
 
 def _refuse_impossible_export(job: Job) -> None:
     """The disk is too small for the model, or its own folder is to be written over."""
     settings, target = job.settings, export_dir(job.settings)
-    kept = target.exists() and not settings.export.overwrite  # an earlier export, or a menu that asks for a folder
+    replace = may_replace(settings)
+    kept = target.exists() and not replace  # by a menu, which asks for a folder
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
-        check_export_target(target, settings.export.overwrite, source=job.opened.source.folder, needed_bytes=size)
+        check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
 
 
 def _begun(job: Job) -> dict[str, Any]:

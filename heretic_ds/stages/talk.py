@@ -21,7 +21,7 @@ from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import export_edited, objective_of, report_front, verify
-from heretic_ds.stages.fixed import named_edit
+from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, export_dir, opened
 from heretic_ds.stages.search import continue_search
@@ -78,15 +78,13 @@ def talk(settings: Settings, world: World, console: Console) -> None:
     """Talk to the original model, or to the edited one where ``export.trial`` or ``ablation.*`` names an edit."""
     if world.size > 1:
         raise UserError("task=chat runs in one process; start it without the launcher")
-    profiles = settings.ablation.profiles
-    fixed = profiles.attention.max_weight is not None or profiles.mlp.max_weight is not None
-    if settings.export.trial is None and not fixed:
+    if settings.export.trial is None and fixed_edit(settings) is None:
         log.info("this is the original model; export.trial or ablation.profiles.* choose an edited one")
         job = Job.check(settings, world, with_prompts=False)
         _talk(job, build_engine(job, "evaluate"))
         return
+    edit, _ = named_edit(settings, world)
     with opened(settings, world, console) as run:
-        edit, _ = named_edit(run)
         find_response_prefix(run)
         fixed_directions(run)
         run.engine.apply(edit)

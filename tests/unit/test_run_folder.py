@@ -30,9 +30,7 @@ def opened(path: Path, held: dict[str, Any] | None = None) -> RunFolder:
 def settings(*overrides: str) -> Settings:
     base = OmegaConf.structured(Settings())
     sources = [
-        f"prompts.{kind}.{part}.source=some/{kind}"
-        for kind in ("target", "baseline")
-        for part in ("train", "eval")
+        f"prompts.{kind}.{part}.source=some/{kind}" for kind in ("target", "baseline") for part in ("train", "eval")
     ]
     merged = OmegaConf.merge(base, OmegaConf.from_dotlist(["model.path=some/model", *sources, *overrides]))
     result = OmegaConf.to_object(merged)
@@ -66,9 +64,7 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) ->
     child = start(code, tmp_path / "run", stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None and child.stdout.readline() == b"open\n"
-        with pytest.raises(
-            UserError, match=rf"{tmp_path / 'run'} is in use by another process \(pid {child.pid}\)"
-        ):
+        with pytest.raises(UserError, match=rf"{tmp_path / 'run'} is in use by another process \(pid {child.pid}\)"):
             opened(tmp_path / "run")
     finally:
         child.send_signal(signal.SIGKILL)
@@ -122,6 +118,21 @@ def test_empty_and_half_opened_folders_are_taken(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     opened(tmp_path).close()
     assert json.loads((tmp_path / "fingerprint.json").read_text()) == HELD
+
+
+def test_a_new_folder_can_be_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "model"
+    folder = opened(path)
+    folder.remember(response_prefix="")
+    folder.discard()
+    assert list(tmp_path.iterdir()) == []
+    opened(path).close()
+    opened(path).discard()  # it was there before
+    assert (path / "config.yaml").is_file()
+    folder = opened(tmp_path / "runs" / "other")
+    (folder.path / "model").mkdir()
+    folder.discard()
+    assert (folder.path / "config.yaml").is_file() and path.is_dir()
 
 
 def test_results_are_whole_or_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +250,10 @@ def test_what_does_not_change_scores_is_free(override: str) -> None:
     assert fingerprint(settings()) == fingerprint(settings(override))
 
 
-def test_a_fixed_edit_counts_when_it_is_evaluated() -> None:
+def test_any_fixed_edit_is_evaluated_in_one_folder_that_is_not_the_search_s() -> None:
     edit = "ablation.profiles.mlp.max_weight=1.0"
     assert fingerprint(settings("task.name=evaluate")) != fingerprint(settings())
-    assert fingerprint(settings("task.name=evaluate")) != fingerprint(settings("task.name=evaluate", edit))
+    assert fingerprint(settings("task.name=evaluate")) == fingerprint(settings("task.name=evaluate", edit))
 
 
 def test_local_files_count_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +266,9 @@ def test_local_files_count_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     assert fingerprint(settings("model.path=model", "prompts.target.eval.source=prompts.txt")) == before
     prompts.write_text("two\n")
-    assert [
-        text.split()[0] for text in run_folder.differences(before, fingerprint(settings(*overrides)))
-    ] == ["prompts.target.eval.content"]
+    assert [text.split()[0] for text in run_folder.differences(before, fingerprint(settings(*overrides)))] == [
+        "prompts.target.eval.content"
+    ]
     prompts.write_text("one\n")
     (model / "model.safetensors").write_bytes(b"\1" * 299999 + b"\2")
     (found,) = run_folder.differences(before, fingerprint(settings(*overrides)))
