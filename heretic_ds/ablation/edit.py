@@ -14,13 +14,16 @@ Since y = W x gives aᵀx = (v/n)·y, the same edit acts on outputs without touc
 
     W' x = s ∘ (y - λ u (w·y)),     w = v/n.
 
+Where the columns of W are split over ranks, n² and b are sums over columns: the callable ``reduce`` adds up a tensor
+over the ranks, in place or not, and returns it. All else needs no other rank's columns.
+
 Weight orthogonalisation is from Arditi et al. 2024 (arXiv 2406.11717, section 4.1); the norm-preserving form is
 derived in ``docs/mathematics.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,9 @@ from heretic_ds.ablation.profile import Profile
 ROW_NORMS = ("none", "pre", "full")
 """``none``: plain projection. ``pre``: the projection of the row-normalised matrix, rows scaled back. ``full``: that,
 with every row brought back to its old norm."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Adds up a tensor over the ranks that hold parts of a writer."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,13 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def row_norms(weight_DK: Tensor, row_norm: str) -> Tensor:
+def row_norms(weight_DK: Tensor, row_norm: str, reduce: Reduce | None = None) -> Tensor:
     """n [..., D] of the formulas, at least float32: the rows' norms, or ones in mode ``none``."""
     dtype = _accumulation_dtype(weight_DK.dtype)
     if row_norm == "none":
         return torch.ones(weight_DK.shape[:-1], dtype=dtype, device=weight_DK.device)
-    return torch.linalg.vector_norm(weight_DK, dim=-1, dtype=dtype)
+    norms_D = torch.linalg.vector_norm(weight_DK, dim=-1, dtype=dtype)
+    return norms_D if reduce is None else reduce(norms_D.square()).sqrt()
 
 
 def _reciprocal(norms_D: Tensor) -> Tensor:
@@ -77,14 +84,15 @@ def _reciprocal(norms_D: Tensor) -> Tensor:
     return torch.where(norms_D > 0, 1 / norms_D, torch.zeros_like(norms_D))
 
 
-def row_overlaps(weight_DK: Tensor, norms_D: Tensor, directions_ND: Tensor) -> Tensor:
+def row_overlaps(weight_DK: Tensor, norms_D: Tensor, directions_ND: Tensor, reduce: Reduce | None = None) -> Tensor:
     """b = Ŵ Ŵᵀ v for N directions at once: [..., N, D].
 
     Linear in v, so a table over all blocks' directions yields every later trial's b by interpolation, without another
     pass over weights.
     """
     unit_DK = weight_DK.to(norms_D.dtype) * _reciprocal(norms_D).unsqueeze(-1)
-    return (directions_ND.to(unit_DK) @ unit_DK) @ unit_DK.transpose(-1, -2)
+    overlaps_ND = (directions_ND.to(unit_DK) @ unit_DK) @ unit_DK.transpose(-1, -2)
+    return overlaps_ND if reduce is None else reduce(overlaps_ND)
 
 
 def _row_scales(norms_D: Tensor, overlaps_D: Tensor, direction_D: Tensor, strength: float | Tensor) -> Tensor:
@@ -99,29 +107,79 @@ def _row_scales(norms_D: Tensor, overlaps_D: Tensor, direction_D: Tensor, streng
     return torch.where(norms_D > 0, scale_D, torch.ones_like(scale_D))
 
 
-def edit_weight(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str) -> Tensor:
+def edit_weight(
+    weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce | None = None
+) -> Tensor:
     """The edited weight W' [..., D, K] of one writer, computed in at least float32 and returned in that dtype.
 
     ``direction_D`` is a unit vector, ``strength`` is λ, ``row_norm`` one of :data:`ROW_NORMS`.
     """
-    norms_D = row_norms(weight_DK, row_norm)
-    matrix_DK = weight_DK.to(norms_D.dtype)
-    direction_D = direction_D.to(matrix_DK)
-    probe_D = direction_D * _reciprocal(norms_D)
-    overlap_K = (probe_D.unsqueeze(-2) @ matrix_DK).squeeze(-2)
-    edited_DK = matrix_DK - (strength * norms_D * direction_D).unsqueeze(-1) * overlap_K.unsqueeze(-2)
+    norms_D = row_norms(weight_DK, row_norm, reduce)
+    matrix_DK, direction_D = weight_DK.to(norms_D.dtype), direction_D.to(norms_D)
+    overlap_K = _overlap_inputs(matrix_DK, norms_D, direction_D)
+    overlaps_D = None
     if row_norm == "full":
-        overlaps_D = (matrix_DK @ overlap_K.unsqueeze(-1)).squeeze(-1) * _reciprocal(norms_D)
-        edited_DK *= _row_scales(norms_D, overlaps_D, direction_D, strength).unsqueeze(-1)
-    return edited_DK
+        overlaps_D = _overlap_rows(matrix_DK, norms_D, overlap_K)
+        overlaps_D = overlaps_D if reduce is None else reduce(overlaps_D)
+    return _edited(matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength)
 
 
-def edit_weight_(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str) -> None:
+def edit_weight_(
+    weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce | None = None
+) -> None:
     """Edit a writer's weight in place, rounding once to its own dtype; experts [E, D, K] go one at a time, so that the
     working copy in float32 stays as small as one matrix."""
+    if weight_DK.dim() == 3 and reduce is not None:
+        _edit_split_experts_(weight_DK, direction_D, strength, row_norm, reduce)
+        return
     matrices = weight_DK.unbind(0) if weight_DK.dim() == 3 else (weight_DK,)
     for matrix_DK in matrices:
-        matrix_DK.copy_(edit_weight(matrix_DK, direction_D, strength, row_norm))
+        matrix_DK.copy_(edit_weight(matrix_DK, direction_D, strength, row_norm, reduce))
+
+
+def _edit_split_experts_(
+    weight_EDK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce
+) -> None:
+    """Experts go one at a time twice, so that one sum over ranks serves all of them."""
+    norms_ED = row_norms(weight_EDK, row_norm, reduce)
+    direction_D = direction_D.to(norms_ED)
+    experts = list(zip(weight_EDK.unbind(0), norms_ED.unbind(0), strict=True))
+    overlaps: tuple[Tensor | None, ...] = (None,) * len(experts)
+    if row_norm == "full":
+        parts = []
+        for expert_DK, norms_D in experts:
+            matrix_DK = expert_DK.to(norms_D.dtype)
+            parts.append(_overlap_rows(matrix_DK, norms_D, _overlap_inputs(matrix_DK, norms_D, direction_D)))
+        overlaps = reduce(torch.stack(parts)).unbind(0)
+    for (expert_DK, norms_D), overlaps_D in zip(experts, overlaps, strict=True):
+        matrix_DK = expert_DK.to(norms_D.dtype)
+        overlap_K = _overlap_inputs(matrix_DK, norms_D, direction_D)
+        expert_DK.copy_(_edited(matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength))
+
+
+def _overlap_inputs(matrix_DK: Tensor, norms_D: Tensor, direction_D: Tensor) -> Tensor:
+    """a = Ŵᵀ v, [..., K]."""
+    return ((direction_D * _reciprocal(norms_D)).unsqueeze(-2) @ matrix_DK).squeeze(-2)
+
+
+def _overlap_rows(matrix_DK: Tensor, norms_D: Tensor, overlap_K: Tensor) -> Tensor:
+    """b = Ŵ a, [..., D], over the columns at hand."""
+    return (matrix_DK @ overlap_K.unsqueeze(-1)).squeeze(-1) * _reciprocal(norms_D)
+
+
+def _edited(
+    matrix_DK: Tensor,
+    overlap_K: Tensor,
+    norms_D: Tensor,
+    overlaps_D: Tensor | None,
+    direction_D: Tensor,
+    strength: float,
+) -> Tensor:
+    """W' from a, n and, in mode ``full``, b."""
+    edited_DK = matrix_DK - (strength * norms_D * direction_D).unsqueeze(-1) * overlap_K.unsqueeze(-2)
+    if overlaps_D is not None:
+        edited_DK *= _row_scales(norms_D, overlaps_D, direction_D, strength).unsqueeze(-1)
+    return edited_DK
 
 
 @dataclass(frozen=True)

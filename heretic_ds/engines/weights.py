@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from heretic_ds.ablation import Edit, edit_weight_
+from heretic_ds.ablation import Edit, Reduce, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.engines.protocol import Ablation
 
@@ -13,8 +13,10 @@ from heretic_ds.engines.protocol import Ablation
 class WeightEditor:
     """Brings the writers of one model into the state that an edit asks for."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, reduce: Reduce | None = None) -> None:
+        """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here."""
         self._model = model
+        self._reduce = reduce
         self._writers = anatomy.writers
         self._ablation: Ablation | None = None
         self._originals: dict[str, Tensor] = {}
@@ -52,4 +54,4 @@ class WeightEditor:
             self._originals[writer.weight] = weight_DK.detach().to("cpu", copy=True)
         direction_D = self._ablation.writer_direction(writer.block, writer.norm_gain(self._model), edit.direction_index)
         self._edited.add(writer.weight)
-        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm)
+        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm, self._reduce)
