@@ -37,7 +37,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
-	$(BIN)/heretic-ds experiment=demo $(ARGS)
+	$(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
 
 run: $(READY) ## heretic-ds with ARGS, as in: make run ARGS="<model> search.trials=50"
 	$(BIN)/heretic-ds $(ARGS)
