@@ -1,0 +1,281 @@
+"""One node's ranks from their start to their end: none is left running, and the first cause of a failure is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import psutil
+
+from heretic_ds import rank_guard
+from heretic_ds.launching.plan import Launch, make_plan
+from heretic_ds.rank_guard import is_alive
+
+_LOOK_SECONDS = 0.1
+LAUNCHER_SECONDS = 10.0
+"""What the launcher gets to end the other ranks by itself when one has failed."""
+_TERM_SECONDS = 10.0
+"""What processes get between SIGTERM and SIGKILL."""
+_CAUSE_SECONDS = 0.5
+"""A word this much older than a wordless death is not its consequence."""
+_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    status: int
+    """Exit status of the rank that failed first; 130 and 143 where the user ended it; 1 for a rank that was killed."""
+    error: str | None = None
+    """That rank's own words: one line where it is something the user can mend."""
+    signal: int | None = None
+    """The signal to this process that ended the job."""
+
+
+@dataclass
+class _Rank:
+    number: int
+    process: psutil.Process | None
+    ended: float | None = None
+    status: int | None = None
+    text: str = ""
+    time: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.status not in (None, 0) or (self.ended is not None and self.status is None)
+
+
+class Supervised(Protocol):
+    """A job that is being watched over: the ranks of one node, or all nodes."""
+
+    def interrupt(self) -> None:
+        """What Ctrl-C means: the first is for rank 0, which may end its search with what there is; the second ends."""
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End every rank, as the named signal to this process would."""
+
+    def run(self) -> Outcome:
+        """Start the ranks and return when none of them is left. Raises UserError where they cannot be started."""
+
+
+class Supervisor:
+    """Starts one node's ranks and watches over them.
+
+    `interrupt` and `end` may be called from signal handlers and other threads while `run` runs.
+    """
+
+    def __init__(self, launch: Launch, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._launch = launch
+        self._on_failure = on_failure
+        self._ranks: dict[int, _Rank] = {}
+        self._interrupts = 0
+        self._ending_signal: int | None = None
+        self._logs_matter = False
+
+    def interrupt(self) -> None:
+        """What Ctrl-C means: the first is for rank 0, which may end its search with what there is; the second ends."""
+        self._interrupts += 1
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End every rank, as the named signal to this process would."""
+        self._ending_signal = self._ending_signal or number
+
+    def run(self) -> Outcome:
+        """Start the ranks and return when none of them is left. Raises UserError where they cannot be started."""
+        folder = Path(tempfile.mkdtemp(prefix="heretic_ds_ranks_"))
+        try:
+            plan = make_plan(self._launch, folder)
+            environment = plan.environment | {rank_guard.FOLDER: str(folder)}
+            process = subprocess.Popen(
+                plan.command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C would make the launcher end everything
+                preexec_fn=rank_guard.die_with_parent,
+            )
+            try:
+                self._watch(process, folder)
+            finally:
+                _end_group(process)
+            self._look(folder)
+            outcome = self._outcome(process.returncode, folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if not self._logs_matter:
+            shutil.rmtree(folder, ignore_errors=True)
+        return outcome
+
+    def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> None:
+        """Until the launcher has ended, or somebody has to end it."""
+        forwarded, failed_since = 0, None
+        while process.poll() is None and self._ending_signal is None:
+            self._look(folder)
+            if self._interrupts > forwarded:
+                forwarded = self._interrupts
+                self._forward_interrupt()
+            if failed_since is None and any(rank.failed for rank in self._ranks.values()):
+                failed_since = time.monotonic()
+                self._on_failure()
+            if failed_since is not None and time.monotonic() - failed_since > LAUNCHER_SECONDS:
+                return
+            time.sleep(_LOOK_SECONDS)
+
+    def _forward_interrupt(self) -> None:
+        decider = self._ranks.get(0)
+        alive = decider is not None and decider.ended is None and decider.process is not None
+        if self._interrupts > 1 or not alive:
+            self.end(signal.SIGINT)
+        else:
+            decider.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+
+    def _look(self, folder: Path) -> None:
+        """Take in which ranks live, and what they have left word of."""
+        for file in folder.glob("rank-*.json"):
+            number = int(file.stem.removeprefix("rank-"))
+            words = json.loads(file.read_text(encoding="utf-8"))
+            rank = self._ranks.setdefault(number, _Rank(number, _process(words["pid"])))
+            if "status" in words:
+                rank.status, rank.text, rank.time = words["status"], words["text"], words["time"]
+        for rank in self._ranks.values():
+            if rank.ended is None and (rank.process is None or not is_alive(rank.process)):
+                rank.ended = time.time()
+
+    def _outcome(self, launcher_status: int, folder: Path) -> Outcome:
+        if self._ending_signal is not None:
+            return ended_by(self._ending_signal)
+        status = _ordinary(launcher_status) or 1
+        cause = self._first_cause()
+        if cause is None and self._ranks and launcher_status == 0:
+            return Outcome(0)
+        if cause is None:
+            when = "" if self._ranks else " before any rank ran"
+            return Outcome(status, f"heretic-ds: DeepSpeed's launcher ended with status {launcher_status}{when}")
+        if cause.status is not None and cause.text.startswith("heretic-ds: "):
+            return Outcome(cause.status, cause.text)
+        self._logs_matter = any(folder.glob("rank-*.log"))
+        more = f" (the output of ranks above 0 is in {folder})" if self._logs_matter else ""
+        if cause.status is not None and cause.text:
+            alone = len(self._ranks) == 1 and self._launch.nodes == 1
+            return Outcome(cause.status, cause.text if alone else f"rank {cause.number} failed{more}:\n{cause.text}")
+        tail = _tail(folder / f"rank-{cause.number}.log")
+        how = _how(launcher_status) if cause.status is None else f"ended with status {cause.status}"
+        return Outcome(cause.status or status, "\n".join([*tail, f"heretic-ds: rank {cause.number} {how}{more}"]))
+
+    def _first_cause(self) -> _Rank | None:
+        """The rank that failed by itself; the others fail as its consequence, or are ended by the launcher.
+
+        The launcher ends ranks only after one has ended. So the first to be gone without a word was not ended by the
+        launcher, unless a word from another rank is so much older that this one may have died of that rank's leaving.
+        """
+        failed = [rank for rank in self._ranks.values() if rank.failed]
+        if not failed:
+            return None
+        spoken = min((rank for rank in failed if rank.status is not None), key=lambda rank: rank.time, default=None)
+        first_end = min((rank.ended for rank in failed if rank.ended is not None), default=None)
+        silent = [rank for rank in failed if rank.status is None and rank.ended == first_end]
+        if spoken is None:
+            wordless = [rank for rank in failed if rank.status is None]
+            return min(wordless, key=lambda rank: (rank.ended or 0.0, rank.number))
+        if silent and first_end is not None and spoken.time > first_end - _CAUSE_SECONDS:
+            return silent[0]
+        return spoken
+
+
+@contextmanager
+def signals_to(supervisor: Supervised) -> Iterator[None]:
+    """While the context lasts, signals to this process end the ranks as they should instead of this process alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            supervisor.interrupt()
+        else:
+            supervisor.end(number)
+
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        caught.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in caught}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ended_by(number: int) -> Outcome:
+    """The outcome of a job that was ended by a signal to its supervisor."""
+    told = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    return Outcome(128 + number, f"heretic-ds: {told}", number)
+
+
+def _process(pid: int) -> psutil.Process | None:
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _ordinary(launcher_status: int) -> int:
+    """The launcher's status where it is a rank's own; 0 where a signal ended something."""
+    return launcher_status if 0 < launcher_status < 128 else 0
+
+
+def _how(launcher_status: int) -> str:
+    """How a rank ended that left no word, from the launcher's status, which is the rank's modulo 256."""
+    number = -launcher_status % 256
+    if _ordinary(launcher_status):
+        return f"ended with status {launcher_status}"
+    if number not in {member.value for member in signal.Signals}:
+        return "ended without a word"
+    oom = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
+    return f"was ended by signal {number} ({signal.Signals(number).name}){oom}"
+
+
+def _tail(log: Path) -> list[str]:
+    if not log.is_file():
+        return []
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+
+
+def _end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End whatever is left of the process group that `leader` was started to lead."""
+    for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _TERM_SECONDS)):
+        deadline = time.monotonic() + seconds
+        if leader.poll() is not None and not _members(leader.pid):
+            return
+        try:
+            os.killpg(leader.pid, number)
+        except ProcessLookupError:
+            return
+        while time.monotonic() < deadline and (leader.poll() is None or _members(leader.pid)):
+            time.sleep(_LOOK_SECONDS)
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """Processes of a group that still run."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and is_alive(process):
+                members.append(process)
+        except (ProcessLookupError, PermissionError):
+            continue
+    return members

@@ -1,0 +1,1 @@
+"""Hydra's launcher `deepspeed`: every job of a sweep on ranks of its own."""
