@@ -92,11 +92,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
     assert isinstance(definition, ast.ClassDef)
     texts = {}
     for field, after in zip(definition.body, definition.body[1:], strict=False):
-        if (
-            isinstance(field, ast.AnnAssign)
-            and isinstance(field.target, ast.Name)
-            and isinstance(after, ast.Expr)
-        ):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
             texts[field.target.id] = _markdown(ast.literal_eval(after.value)).replace("|", "\\|")
     return texts
 

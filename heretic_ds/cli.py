@@ -87,9 +87,7 @@ def compose(words: Sequence[str]) -> Settings:
 def to_settings(config: DictConfig) -> Settings:
     """A composed configuration as checked settings. Raises UserError."""
     if OmegaConf.is_missing(config.model, "path"):
-        raise UserError(
-            "no model given; the usage is: heretic-ds <model> [key=value ...], see heretic-ds --help"
-        )
+        raise UserError("no model given; the usage is: heretic-ds <model> [key=value ...], see heretic-ds --help")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
@@ -161,9 +159,7 @@ def expand_model(words: Sequence[str]) -> list[str]:
     """Overrides, with the one word that is none, the model, as `model.path=`. Raises UserError."""
     bare = [word for word in words if "=" not in word and not word.startswith(("+", "~"))]
     if len(bare) > 1:
-        raise UserError(
-            f"unexpected argument {bare[1]!r} after the model {bare[0]!r}; write overrides as key=value"
-        )
+        raise UserError(f"unexpected argument {bare[1]!r} after the model {bare[0]!r}; write overrides as key=value")
     if bare and bare[0] in TASKS and not Path(bare[0]).exists():
         raise UserError(f"{bare[0]!r} is a task, not a model; write heretic-ds <model> task={bare[0]}")
     return [f"model.path={_quoted(word)}" if word in bare else word for word in words]

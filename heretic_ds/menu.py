@@ -71,9 +71,7 @@ class _Menu:
     def __init__(self, actions: MenuActions, ask: Callable[[str], str], console: Console) -> None:
         self.actions, self.ask, self.console = actions, ask, console
 
-    def choose(
-        self, records: Sequence[Record], front: Sequence[int]
-    ) -> tuple[Sequence[Record], Sequence[int]]:
+    def choose(self, records: Sequence[Record], front: Sequence[int]) -> tuple[Sequence[Record], Sequence[int]]:
         """One round of the main menu; returns the records and the front to go on with."""
         by_index = {record.index: record for record in records}
         trials = [by_index[index] for index in front]

@@ -31,16 +31,12 @@ def choose_device(name: str) -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise UserError(
-                f"model.device={name} is no device; expected auto, cpu, cuda or cuda:N."
-            ) from error
+            raise UserError(f"model.device={name} is no device; expected auto, cpu, cuda or cuda:N.") from error
     if device.type == "cpu":
         return device
     count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
     if (device.index or 0) >= count:
-        raise UserError(
-            f"model.device={name}: {count} such devices are usable here; set model.device=auto or cpu."
-        )
+        raise UserError(f"model.device={name}: {count} such devices are usable here; set model.device=auto or cpu.")
     return torch.device(
         device.type, device.index if device.index is not None else torch.accelerator.current_device_index()
     )
@@ -61,9 +57,7 @@ def own_dtype(config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> to
     return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
-def dtype_candidates(
-    wanted: str, own: torch.dtype, device: torch.device, parameters: int = 0
-) -> list[torch.dtype]:
+def dtype_candidates(wanted: str, own: torch.dtype, device: torch.device, parameters: int = 0) -> list[torch.dtype]:
     """Dtypes to try, best first. An explicit `wanted` is the only one.
 
     CPUs run float16 slowly and some operations not at all: there float16 becomes float32, which holds it
@@ -78,11 +72,7 @@ def dtype_candidates(
         roomy = 4 * parameters < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return [torch.float32, torch.bfloat16] if roomy else [torch.bfloat16]
     if own == torch.float16:
-        return (
-            [torch.float16, torch.bfloat16, torch.float32]
-            if _has_bf16(device)
-            else [torch.float16, torch.float32]
-        )
+        return [torch.float16, torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
     if own == torch.bfloat16:
         return [torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
     return [own]

@@ -154,9 +154,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds an adapter, not a whole model; merge it into its base model first.")
     if next(folder.glob("*.gguf"), None):
         raise UserError(f"{folder} holds GGUF files; set model.path to the original Hugging Face checkpoint.")
-    raise UserError(
-        f"{folder} has no {CONFIG_NAME}; expected the folder of a Hugging Face model (model.path)."
-    )
+    raise UserError(f"{folder} has no {CONFIG_NAME}; expected the folder of a Hugging Face model (model.path).")
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -212,9 +210,7 @@ def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInf
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as start:
         if start.read(26) == b"version https://git-lfs.gi":
-            raise UserError(
-                f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder."
-            )
+            raise UserError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
     try:
         with safe_open(file, framework="pt") as tensors:
             infos = {}
@@ -224,6 +220,5 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             return infos
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is truncated or corrupt ({file.stat().st_size} bytes; {error}); download or copy it "
-            "again."
+            f"{file} is truncated or corrupt ({file.stat().st_size} bytes; {error}); download or copy it again."
         ) from error

@@ -28,9 +28,7 @@ def load_tokenizer(settings: ModelSettings, source: ModelSource) -> PreTrainedTo
     A tokenizer without a padding token gets its end-of-text token for that, else its unknown token, else
     token 0.
     """
-    vocabulary = [
-        pattern for pattern in TOKENIZER_FILES if not pattern.startswith(("chat_template", "additional"))
-    ]
+    vocabulary = [pattern for pattern in TOKENIZER_FILES if not pattern.startswith(("chat_template", "additional"))]
     if not any(next(source.folder.glob(pattern), None) for pattern in vocabulary):
         raise UserError(
             f"{source.folder} has no tokenizer files; copy the model's tokenizer.json and its config there."
@@ -43,9 +41,7 @@ def load_tokenizer(settings: ModelSettings, source: ModelSource) -> PreTrainedTo
     except Exception as error:  # every backend has exceptions of its own for files it cannot read
         raise UserError(f"the tokenizer in {source.folder} cannot be loaded: {first_line(error)}") from error
     if not ids:
-        raise UserError(
-            f"the tokenizer in {source.folder} has no vocabulary; its tokenizer.json or model is missing."
-        )
+        raise UserError(f"the tokenizer in {source.folder} has no vocabulary; its tokenizer.json or model is missing.")
     if tokenizer.pad_token_id is None:
         fallback = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         tokenizer.pad_token = fallback

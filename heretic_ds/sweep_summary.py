@@ -18,9 +18,7 @@ failed_jobs = 0
 """Jobs of the last sweep in this process that did not end with status 0."""
 
 
-def record(
-    hydra: Any, run_dir: str, status: int, objective: tuple[float, float] | None, message: str | None
-) -> None:
+def record(hydra: Any, run_dir: str, status: int, objective: tuple[float, float] | None, message: str | None) -> None:
     """Appends a job's row to the sweep's file; `objective` is (refusal rate, KL divergence in nats)."""
     refusal_rate, kl = objective if objective is not None and status == 0 else (None, None)
     row = {

@@ -155,9 +155,9 @@ class World:
             problem = error
         problems: list[Any] = [None] * self.size
         dist.all_gather_object(problems, problem)
-        for error in problems:
-            if error is not None:
-                raise error
+        for found in problems:
+            if found is not None:
+                raise found
         return result  # type: ignore[return-value]
 
     def gather(self, item: T) -> list[T]:

@@ -67,9 +67,7 @@ def has_expert_dispatch(experts: nn.Module) -> bool:
 
 def _find_decoder(model: nn.Module) -> tuple[str, DecoderRow]:
     """Path and row of the one module that has a row's embedding, block list and final norm."""
-    found = [
-        (path, row) for path, module in model.named_modules() for row in DECODERS if _is_decoder(module, row)
-    ]
+    found = [(path, row) for path, module in model.named_modules() for row in DECODERS if _is_decoder(module, row)]
     if len(found) == 1:
         return found[0]
     name = type(model).__name__
@@ -152,8 +150,7 @@ def _refuse_unknown(block: nn.Module, block_path: str, width: int, rows: dict[st
         for path, name in _named_paths(block)
         for module in (block.get_submodule(path),)
         for parameter, tensor in module.named_parameters(recurse=False)
-        if _may_write(module, parameter, tuple(tensor.shape), width)
-        and not _is_known(path, name, parameter, rows)
+        if _may_write(module, parameter, tuple(tensor.shape), width) and not _is_known(path, name, parameter, rows)
     ]
     if unknown:
         raise UserError(

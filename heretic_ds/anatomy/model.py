@@ -57,9 +57,7 @@ class Writer:
             return None
         gain = self.norm_offset + model.get_parameter(f"{self.norm}.weight").detach().float()
         if self.inner_norm is not None:
-            gain = gain * (
-                self.norm_offset + model.get_parameter(f"{self.inner_norm}.weight").detach().float()
-            )
+            gain = gain * (self.norm_offset + model.get_parameter(f"{self.inner_norm}.weight").detach().float())
         return gain
 
 

@@ -150,9 +150,7 @@ _READERS: dict[str, tuple[str, ...]] = {
     "block_sparse_moe.experts.*": _MLP_READERS,
 }  # fmt: skip
 
-READER_PATHS = frozenset(
-    f"{parent}.{name}" if parent else name for parent, names in _READERS.items() for name in names
-)
+READER_PATHS = frozenset(f"{parent}.{name}" if parent else name for parent, names in _READERS.items() for name in names)
 
 # Parameters beside the writing one in a module of fused experts.
 FUSED_READERS = frozenset({"gate_up_proj", "up_proj", "gate_proj", "gate_up_proj_bias"})

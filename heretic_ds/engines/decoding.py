@@ -7,12 +7,12 @@ Shapes: B rows, S positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.prompts import pad_left
@@ -68,17 +68,19 @@ def _live_rows(
 
 @torch.inference_mode()
 def decode(
-    model: nn.Module,
+    model: PreTrainedModel,
     prompts: TokenRows,
     pad_id: int,
     ends: Collection[int],
     max_new_tokens: int,
     decided: Decided | None = None,
+    anyone: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Greedy answers to one batch of prompts, without their end token.
 
     A row stops at an end token, after ``max_new_tokens``, or as soon as ``decided`` says that its scores can no longer
-    change. Stopped rows leave the batch once they are a quarter of it.
+    change. Stopped rows leave the batch once they are a quarter of it. Where ranks decode in step, ``anyone`` tells
+    whether any of them has a row that goes on; until none has, a rank without one keeps the first row of its batch.
     """
     forward = Forward(model)
     device = next(model.parameters()).device
@@ -91,13 +93,13 @@ def decode(
     while True:
         token_B = logits_BV.argmax(dim=-1)
         going = _live_rows(live, answers, token_B.tolist(), ends, max_new_tokens, decided)
-        if not going:
+        if not anyone(bool(going)):
             return answers
-        if len(going) <= _COMPACT_BELOW * len(live):
-            keep = torch.tensor(going, device=device)
-            cache.reorder_cache(keep)
+        if max(len(going), 1) <= _COMPACT_BELOW * len(live):
+            keep = torch.tensor(going or [0], device=device)
+            cache.reorder_cache(keep)  # type: ignore[arg-type]  # a name for int64 tensors
             token_B, mask_BS, position_B1 = token_B[keep], mask_BS[keep], position_B1[keep]
-            live = [live[position] for position in going]
+            live = [live[position] for position in going] or [-1]
         else:
             staying = set(going)
             live = [row if position in staying else -1 for position, row in enumerate(live)]
@@ -106,14 +108,14 @@ def decode(
         logits_BV = forward(token_B[:, None], mask_BS, position_B1, past_key_values=cache, use_cache=True)
 
 
-def last_logits(model: nn.Module, prompts: TokenRows, pad_id: int) -> Tensor:
+def last_logits(model: PreTrainedModel, prompts: TokenRows, pad_id: int) -> Tensor:
     """Logits [B, V] of the first answer token of each prompt."""
     batch = pad_left(prompts, pad_id).to(next(model.parameters()).device)
     return Forward(model)(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, use_cache=False)
 
 
-def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """Every token id that ends an answer, by the model's generation config and by its tokenizer."""
-    configured = model.generation_config.eos_token_id if getattr(model, "generation_config", None) else None
+    configured: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids: Sequence[int | None] = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -55,6 +55,11 @@ class Engine(Protocol):
     """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured, or halved for want of memory."""
 
     @property
+    def degree(self) -> int:
+        """Ranks that hold one replica of the model together."""
+        ...
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights as loaded."""
         ...

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
@@ -37,7 +38,7 @@ class ResidentEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: Any,
         anatomy: Anatomy,
         max_new_tokens: int,
@@ -62,6 +63,10 @@ class ResidentEngine:
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )
+
+    @property
+    def degree(self) -> int:
+        return self._replicas.degree
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,5 +178,9 @@ class ResidentEngine:
         if phase in self.batch_sizes:
             return
         longest = sorted(prompts, key=len, reverse=True)
-        most = min(len(prompts), _MOST_ROWS)
+        most = self._most_rows(longest, work)
         self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, self._same)
+
+    def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
+        """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""
+        return min(len(longest), _MOST_ROWS)

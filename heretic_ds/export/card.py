@@ -126,9 +126,7 @@ def _numbers(facts: CardFacts) -> str:
 
 def _profiles(edit: EditLike) -> str:
     index = edit.direction_index
-    direction = (
-        "Every layer uses its own direction." if index is None else f"One direction, of block {index:.4g}."
-    )
+    direction = "Every layer uses its own direction." if index is None else f"One direction, of block {index:.4g}."
     rows = [
         f"| {component} | {profile.max_weight:.4g} | {profile.max_weight_position:.4g} | "
         f"{profile.min_weight:.4g} | {profile.min_weight_distance:.4g} |"
@@ -148,9 +146,7 @@ def _settings(facts: CardFacts) -> str:
         lines.append(f"- residuals are clamped to their {facts.winsorize_quantile:g} quantile")
     if facts.trial is not None:
         lines.append(f"- trial {facts.trial} of a search over edits")
-    lines += [
-        f"- {role} prompts: `{public_data_name(source)}`" for role, source in facts.prompt_sources.items()
-    ]
+    lines += [f"- {role} prompts: `{public_data_name(source)}`" for role, source in facts.prompt_sources.items()]
     return "\n".join(["## Settings", "", *lines])
 
 
@@ -164,9 +160,7 @@ def _warning(base: str) -> str:
 
 
 def _licence(source: Path, kept: Mapping[str, Any], base: str) -> str:
-    files = sorted(
-        {file.name for pattern in LICENCE_FILES for file in source.glob(pattern) if file.is_file()}
-    )
+    files = sorted({file.name for pattern in LICENCE_FILES for file in source.glob(pattern) if file.is_file()})
     copied = f" Copied from it: {', '.join(f'`{name}`' for name in files)}." if files else ""
     if "license" in kept:
         name = kept.get("license_name", kept["license"])

@@ -76,13 +76,9 @@ def export_model(
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             _write_json(folder / MANIFEST_NAME, {**manifest, "left_behind": list(left_behind)})
     except OSError as error:
-        raise UserError(
-            f"export.dir={target} could not be written ({error}); the folder is as it was."
-        ) from error
+        raise UserError(f"export.dir={target} could not be written ({error}); the folder is as it was.") from error
     if left_behind:
-        log.warning(
-            "%d tensors of the original are not part of the model and were not copied", len(left_behind)
-        )
+        log.warning("%d tensors of the original are not part of the model and were not copied", len(left_behind))
     return ExportResult(target, len(written), size, left_behind)
 
 

@@ -62,15 +62,12 @@ def check_export_target(
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise UserError(
-                f"export.dir={target} exists and is not empty; choose another folder or set "
-                "export.overwrite=true."
+                f"export.dir={target} exists and is not empty; choose another folder or set export.overwrite=true."
             )
         _check_replaceable(target)
     home = next(folder for folder in target.parents if folder.exists())
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise UserError(
-            f"export.dir={target}: {home} is not a folder that can be written to; choose another folder."
-        )
+        raise UserError(f"export.dir={target}: {home} is not a folder that can be written to; choose another folder.")
     free = shutil.disk_usage(home).free
     if needed_bytes and free < needed_bytes + _SPARE_BYTES:
         raise UserError(
@@ -88,9 +85,7 @@ def _check_replaceable(target: Path) -> None:
         raise UserError(f"{refusal} is not the folder of a model; choose another export.dir.")
     for entry in sorted(target.iterdir()):
         if not any(fnmatch(entry.name, pattern) for pattern in _REPLACEABLE):
-            raise UserError(
-                f"{refusal} also holds {entry.name}; move that away or choose another export.dir."
-            )
+            raise UserError(f"{refusal} also holds {entry.name}; move that away or choose another export.dir.")
 
 
 @contextmanager

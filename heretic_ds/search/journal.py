@@ -65,8 +65,7 @@ def _repair(path: Path) -> None:
         if not (line.endswith(b"\n") and _is_record(line)):
             if good + len(line) < len(content):
                 raise UserError(
-                    f"{path} is damaged at line {number}; "
-                    "give another run.dir, or remove this file to search anew"
+                    f"{path} is damaged at line {number}; give another run.dir, or remove this file to search anew"
                 )
             break
         good += len(line)

@@ -72,9 +72,7 @@ class Search:
         UserError: the journal is damaged or belongs to another search space.
     """
 
-    def __init__(
-        self, journal: Path, n_layers: int, settings: SearchSettings, baseline_refusals: float
-    ) -> None:
+    def __init__(self, journal: Path, n_layers: int, settings: SearchSettings, baseline_refusals: float) -> None:
         if baseline_refusals <= 0:
             raise UserError(
                 "the original model shows none of the behaviour on the target eval prompts, so there is "

@@ -105,6 +105,9 @@ class Run:
             self.close()
             with self.timed("load"):
                 self._engine, self._layout = build_engine(self.job, phase), layout
+            for placed in ("capture", "evaluate"):
+                if getattr(self.settings, placed) == layout:
+                    self.results["world"][placed]["degree"] = self._engine.degree
             self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
         return self._engine
 
@@ -209,15 +212,15 @@ def _refuse_impossible_export(job: Job) -> None:
 
 def _begun(job: Job) -> dict[str, Any]:
     """``results.json`` before anything was measured."""
-    settings, size = job.settings, job.world.size
+    settings = job.settings
     return {
         "schema": SCHEMA,
         "task": settings.task.name,
         "model": settings.model.path,
         "world": {
-            "size": size,
-            "capture": {"placement": settings.capture.placement, "degree": settings.capture.degree or size},
-            "evaluate": {"placement": settings.evaluate.placement, "degree": settings.evaluate.degree or size},
+            "size": job.world.size,
+            "capture": {"placement": settings.capture.placement, "degree": settings.capture.degree},
+            "evaluate": {"placement": settings.evaluate.placement, "degree": settings.evaluate.degree},
         },
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
         "baseline": None,

@@ -116,9 +116,7 @@ def test_no_writer_is_missed(family: str) -> None:
     model = build(family)
     anatomy = find_anatomy(model)
     direction_D = _unit_vector(anatomy.width)
-    assert _written_along(model, anatomy, direction_D).mean() > 0.05, (
-        "a random model writes along any direction"
-    )
+    assert _written_along(model, anatomy, direction_D).mean() > 0.05, "a random model writes along any direction"
     _project_out(model, anatomy, direction_D)
     assert _written_along(model, anatomy, direction_D).max() < 1e-5
 
@@ -136,9 +134,7 @@ def test_every_writer_matters(family: str) -> None:
         changed = _residuals(model, anatomy, inputs)
         weight.copy_(kept)
         same = [torch.equal(a, b) for a, b in zip(original, changed, strict=True)]
-        assert same == [True] * (writer.block + 1) + [False] * (anatomy.n_blocks - writer.block), (
-            writer.module
-        )
+        assert same == [True] * (writer.block + 1) + [False] * (anatomy.n_blocks - writer.block), writer.module
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -161,9 +157,7 @@ def test_left_padding_changes_nothing_at_the_last_position(family: str) -> None:
     model, anatomy = _shared(family)
     padded = batch(model)
     alone = {name: tensor[1:2, -4:] for name, tensor in padded.items()}
-    for short, long in zip(
-        _residuals(model, anatomy, alone), _residuals(model, anatomy, padded), strict=True
-    ):
+    for short, long in zip(_residuals(model, anatomy, alone), _residuals(model, anatomy, padded), strict=True):
         torch.testing.assert_close(short[0, -1], long[1, -1], rtol=1e-4, atol=1e-5)
 
 
@@ -262,8 +256,7 @@ def test_summary_counts_the_writers(family: str) -> None:
 
 def test_layouts_and_biases() -> None:
     layouts = {
-        family: {w.layout for w in _shared(family)[1].writers}
-        for family in ("llama", "gpt2", "gpt_oss", "mixtral")
+        family: {w.layout for w in _shared(family)[1].writers} for family in ("llama", "gpt2", "gpt_oss", "mixtral")
     }
     assert layouts == {"llama": {"DK"}, "gpt2": {"KD"}, "gpt_oss": {"DK", "EKD"}, "mixtral": {"DK", "EDK"}}
     biases = {w.bias for w in _shared("gpt_oss")[1].writers if w.block == 1}

@@ -67,10 +67,7 @@ def test_turns_go_through_the_chat_template(tokenizer) -> None:
         "<bos><|system|>Be brief.<eos><|user|>When to plant peas?<eos><|assistant|>Well, in spring.<eos>"
         "<|user|>And beans?<eos><|assistant|>Well, "
     )
-    assert (
-        conversation.token_ids("x")[0] == families.BOS
-        and conversation.token_ids("x").count(families.BOS) == 1
-    )
+    assert conversation.token_ids("x")[0] == families.BOS and conversation.token_ids("x").count(families.BOS) == 1
 
 
 def test_templates_without_a_system_role_or_with_parts(tokenizer) -> None:

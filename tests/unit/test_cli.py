@@ -138,8 +138,7 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         (["m", "model.revision=${nothing}"], "model.revision: Interpolation key 'nothing' not found"),
         (
             ["m", "prompts.target.train.split=train[:400]"],
-            "\"prompts.target.train.split='train[:400]'\", or choose the rows with "
-            "prompts.target.train.slice=:400",
+            "\"prompts.target.train.split='train[:400]'\", or choose the rows with prompts.target.train.slice=:400",
         ),
         (["m", "-m", "search.trials=1,many"], "search.trials=many does not fit"),
     ],
@@ -170,10 +169,7 @@ def test_an_unknown_key_in_a_file_is_found(tmp_path: Path, capsys: pytest.Captur
     file.parent.mkdir()
     file.write_text("# @package _global_\nsearch:\n  trails: 3\n")
     assert cli.main(["m", "--config-dir", str(tmp_path)]) == 2
-    assert (
-        "in local/default.yaml: there is no setting search.trails; did you mean search.trials?"
-        in one_line(capsys)
-    )
+    assert "in local/default.yaml: there is no setting search.trails; did you mean search.trials?" in one_line(capsys)
 
 
 def test_personal_defaults_are_read(pipeline: Callable[[Run], None], tmp_path: Path) -> None:
@@ -251,9 +247,7 @@ def rows_of_the_sweep() -> list[dict[str, object]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_bad_job_does_not_end_a_sweep(
-    pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_job_does_not_end_a_sweep(pipeline: Callable[[Run], None], capsys: pytest.CaptureFixture[str]) -> None:
     failures: dict[int, BaseException] = {
         1: UserError("the folder is gone"),
         2: RuntimeError("broken"),
@@ -311,9 +305,7 @@ def test_a_run_folder_given_for_a_sweep_is_kept(pipeline: Callable[[Run], None])
     assert folders == ["here", "there"]
 
 
-def test_a_sweeper_gets_the_objective(
-    pipeline: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sweeper_gets_the_objective(pipeline: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch) -> None:
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
     returned: list[object] = []

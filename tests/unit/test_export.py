@@ -96,9 +96,7 @@ def base(tmp_path_factory) -> Path:
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "LICENSE").write_text("Do as you like.")
     (folder / "USE_POLICY.md").write_text("Be kind.")
-    (folder / "README.md").write_text(
-        "---\nlicense: other\nlicense_name: kind\nlicense_link: LICENSE\n---\nA model."
-    )
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: kind\nlicense_link: LICENSE\n---\nA model.")
     (folder / "training.log").write_text("not part of the model")
     return folder
 
@@ -202,9 +200,7 @@ def test_tensors_the_model_does_not_use_are_reported(base: Path, tmp_path: Path)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = export(load(folder), tmp_path / "out")
     assert result.left_behind == ("mtp.head.weight",)
-    assert json.loads((tmp_path / "out" / "heretic_ds.json").read_text())["left_behind"] == [
-        "mtp.head.weight"
-    ]
+    assert json.loads((tmp_path / "out" / "heretic_ds.json").read_text())["left_behind"] == ["mtp.head.weight"]
 
 
 def test_no_path_of_this_machine_is_told(base: Path, loaded: LoadedModel, tmp_path: Path) -> None:
@@ -430,9 +426,7 @@ def test_manifest(loaded: LoadedModel) -> None:
         verified={"refusals": 2, "kl": 0.02},
         tensors_edited=["model.layers.0.self_attn.o_proj"],
     )
-    assert (
-        manifest["schema"] == 1 and manifest["base_model"] == "tiny-llama" and manifest["dtype"] == "bfloat16"
-    )
+    assert manifest["schema"] == 1 and manifest["base_model"] == "tiny-llama" and manifest["dtype"] == "bfloat16"
     assert manifest["edit"] == {"direction_index": 1.5} and manifest["verified"]["kl"] == 0.02
     assert manifest["row_norm"] == "pre" and manifest["through_norm"] is True and manifest["trial"] == 3
     assert {"python", "torch", "transformers", "heretic-ds"} <= manifest["versions"].keys()

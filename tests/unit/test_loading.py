@@ -171,9 +171,7 @@ class TestRefusedEarly:
         ],
     )
     def test_not_a_causal_language_model(self, copy: Path, model_type: str, architecture: str) -> None:
-        (copy / "config.json").write_text(
-            json.dumps({"model_type": model_type, "architectures": [architecture]})
-        )
+        (copy / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": [architecture]}))
         message = refusal(copy)
         assert architecture in message and "causal" in message
 
@@ -267,9 +265,7 @@ def test_a_dtype_that_overflows_falls_back(copy: Path, monkeypatch, caplog) -> N
 
 
 @pytest.mark.parametrize("failure", ["raises", "nan"])
-def test_a_forward_that_fails_falls_back_or_is_reported(
-    llama: Path, monkeypatch, caplog, failure: str
-) -> None:
+def test_a_forward_that_fails_falls_back_or_is_reported(llama: Path, monkeypatch, caplog, failure: str) -> None:
     def forward_problem(model):
         return None if model.dtype == torch.float32 else problem(model)
 
@@ -343,9 +339,7 @@ def quantised_gpt_oss(folder: Path) -> Path:
             tensors[f"{name}_scales"] = torch.full((experts, outer, inner // 32), 124, dtype=torch.uint8)
 
     edit_weights(folder, pack)
-    edit_json(
-        folder / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []}
-    )
+    edit_json(folder / "config.json", quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": []})
     return folder
 
 

@@ -19,9 +19,7 @@ from heretic_ds.search.trials import TrialRecord
 ATTENTION, MLP = Profile(1.2, 14.25, 0.4, 6.1), Profile(0.0, 10.0, 0.0, 3.0)
 
 
-def record(
-    index: int, refusals: float | None, kl: float | None, direction: float | None = None
-) -> TrialRecord:
+def record(index: int, refusals: float | None, kl: float | None, direction: float | None = None) -> TrialRecord:
     state = "complete" if kl is not None else "failed"
     edit = Edit(direction, {"attention": ATTENTION, "mlp": MLP})
     return TrialRecord(index, index, state, edit, refusals, kl, {}, 2.5)

@@ -65,9 +65,7 @@ def trials_of(path: Path) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 32])
 def test_every_draw_is_an_edit_within_the_ranges(tmp_path: Path, n_layers: int) -> None:
-    search = Search(
-        tmp_path / "study.journal", n_layers, settings(trials=50, startup=30), baseline_refusals=10
-    )
+    search = Search(tmp_path / "study.journal", n_layers, settings(trials=50, startup=30), baseline_refusals=10)
     last = n_layers - 1
     scopes, clamped = set(), 0
     while asks := search.ask():
@@ -108,9 +106,7 @@ def test_objectives_stop_chasing_a_small_kl() -> None:
 def test_record_has_the_keys_of_the_results_file(tmp_path: Path) -> None:
     search = open_search(tmp_path / "study.journal")
     (ask,) = search.ask()
-    record = search.tell(
-        ask, TrialScores(3, 0.02, {"refusals": np.int64(3), "other": np.float32("nan")}), 1.5
-    )
+    record = search.tell(ask, TrialScores(3, 0.02, {"refusals": np.int64(3), "other": np.float32("nan")}), 1.5)
     entry = json.loads(json.dumps(record.to_dict(), allow_nan=False))
     assert list(entry) == [
         "index", "pass", "state", "direction_index", "profiles", "refusals", "kl", "scores", "seconds",
@@ -137,8 +133,7 @@ def test_a_trial_without_finite_scores_is_failed(tmp_path: Path, scores: TrialSc
 
 def test_seed_decides_the_edits(tmp_path: Path) -> None:
     first, same, other = (
-        run(open_search(tmp_path / name, trials=14, seed=seed))
-        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        run(open_search(tmp_path / name, trials=14, seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first == same
     assert all(one.edit != two.edit for one, two in zip(first, other, strict=True))

@@ -169,9 +169,7 @@ def test_a_direction_alone_edits_nothing() -> None:
 
 def test_export_takes_one_edit_only() -> None:
     with pytest.raises(UserError, match=r"^export\.trial and ablation\.profiles"):
-        validate(
-            settings_with(task__name="export", export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE)
-        )
+        validate(settings_with(task__name="export", export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE))
 
 
 def test_the_configuration_reference_is_current() -> None:
