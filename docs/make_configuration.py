@@ -87,10 +87,13 @@ def _keys(section: type, config: DictConfig, prefix: str) -> Iterator[tuple[str,
 
 
 def _field_docstrings(section: type) -> dict[str, str]:
-    """The string below each field of a dataclass, as one line."""
+    """The string below each field of a dataclass, inherited ones included, as one line."""
+    texts: dict[str, str] = {}
+    for parent in section.__bases__:
+        if is_dataclass(parent):
+            texts |= _field_docstrings(parent)
     [definition] = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
-    texts = {}
     for field, after in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
             texts[field.target.id] = _markdown(ast.literal_eval(after.value)).replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import math
@@ -42,6 +43,7 @@ from heretic_ds.model_source import (
 )
 from heretic_ds.model_tokens import greedy_generation_config, load_processor, load_tokenizer
 from heretic_ds.settings import ModelSettings
+from heretic_ds.sharded_loading import parameters_on_meta
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +81,14 @@ class OpenedModel:
         parameters = sum(math.prod(info.shape) for info in self.headers.values())
         return dtype_candidates(self.settings.dtype, own_dtype(self.config, self.headers), self.device, parameters)
 
-    def skeleton(self) -> PreTrainedModel:
-        """The model without memory for its weights: modules, names and shapes, on the meta device."""
-        with torch.device("meta"):
-            model = _auto_class(self.config).from_config(
-                self.config, dtype=self.dtypes[0], trust_remote_code=self.settings.trust_remote_code
-            )
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
+        options: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
+        if self.settings.attn_implementation:
+            options["attn_implementation"] = self.settings.attn_implementation
+        with parameters_on_meta():
+            config = copy.deepcopy(self.config)  # engines write their choices into it
+            model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
         return self.ready(model)
 
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:

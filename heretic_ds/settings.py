@@ -21,7 +21,9 @@ from heretic_ds.errors import UserError
 TASKS = ("abliterate", "evaluate", "export", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROW_NORMS = ("none", "pre", "full")
-PLACEMENTS = ("replicated",)
+PLACEMENTS = {"capture": ("replicated", "zero3"), "evaluate": ("replicated",)}
+"""Placements by the phase that they can serve."""
+OFFLOADS = ("none", "cpu", "nvme")
 
 SCHEMA_NAME = "settings_schema"
 
@@ -118,6 +120,33 @@ class PlacementSettings:
     """Name of the placement."""
     degree: Optional[int] = None
     """Ranks per replica; null: as many as the placement can use."""
+    backend: str = "auto"
+    """Who splits the layers under ``tensor_parallel``: ``autotp`` (DeepSpeed-Inference), ``hf_plan`` (transformers'
+    plan of the family), or ``auto``, the one known to be right for the family."""
+    parity_check: bool = True
+    """Under ``tensor_parallel``, compare the logits of a few tokens with those of the unsplit model, which one rank
+    computes block by block while it reads the weights once more."""
+
+
+@dataclass
+class CaptureSettings(PlacementSettings):
+    """How one replica of the model lies on ranks while residuals are captured."""
+
+    offload: str = "none"
+    """Where ``zero3`` keeps the parts of weights that are not in use: ``none`` (on the accelerator), ``cpu`` (host
+    memory) or ``nvme`` (files in ``capture.nvme_path``; needs the system library libaio)."""
+    nvme_path: Optional[str] = None
+    """Folder on a fast local disk for ``capture.offload=nvme``; the files in it are removed after the capture."""
+    pin_memory: bool = True
+    """Page-locked host memory for an offload: faster transfers, which other programs' memory has to make room for."""
+    prefetch_bucket_size: int = 50_000_000
+    """Numbers that ``zero3`` gathers ahead of their use (``stage3_prefetch_bucket_size``); 0 switches it off."""
+    param_persistence_threshold: int = 100_000
+    """Parameters of at most as many numbers stay gathered under ``zero3`` (``stage3_param_persistence_threshold``)."""
+    max_live_parameters: int = 1_000_000_000
+    """Numbers that may be gathered at one time under ``zero3`` (``stage3_max_live_parameters``)."""
+    max_reuse_distance: int = 1_000_000_000
+    """A parameter used again within as many numbers stays gathered under ``zero3`` (``stage3_max_reuse_distance``)."""
 
 
 @dataclass
@@ -244,7 +273,7 @@ class Settings:
     task: TaskSettings = field(default_factory=TaskSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
-    capture: PlacementSettings = field(default_factory=PlacementSettings)
+    capture: CaptureSettings = field(default_factory=CaptureSettings)
     evaluate: PlacementSettings = field(default_factory=PlacementSettings)
     direction: DirectionSettings = field(default_factory=DirectionSettings)
     ablation: AblationSettings = field(default_factory=AblationSettings)
@@ -271,7 +300,7 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    checks = (_check_model, _check_placements, _check_numbers, _check_profiles, _check_fixed_edit)
+    checks = (_check_model, _check_placements, _check_offload, _check_numbers, _check_profiles, _check_fixed_edit)
     if settings.task.name not in TASKS:
         raise UserError(f"task.name is {settings.task.name!r}; choose one of {', '.join(TASKS)}")
     for check in checks:
@@ -300,20 +329,36 @@ def _check_model(settings: Settings) -> _Findings:
 
 def _check_placements(settings: Settings) -> _Findings:
     for phase, chosen in (("capture", settings.capture), ("evaluate", settings.evaluate)):
-        known = chosen.placement in PLACEMENTS
-        yield known, f"{phase}.placement is {chosen.placement!r}; choose one of {', '.join(PLACEMENTS)}"
-        whole = chosen.degree in (None, 1)
+        known = chosen.placement in PLACEMENTS[phase]
+        yield known, f"{phase}.placement is {chosen.placement!r}; choose one of {', '.join(PLACEMENTS[phase])}"
+        whole = chosen.degree in (None, 1) or chosen.placement != "replicated"
         yield (
             whole,
             f"{phase}.degree is {chosen.degree}, but a replicated model lies on one rank; leave it null",
         )
 
 
+def _check_offload(settings: Settings) -> _Findings:
+    capture = settings.capture
+    offload, path = capture.offload, capture.nvme_path
+    yield offload in OFFLOADS, f"capture.offload is {offload!r}; choose one of {', '.join(OFFLOADS)}"
+    served = offload == "none" or capture.placement == "zero3"
+    yield served, f"capture.offload={offload} is for capture=zero3 alone, but capture is {capture.placement}"
+    has_path = offload != "nvme" or path is not None
+    yield has_path, "capture.offload=nvme needs capture.nvme_path, a folder on a fast local disk"
+    yield path is None or offload == "nvme", "capture.nvme_path is set without capture.offload=nvme, so nothing uses it"
+
+
 def _check_numbers(settings: Settings) -> _Findings:
     search, generation, export = settings.search, settings.generation, settings.export
+    capture = settings.capture
     quantile = settings.direction.winsorize_quantile
     lower_bounds: tuple[tuple[str, float | None, int], ...] = (
         ("task.answer_tokens", settings.task.answer_tokens, 1),
+        ("capture.prefetch_bucket_size", capture.prefetch_bucket_size, 0),
+        ("capture.param_persistence_threshold", capture.param_persistence_threshold, 0),
+        ("capture.max_live_parameters", capture.max_live_parameters, 0),
+        ("capture.max_reuse_distance", capture.max_reuse_distance, 0),
         ("search.trials", search.trials, 1),
         ("search.startup_trials", search.startup_trials, 0),
         ("search.trials_per_pass", search.trials_per_pass, 1),

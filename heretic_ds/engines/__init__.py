@@ -14,6 +14,7 @@ __all__ = ["PLACEMENTS", "Engine", "build_engine"]
 
 PLACEMENTS = {
     "replicated": "heretic_ds.engines.replicated",
+    "zero3": "heretic_ds.engines.zero3",
 }
 """The module of each placement; its ``build(job, placement, phase)`` gives the engine. Imported only when chosen."""
 

@@ -1,0 +1,62 @@
+"""Partitioning a model for ZeRO-3 as it is read: every rank reads its own part of every parameter, and no more.
+
+ZeRO-3 cuts each parameter, as one row of numbers, into as many equal parts as there are ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heretic_ds.sharded_loading import Checkpoint, Shard
+
+
+@torch.no_grad()
+def load_partitions(model: nn.Module, checkpoint: Checkpoint, init: Any, rank: int, ranks: int) -> None:
+    """Replace the meta parameters of ``model`` by partitioned ones with the checkpoint's numbers, and fill its buffers.
+
+    ``init`` is DeepSpeed's ``zero.Init`` for this layout. Tied parameters stay one. Raises UserError for numbers that
+    are not finite.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for name, old in list(model.named_parameters(remove_duplicate=False)):
+        path, _, attribute = name.rpartition(".")
+        if id(old) not in made:
+            whole = _own_part(name, checkpoint, rank, ranks)
+            made[id(old)] = _partitioned(nn.Parameter(whole, requires_grad=False), init)
+        model.get_submodule(path)._parameters[attribute] = made[id(old)]
+    for path, module in model.named_modules():
+        for attribute, buffer in module._buffers.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if buffer is not None and name in checkpoint.shapes:
+                module._buffers[attribute] = checkpoint.read(name, checkpoint.whole(name), init.local_device)
+            elif buffer is not None:
+                module._buffers[attribute] = buffer.to(init.local_device)
+
+
+def _own_part(name: str, checkpoint: Checkpoint, rank: int, ranks: int) -> Tensor:
+    """A host tensor of the parameter's whole shape in which only this rank's part has been written.
+
+    Memory that was never written to takes no room. The part is filled by whole rows, so up to two rows more are read.
+    """
+    shape = checkpoint.shapes[name]
+    whole = torch.empty(shape, dtype=checkpoint.dtypes[name], device="cpu")
+    part = -(-whole.numel() // ranks)
+    start, stop = rank * part, min((rank + 1) * part, whole.numel())
+    if not shape:
+        checkpoint.read_into(name, checkpoint.whole(name), whole)
+    elif start < stop:
+        row = whole.numel() // shape[0]
+        first, last = start // row, -(-stop // row)
+        checkpoint.read_into(name, Shard(shape, 0, ((first, last),)), whole[first:last])
+    return whole
+
+
+def _partitioned(parameter: nn.Parameter, init: Any) -> nn.Parameter:
+    """The parameter as DeepSpeed's, cut at once: no rank sends what each reads for itself."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
+    return parameter
