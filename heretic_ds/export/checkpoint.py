@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,12 @@ def model_bytes(model: nn.Module) -> int:
 
 
 def export_model(
-    loaded: LoadedModel, target: Path | str, card: str, manifest: Mapping[str, Any], overwrite: bool = False
+    loaded: LoadedModel,
+    target: Path | str,
+    card: str,
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+    write_weights: Callable[[Path], None] | None = None,
 ) -> ExportResult:
     """Write `loaded.model` with its tokenizer, configurations, `card` and `manifest` to the folder `target`.
 
@@ -62,16 +67,23 @@ def export_model(
     Tokenizer, processor, generation configuration, licence and code files are copies of the original's. All
     of it appears at once: until the last file is on disk, `target` stays as it was. Raises UserError as
     `check_export_target` does.
+
+    `write_weights` writes the weight files to a folder instead, for a model whose weights are not in memory.
     """
     size = model_bytes(loaded.model)
     target = check_export_target(target, overwrite, source=loaded.source, needed_bytes=size)
     try:
         with replaced_folder(target) as folder:
-            loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            if write_weights is None:
+                loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            else:
+                write_weights(folder)
+                loaded.model.config.save_pretrained(folder)
             _write_configs(loaded, folder)
             _copy_companions(loaded, folder)
             written = read_headers(folder, allow_pickle=False)
-            _check_complete(loaded.model, written)
+            if write_weights is None:
+                _check_complete(loaded.model, written)
             left_behind = _left_behind(loaded, set(written))
             (folder / CARD_NAME).write_text(card, encoding="utf-8")
             _write_json(folder / MANIFEST_NAME, {**manifest, "left_behind": list(left_behind)})

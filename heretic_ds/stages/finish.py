@@ -12,6 +12,7 @@ from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
+from heretic_ds.export.streaming import weight_writer
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.model_source import read_json
 from heretic_ds.report import pareto_table, plot_front
@@ -87,11 +88,9 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
 
 
 def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
-    settings, results, loaded = run.settings, run.results, run.engine.whole
+    settings, results, loaded, write_weights = run.settings, run.results, run.engine.whole, None
     if loaded is None:
-        raise UserError(
-            f"evaluate={settings.evaluate.placement} holds no whole model to write; set evaluate=replicated to export"
-        )
+        loaded, write_weights = weight_writer(run.job.opened, run.job.anatomy, run.ablation, edit, run.engine.dtype)
     written = [w for w in run.job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
     manifest = build_manifest(
         loaded,
@@ -108,7 +107,7 @@ def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
         return
     card = model_card(loaded, _card_facts(run, edit, trial, written))
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
-    done = export_model(loaded, target, card, manifest, overwrite)
+    done = export_model(loaded, target, card, manifest, overwrite, write_weights)
     log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
 
 

@@ -83,7 +83,7 @@ def fixed_directions(run: Run) -> None:
 def _use_directions(run: Run, directions_LD: Tensor) -> None:
     ablation = run.settings.ablation
     _compare_with_known(run, directions_LD)
-    run.lay_out("evaluate").prepare(Ablation(directions_LD, ablation.row_norm, ablation.through_norm))
+    run.edit_along(Ablation(directions_LD, ablation.row_norm, ablation.through_norm))
 
 
 def _captured_directions(run: Run) -> Tensor:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from heretic_ds.engines import Engine, build_engine
 from heretic_ds.engines.memory import peak_memory
+from heretic_ds.engines.protocol import Ablation
 from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
@@ -24,7 +25,7 @@ from heretic_ds.job import Job
 from heretic_ds.model_source import read_json
 from heretic_ds.run_folder import RunFolder, fingerprint, finished_results
 from heretic_ds.search.trials import TrialRecord
-from heretic_ds.settings import Settings
+from heretic_ds.settings import PlacementSettings, Settings
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ class Run:
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    _ablation: Ablation | None = None
     _engine: Engine | None = None
-    _layout: object = None
+    _layout: tuple[str, int | None] | None = None
 
     @property
     def settings(self) -> Settings:
@@ -97,19 +99,34 @@ class Run:
             raise RuntimeError("no phase has laid the model out")
         return self._engine
 
+    @property
+    def ablation(self) -> Ablation:
+        """The directions and the form of this run's edits."""
+        if self._ablation is None:
+            raise RuntimeError("no stage has made the directions")
+        return self._ablation
+
+    def edit_along(self, ablation: Ablation) -> None:
+        """Take the directions for every edit to come, in the engine that evaluates."""
+        self._ablation = ablation
+        self.lay_out("evaluate").prepare(ablation)
+
     def lay_out(self, phase: str) -> Engine:
         """The engine of a phase. Where two phases are placed alike they share one; else the first one's memory is
         released before the second is built."""
-        layout = self.settings.capture if phase == "capture" else self.settings.evaluate
-        if self._engine is None or layout != self._layout:
+        layouts = {name: (placed.placement, placed.degree) for name, placed in self._placed().items()}
+        if self._engine is None or layouts[phase] != self._layout:
             self.close()
             with self.timed("load"):
-                self._engine, self._layout = build_engine(self.job, phase), layout
-            for placed in ("capture", "evaluate"):
-                if getattr(self.settings, placed) == layout:
-                    self.results["world"][placed]["degree"] = self._engine.degree
+                self._engine, self._layout = build_engine(self.job, phase), layouts[phase]
+            for name, layout in layouts.items():
+                if layout == self._layout:
+                    self.results["world"][name]["degree"] = self._engine.degree
             self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
         return self._engine
+
+    def _placed(self) -> dict[str, PlacementSettings]:
+        return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
 
     def close(self) -> None:
         """Release the model."""
