@@ -19,6 +19,7 @@ STUDY_NAME = "heretic_ds"
 DIRECTIONS = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
 METRIC_NAMES = ["refusals (share of the original's)", "KL divergence (aimed)"]
 _SPACE_ATTRIBUTE = "search_space"
+_ADVICE = "give another run.dir, or remove this file to search anew"
 
 
 def quiet_optuna() -> None:
@@ -36,7 +37,10 @@ def open_study(path: Path, space: dict[str, Any]) -> optuna.Study:
     """
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     _repair(path)
-    storage = JournalStorage(JournalFileBackend(str(path)))
+    try:
+        storage = JournalStorage(JournalFileBackend(str(path)))
+    except (AssertionError, LookupError, TypeError, ValueError) as error:  # records that do not fit together
+        raise UserError(f"{path} is damaged ({error!r}); {_ADVICE}") from error
     if STUDY_NAME in optuna.get_all_study_names(storage):
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
     else:
@@ -64,9 +68,7 @@ def _repair(path: Path) -> None:
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if not (line.endswith(b"\n") and _is_record(line)):
             if good + len(line) < len(content):
-                raise UserError(
-                    f"{path} is damaged at line {number}; give another run.dir, or remove this file to search anew"
-                )
+                raise UserError(f"{path} is damaged at line {number}; {_ADVICE}")
             break
         good += len(line)
     if good < len(content):
