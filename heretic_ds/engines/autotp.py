@@ -93,20 +93,22 @@ def _shards(
     """The part of every parameter whose shape DeepSpeed changed."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     local = {name: tuple(parameters[name].shape) for name in shapes if name in parameters}
-    changed = [name for name, shape in local.items() if shape != shapes[name]]
     everyone: list[Any] = [None] * degree
-    dist.all_gather_object(everyone, {name: local[name] for name in changed}, group=group)
+    dist.all_gather_object(everyone, local, group=group)
     shards = {}
-    for name in changed:
-        dims = [dim for dim, (a, b) in enumerate(zip(local[name], shapes[name], strict=True)) if a != b]
+    for name in local:
+        whole = shapes[name]
+        dims = sorted({dim for each in everyone for dim, size in enumerate(each[name]) if size != whole[dim]})
+        if not dims:
+            continue
         sizes = [each[name][dims[0]] for each in everyone]
-        if len(dims) != 1 or sum(sizes) != shapes[name][dims[0]]:
+        if len(dims) != 1 or sum(sizes) != whole[dims[0]]:
             raise UserError(
-                f"DeepSpeed's AutoTP split {name} {list(shapes[name])} into parts of {sizes}, which do not make it "
+                f"DeepSpeed's AutoTP split {name} {list(whole)} into parts of {sizes}, which do not make it "
                 "up; set evaluate.backend=hf_plan or evaluate=replicated"
             )
         layer, member = model.get_submodule(name.rpartition(".")[0]), dist.get_rank(group)
-        shards[name] = Shard(shapes[name], dims[0], _ranges(name, layer, sizes, member))
+        shards[name] = Shard(whole, dims[0], _ranges(name, layer, sizes, member))
     return shards
 
 

@@ -65,8 +65,8 @@ EXTRA_PLANS: dict[str, dict[str, str]] = {
 }
 """What transformers' own plans leave out, by model type."""
 
-_NOTHING = frozenset({"replicated_with_grad_allreduce", "mla_kv_a_proj", "moe_tp_experts"})
-"""Styles that ask for nothing here: they concern gradients, or the experts, which are split in one way everywhere."""
+_NOTHING = frozenset({"replicated_with_grad_allreduce", "mla_kv_a_proj", "moe_tp_experts", "embedding_rowwise"})
+"""Styles that ask for nothing here: they concern gradients, or experts and embeddings, split in one way everywhere."""
 
 
 @dataclass(frozen=True)
@@ -125,28 +125,24 @@ class Layout:
 
     linears: Mapping[str, LinearSplit]
     """By module path."""
-    vocabularies: frozenset[str]
-    """Embeddings of which each rank holds some rows."""
     parameters: frozenset[str]
     """Lone parameters, one number a head, that are split as the heads are."""
 
 
 def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> Layout:
-    """The linear layers, embeddings and parameters that `plan` splits; experts are not among them.
+    """The linear layers and lone parameters that `plan` splits; experts and embedding are not among them.
 
     A writer whose outputs a plan splits is split by its inputs instead, which are whole there: so one form of edit
     serves every writer. Raises UserError for a style that is not known.
     """
     writers = {writer.module for writer in anatomy.writers if writer.experts is None}
     experts = tuple(writer.module for writer in anatomy.writers if writer.experts is not None)
-    linears, vocabularies, parameters = {}, set(), set()
+    linears, parameters = {}, set()
     for path, module in model.named_modules():
         style = style_of(plan, path)
         if style is None or style in _NOTHING or path in experts:
             continue
-        if isinstance(module, nn.Embedding) and style == "embedding_rowwise":
-            vocabularies.add(path)
-        elif isinstance(module, nn.Linear) and style in STYLES:
+        if isinstance(module, nn.Linear) and style in STYLES:
             split_ = STYLES[style]
             if path in writers and split_.whole_output:
                 split_ = STYLES["rowwise_split_input"]
@@ -160,7 +156,13 @@ def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> La
         style = style_of(plan, name)
         if style is not None and parameter.ndim == 1 and style == "colwise":
             parameters.add(name)
-    return Layout(linears, frozenset(vocabularies), frozenset(parameters))
+    return Layout(linears, frozenset(parameters))
+
+
+def splits_heads(anatomy: Anatomy, layout: Layout) -> bool:
+    """Whether some attention output projection is fed by a rank's own heads only."""
+    attention = [writer.module for writer in anatomy.writers if writer.component == "attention"]
+    return any(path in layout.linears and not layout.linears[path].whole_input for path in attention)
 
 
 def linear_shards(path: str, linear: nn.Linear, how: LinearSplit, member: int, degree: int) -> dict[str, Shard]:
@@ -215,17 +217,16 @@ def check_heads(model_type: str, config: object, degree: int, setting: str) -> N
             )
 
 
-def check_degree(anatomy: Anatomy, shards: Mapping[str, Shard], degree: int, total: Sequence[int]) -> None:
+def check_degree(anatomy: Anatomy, shards: Mapping[str, Shard], degree: int, widths: Sequence[Sequence[int]]) -> None:
     """Refuse to go on where a writer is not split `degree` ways by its inputs.
 
-    `total` is, for each writer, the sum of the inner widths K that the ranks hold.
+    `widths` are, for each rank of the replica, the inner widths K of all writers as they lie in its memory.
     """
-    for writer, widths in zip(anatomy.writers, total, strict=True):
-        shard = shards.get(writer.weight)
-        inner = {"DK": 1, "KD": 0, "EDK": 2, "EKD": 1}[writer.layout]
-        size = None if shard is None else shard.shape[inner]
-        if shard is None or shard.ranges is None or shard.dim != inner or widths != size:
+    for writer, parts in zip(anatomy.writers, zip(*widths, strict=True), strict=True):
+        shard, inner = shards.get(writer.weight), {"DK": 1, "KD": 0, "EDK": 2, "EKD": 1}[writer.layout]
+        whole = shard is None or shard.ranges is None or shard.dim != inner
+        if shard is None or whole or sum(parts) != shard.shape[inner] or len(parts) != degree:
             raise UserError(
-                f"{writer.weight} could not be split over the {degree} ranks of a replica; "
-                "set evaluate.backend to another one than the one tried, or evaluate=replicated"
+                f"{writer.weight} could not be split over the {degree} ranks of a replica; choose another "
+                "evaluate.backend, or evaluate=replicated"
             )

@@ -190,8 +190,10 @@ def test_a_writer_left_whole_is_refused():
     model = empty("llama")
     anatomy = find_anatomy(model)
     shards = {w.weight: split(model.get_parameter(w.weight).shape, 1, 0, 2) for w in anatomy.writers}
-    widths = [model.get_parameter(w.weight).shape[1] for w in anatomy.writers]
-    sharding.check_degree(anatomy, shards, 2, widths)
+    widths = [model.get_parameter(w.weight).shape[1] // 2 for w in anatomy.writers]
+    sharding.check_degree(anatomy, shards, 2, [widths, widths])
+    with pytest.raises(UserError, match="could not be split over the 2 ranks"):
+        sharding.check_degree(anatomy, shards, 2, [widths, [2 * width for width in widths]])
     shards.pop(anatomy.writers[1].weight)
     with pytest.raises(UserError, match="could not be split over the 2 ranks"):
-        sharding.check_degree(anatomy, shards, 2, widths)
+        sharding.check_degree(anatomy, shards, 2, [widths, widths])

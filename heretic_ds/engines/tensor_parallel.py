@@ -1,0 +1,217 @@
+"""The placement ``tensor_parallel``: each rank of a replica holds a part of every weight, and all run the same passes.
+
+Parts are read from the weight files directly; no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from heretic_ds.ablation import Reduce
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines import autotp, hf_plan, parity, sharding
+from heretic_ds.engines.decoding import last_logits
+from heretic_ds.engines.experts import sum_experts_over_ranks
+from heretic_ds.engines.parallel_layers import SplitByOutputs, split_vocabulary
+from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.errors import UserError
+from heretic_ds.loading import LoadedModel, OpenedModel
+from heretic_ds.model_fitness import first_line
+from heretic_ds.settings import PlacementSettings
+from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles, fill, split
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
+    from heretic_ds.world import Replicas, World
+
+log = logging.getLogger(__name__)
+
+
+def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
+    """The engine over a model whose weights are split over the ranks of a replica.
+
+    Raises UserError, on every rank, where the model cannot be split that way.
+    """
+    world, generation = job.world, job.settings.generation
+    replicas = world.replicas(placement.degree, f"{phase}.degree")
+    model, checkpoint = world.agree(lambda: _empty_model(job.opened))
+    backend = _lay_out_and_fill(job, model, checkpoint, replicas, placement.backend, f"{phase}.degree")
+    if placement.parity_check and replicas.inside is not None:
+        _check_parity(job, model, checkpoint, f"evaluate.backend={backend}")
+    checkpoint.files.close()
+    engine = ResidentEngine(
+        model,
+        job.opened.tokenizer,
+        job.anatomy,
+        generation.max_new_tokens,
+        generation.batch_size,
+        editor=WeightEditor(model, job.anatomy, sum_over(replicas.inside)),
+        replicas=replicas,
+        same=world.same,
+    )
+    if replicas.inside is None:
+        engine.whole = _whole(job.opened, model)
+    return engine
+
+
+def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
+    """Adds up a tensor over the ranks of a replica; None where there is one."""
+    if group is None:
+        return None
+
+    def add_up(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    return add_up
+
+
+def _empty_model(opened: OpenedModel) -> tuple[PreTrainedModel, Checkpoint]:
+    """The model without weights, and where they are."""
+    if opened.quantization is not None:
+        raise UserError(
+            f"model.path={opened.settings.path} is quantised with {opened.quantization}, and its parts cannot be read "
+            "by themselves; use the unquantised original, or set evaluate=replicated"
+        )
+    model = opened.skeleton()
+    files = TensorFiles(opened.source.folder, opened.headers)
+    return model, Checkpoint.of(model, files, opened.dtypes[0])
+
+
+def _lay_out_and_fill(
+    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, replicas: Replicas, wanted: str, setting: str
+) -> str:
+    """Split the model, read this rank's parts; returns the backend that did it."""
+    shards: dict[str, Shard] = {}
+    backend = "none"
+    if replicas.inside is not None:
+        model_type = model.config.model_type
+        backend = sharding.choose_backend(model, model_type, wanted)
+        shards = _lay_out(model, job.anatomy, checkpoint, replicas.inside, replicas.degree, backend, setting)
+    job.world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
+    return backend
+
+
+def _lay_out(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup,
+    degree: int,
+    backend: str,
+    setting: str,
+) -> dict[str, Shard]:
+    """Split experts, layers and embedding of an empty model; every parameter that is split ends on the meta device."""
+    member, model_type = dist.get_rank(group), model.config.model_type
+    shards = sharding.expert_shards(model, anatomy, member, degree)
+    _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
+    if backend == "autotp":
+        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
+        shards |= autotp.lay_out(model, checkpoint.shapes, group, degree)
+    else:
+        layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
+        if sharding.splits_heads(anatomy, layout):
+            sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
+        shards |= hf_plan.lay_out(model, layout, group, member, degree)
+    shards |= _split_embedding(model, anatomy, group, member, degree)
+    shards |= _split_head(model, checkpoint, shards, group, degree)
+    _shrink(model, shards)
+    sum_experts_over_ranks(model, anatomy, group)
+    widths: list[Any] = [None] * degree
+    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=group)
+    sharding.check_degree(anatomy, shards, degree, widths)
+    return shards
+
+
+def _split_embedding(
+    model: nn.Module, anatomy: Anatomy, group: dist.ProcessGroup, member: int, degree: int
+) -> dict[str, Shard]:
+    """Rows of the token embedding for this rank: no plan splits it, and it is a tenth of many models."""
+    embedding = model.get_submodule(anatomy.embedding)
+    if not isinstance(embedding, nn.Embedding):
+        return {}
+    shard = split(embedding.weight.shape, 0, member, degree)
+    start, stop = (shard.ranges or ((0, 0),))[0]
+    split_vocabulary(embedding, group, start, stop)
+    return {f"{anatomy.embedding}.weight": shard}
+
+
+def _split_head(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    shards: Mapping[str, Shard],
+    group: dist.ProcessGroup,
+    degree: int,
+) -> dict[str, Shard]:
+    """Rows of the output head for this rank, where it is tied to the embedding, or nobody has split it yet.
+
+    DeepSpeed splits a tied head by its inputs, apart from the embedding: twice the memory in a large vocabulary.
+    """
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    name = f"{path}.weight"
+    if path is None or name not in checkpoint.shapes or (name in shards and name not in checkpoint.tied):
+        return {}
+    outputs, inputs = checkpoint.shapes[name]
+    bias = f"{path}.bias" in checkpoint.shapes
+    whole = nn.Linear(inputs, outputs, bias, device="meta", dtype=checkpoint.dtypes[name])
+    member = dist.get_rank(group)
+    model.set_submodule(path, SplitByOutputs(whole, group, member, degree, gathered=True).requires_grad_(False))
+    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], member, degree)
+
+
+def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:
+    """Give split parameters the shape of this rank's part, without memory."""
+    for name, shard in shards.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        whole = module.get_parameter(attribute)
+        empty = torch.empty(shard.local_shape, dtype=whole.dtype, device="meta")
+        module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
+
+
+def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str) -> None:
+    """Compare with the unsplit model, which rank 0 runs block by block."""
+    world: World = job.world
+    rows = parity.sample_rows(model.config.get_text_config(decoder=True).vocab_size)
+
+    def reference() -> Tensor:
+        return parity.streamed_logits(job.opened.skeleton(), job.anatomy, checkpoint, rows, job.opened.device)
+
+    reference_BV = world.decide(reference)
+    try:
+        with torch.inference_mode():
+            logits_BV = last_logits(model, rows, pad_id=0).float().cpu()
+    except RuntimeError as error:  # shapes that do not fit: on every rank alike
+        raise UserError(
+            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); choose another "
+            "evaluate.backend, or evaluate=replicated"
+        ) from error
+    world.agree(lambda: parity.check(logits_BV, reference_BV, model.dtype, what))
+
+
+def _whole(opened: OpenedModel, model: PreTrainedModel) -> LoadedModel:
+    source = opened.source
+    return LoadedModel(
+        model=model,
+        tokenizer=opened.tokenizer,
+        processor=opened.processor,
+        source=source.folder,
+        dtype=model.dtype,
+        device=opened.device,
+        model_name=source.name,
+        revision=source.revision,
+        is_hub=source.is_hub,
+        quantization=opened.quantization,
+    )

@@ -1,0 +1,117 @@
+"""What distributed tests run on every rank: an engine by its settings, and all that it can be asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.anatomy import find_anatomy
+from heretic_ds.engines.protocol import Ablation
+from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.errors import UserError
+from heretic_ds.job import Job
+from heretic_ds.loading import open_model
+from heretic_ds.settings import PlacementSettings, Settings
+from heretic_ds.world import World
+from tests import families
+
+LENGTHS = (9, 4, 6, 11, 5, 8, 7)
+NEW_TOKENS = 6
+EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.0)})
+
+
+def prompts(count: int = len(LENGTHS)) -> list[list[int]]:
+    """Rows of random characters, of unlike lengths."""
+    generator = torch.Generator().manual_seed(7)
+    low, high = len(families.SPECIAL_TOKENS), len(families.VOCABULARY) - 5
+    rows = [torch.randint(low, high, (length,), generator=generator).tolist() for length in LENGTHS]
+    return rows[:count]
+
+
+def job_for(world: World, folder: str, batch_size: int = 3, dtype: str = "float32") -> Job:
+    """What engines are built from, for the model in `folder`."""
+    settings = Settings()
+    settings.model.path, settings.model.dtype, settings.model.device = folder, dtype, "cpu"
+    settings.generation.max_new_tokens, settings.generation.batch_size = NEW_TOKENS, batch_size
+    opened = open_model(settings.model)
+    return Job(settings, world, opened, find_anatomy(opened.skeleton()), None, [])  # type: ignore[arg-type]
+
+
+def ablation_for(engine: ResidentEngine, row_norm: str, through_norm: bool = False) -> Ablation:
+    """Random directions, the same in every process."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (engine.anatomy.n_blocks + 1, engine.anatomy.width)
+    directions_LD = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return Ablation(torch.nn.functional.normalize(directions_LD, dim=-1), row_norm, through_norm)
+
+
+def measure(engine: ResidentEngine, count: int = len(LENGTHS)) -> dict[str, Any]:
+    """Everything an engine says about one model: unedited, edited in every mode, and restored."""
+    rows = prompts(count)
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    found: dict[str, Any] = {"means": engine.capture(rows)}
+    engine.prepare(ablation_for(engine, "none"))
+    reference = engine.reference(rows)
+    found["answers"] = {"original": engine.generate(rows, [None])[0]}
+    found["kl"] = {"original": engine.kl(rows, reference, [None])[0]}
+    for row_norm in ROW_NORMS:
+        engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
+        found["answers"][row_norm] = engine.generate(rows, [EDIT])[0]
+        found["kl"][row_norm] = engine.kl(rows, reference, [EDIT])[0]
+    engine.restore()
+    after = engine.model.state_dict()
+    found["restored"] = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    found["bytes"] = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    return found
+
+
+def measure_tensor_parallel(
+    world: World, folder: str, degree: int, backend: str = "auto", count: int = len(LENGTHS)
+) -> dict[str, Any]:
+    """:func:`measure` on the placement `tensor_parallel`."""
+    from heretic_ds.engines import tensor_parallel
+
+    placement = PlacementSettings("tensor_parallel", degree, backend)
+    with contextlib.closing(tensor_parallel.build(job_for(world, folder), placement, "evaluate")) as engine:
+        return measure(engine, count)
+
+
+def refusal(world: World, folder: str, degree: int, backend: str = "auto") -> str:
+    """The message with which the placement `tensor_parallel` refuses a model."""
+    from heretic_ds.engines import tensor_parallel
+
+    try:
+        tensor_parallel.build(
+            job_for(world, folder), PlacementSettings("tensor_parallel", degree, backend), "evaluate"
+        ).close()
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
+    """:func:`measure` on the placement `replicated`, in this process alone."""
+    from heretic_ds.engines import replicated
+
+    with contextlib.closing(replicated.build(job_for(World(), str(folder)), PlacementSettings(), "evaluate")) as engine:
+        return measure(engine, count)
+
+
+def refusal_of_a_wrong_sum(world: World, folder: str) -> str:
+    """The message that a sum over the wrong ranks leads to: what a backend gets wrong without a word."""
+    import torch.distributed as dist
+
+    original = dist.all_reduce
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    dist.all_reduce = nothing
+    try:
+        return refusal(world, folder, 2, "hf_plan")
+    finally:
+        dist.all_reduce = original

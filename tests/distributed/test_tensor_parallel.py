@@ -1,0 +1,108 @@
+"""Models split over real ranks say what the same models say whole: every family, both backends, every form of edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import families
+from tests.distributed import engines
+
+pytestmark = pytest.mark.distributed
+
+AUTOTP = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gpt_neox",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+)
+HF_PLAN = (
+    "llama", "qwen3", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5", "lfm2",
+    "gemma3_vl", "qwen2_vl", "llava",
+)  # fmt: skip
+UNSERVED = {"gpt2": "auto", "phi3": "autotp", "olmo2": "autotp", "opt": "hf_plan", "qwen3_next": "autotp"}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """`saved("llama")`: the folder of a tiny model, and what it says whole, in one process."""
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def of_family(family: str) -> tuple[Path, dict[str, Any]]:
+        if family not in known:
+            folder = families.save(family, tmp_path_factory.mktemp(family))
+            known[family] = folder, engines.measure_replicated(folder)
+        return known[family]
+
+    return of_family
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    error_L = (found["means"] - expected["means"]).norm(dim=-1) / expected["means"].norm(dim=-1)
+    assert error_L.max() < 1e-5
+    assert found["answers"] == expected["answers"]
+    assert found["kl"].keys() == expected["kl"].keys()
+    for name, kl in expected["kl"].items():
+        assert abs(found["kl"][name] - kl) <= 1e-6 + 1e-4 * kl, name
+        assert name == "original" or kl > 1e-3, "an edit that does nothing shows nothing"
+    assert found["restored"]
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [(family, "autotp") for family in AUTOTP] + [(family, "hf_plan") for family in HF_PLAN]
+)
+def test_two_ranks_say_what_one_says(ranks, saved, family, backend):
+    folder, expected = saved(family)
+    for found in ranks(2).run(engines.measure_tensor_parallel, folder=str(folder), degree=2, backend=backend):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("backend", ["autotp", "hf_plan"])
+def test_each_rank_holds_its_share_of_the_experts(ranks, saved, family, backend):
+    folder, expected = saved(family)
+    for found in ranks(2).run(engines.measure_tensor_parallel, folder=str(folder), degree=2, backend=backend):
+        assert found["bytes"] <= 1.15 * expected["bytes"] / 2
+
+
+@pytest.mark.parametrize("family", UNSERVED)
+def test_what_a_backend_cannot_serve_is_refused_on_every_rank(ranks, saved, family):
+    folder = families.save(family, saved("llama")[0].parent / f"refused_{family}")
+    for message in ranks(2).run(engines.refusal, folder=str(folder), degree=2, backend=UNSERVED[family]):
+        assert "evaluate=replicated" in message and "\n" not in message
+
+
+def test_a_backend_that_gives_another_model_is_refused(ranks, saved):
+    for message in ranks(2).run(engines.refusal_of_a_wrong_sum, folder=str(saved("llama")[0])):
+        assert "gives other logits than the unsplit model" in message
+
+
+# Four ranks come last: ranks of another number are started anew.
+@pytest.mark.parametrize("count", [7, 1])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "mixtral", "qwen3_moe"])
+def test_two_replicas_of_two_ranks_say_what_one_rank_says(ranks, saved, family, count):
+    folder, expected = saved(family)
+    if count != len(engines.LENGTHS):
+        expected = engines.measure_replicated(folder, count)
+    for found in ranks(4).run(engines.measure_tensor_parallel, folder=str(folder), degree=2, count=count):
+        assert_same(found, expected)
+
+
+def test_heads_that_the_degree_does_not_divide_are_refused(ranks, saved):
+    for message in ranks(4).run(engines.refusal, folder=str(saved("llama")[0]), degree=4):
+        assert "evaluate.degree=4 does not divide the 2 num_key_value_heads" in message
+
+
+def test_a_plan_that_gathers_its_heads_takes_any_degree(ranks, saved):
+    folder, expected = saved("phi3")
+    for found in ranks(4).run(engines.measure_tensor_parallel, folder=str(folder), degree=4, backend="hf_plan"):
+        assert_same(found, expected)
