@@ -2,24 +2,26 @@
 #
 # PYTHON  interpreter that the environment is made with, 3.11 or newer
 # VENV    folder of the environment
+# RANKS   how many ranks run-distributed and demo-distributed start
 # TORCH   what pip installs as PyTorch, before all else; may hold pip options, for another build of it
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+RANKS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run sweep test lint format docs wheel clean
+.PHONY: help venv demo demo-distributed run run-distributed sweep test lint format docs wheel clean
 
 help: ## List the targets
-	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [ARGS=...]"
+	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY) ## Make the environment: some minutes, done once; the other targets do it where needed
 
@@ -39,10 +41,17 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
 	$(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
 
+demo-distributed: $(READY) ## The demo on RANKS ranks of the CPU: ZeRO-3 capture, tensor-parallel evaluation
+	DS_ACCELERATOR=cpu PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) experiment=demo run.dir=runs/demo-distributed \
+		capture=zero3 evaluate=tensor_parallel $(ARGS)
+
 run: $(READY) ## heretic-ds with ARGS, as in: make run ARGS="<model> search.trials=50"
 	$(BIN)/heretic-ds $(ARGS)
 
-sweep: $(READY) ## One run for every combination, as in: make sweep ARGS="<model> search.seed=0,1,2"
+run-distributed: $(READY) ## heretic-ds on RANKS ranks: make run-distributed RANKS=4 ARGS="<model> capture=zero3"
+	PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) $(ARGS)
+
+sweep: $(READY) ## One run for every combination; with hydra/launcher=deepspeed in ARGS each on ranks of its own
 	$(BIN)/heretic-ds --multirun $(ARGS)
 
 test: lint ## Lint, types and tests; ARGS goes to pytest

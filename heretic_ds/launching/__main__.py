@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ssh", default=nodes.SSH, metavar="COMMAND", help="how to reach a host of the hostfile; default: %(default)s")
     add("--nodes", type=int, metavar="M", help="nodes of the job; of a hostfile the first M")
     add("--node-rank", type=int, metavar="R", help="start this node alone, the R-th from 0, of a job of --nodes")
-    add("--master-addr", default=Launch.master_addr, metavar="HOST", help="where rank 0 is; default: the first host")
+    add("--master-addr", metavar="HOST", help="where rank 0 is; default: the first host")
     add("--master-port", type=int, metavar="PORT", help=f"default: a free one; {DEFAULT_PORT} on several nodes")
     add("--deepspeed", action="append", default=[], metavar="OPTION", help="an option of deepspeed, as --name=value")
     add("--module", default=_OWN_MODULE, help=argparse.SUPPRESS)

@@ -73,9 +73,7 @@ class Cluster:
         if len(counts) > 1:
             raise UserError(f"the hostfile gives {sorted(counts)} slots; every node takes equally many: add -n")
         first = next(iter(hosts))
-        address = launch.master_addr
-        if address == Launch.master_addr and len(hosts) > 1:
-            address = socket.gethostname() if _is_here(first) else first
+        address = launch.master_addr or (socket.gethostname() if _is_here(first) else first)
         self._launch = replace(launch, ranks=counts.pop(), nodes=len(hosts), master_addr=address)
         self._hosts = list(hosts)
         self._ssh = shlex.split(ssh)

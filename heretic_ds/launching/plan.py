@@ -17,6 +17,7 @@ DEFAULT_PORT = 29500
 """Where ranks on several nodes meet, unless told otherwise: the launcher's own default."""
 
 _RUNNER = "from deepspeed.launcher.runner import main; main()"
+_HERE = "127.0.0.1"
 _NO_HOSTFILE = os.devnull  # else the launcher looks for one in a place of its own
 
 
@@ -30,7 +31,8 @@ class Launch:
     """On this node; None: one for every GPU, 1 without GPUs."""
     nodes: int = 1
     node_rank: int = 0
-    master_addr: str = "127.0.0.1"
+    master_addr: str | None = None
+    """Where rank 0 is; None: here, or the first host of a hostfile."""
     master_port: int | None = None
     """None: a free one, on one node; DEFAULT_PORT on several."""
     options: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ def _places(launch: Launch, devices: list[int], count: int, folder: Path) -> lis
     chosen = "@".join(f"{name}:{_listed(slots[name])}" for name in names)
     return [
         *("--hostfile", str(hostfile), "--include", chosen),
-        *("--no_ssh", "--node_rank", str(launch.node_rank), "--master_addr", launch.master_addr),
+        *("--no_ssh", "--node_rank", str(launch.node_rank), "--master_addr", launch.master_addr or _HERE),
     ]
 
 

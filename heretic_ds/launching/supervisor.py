@@ -50,13 +50,17 @@ class _Rank:
     number: int
     process: psutil.Process | None
     ended: float | None = None
+    returned: int | None = None
+    """Its status as a process, negative for a signal; None where it was not seen."""
     status: int | None = None
+    """From its own word, like the following."""
     text: str = ""
     time: float = 0.0
 
     @property
     def failed(self) -> bool:
-        return self.status not in (None, 0) or (self.ended is not None and self.status is None)
+        wordless_end = self.ended is not None and self.status is None and self.returned != 0
+        return self.status not in (None, 0) or wordless_end
 
 
 class Supervised(Protocol):
@@ -154,17 +158,17 @@ class Supervisor:
         for rank in self._ranks.values():
             if rank.ended is None and (rank.process is None or not is_alive(rank.process)):
                 rank.ended = time.time()
+                rank.returned = None if rank.process is None else _returned(rank.process.pid)
 
     def _outcome(self, launcher_status: int, folder: Path) -> Outcome:
         if self._ending_signal is not None:
             return ended_by(self._ending_signal)
-        status = _ordinary(launcher_status) or 1
         cause = self._first_cause()
         if cause is None and self._ranks and launcher_status == 0:
             return Outcome(0)
         if cause is None:
             when = "" if self._ranks else " before any rank ran"
-            return Outcome(status, f"heretic-ds: DeepSpeed's launcher ended with status {launcher_status}{when}")
+            return Outcome(1, f"heretic-ds: DeepSpeed's launcher ended with status {launcher_status}{when}")
         if cause.status is not None and cause.text.startswith("heretic-ds: "):
             return Outcome(cause.status, cause.text)
         self._logs_matter = any(folder.glob("rank-*.log"))
@@ -173,8 +177,11 @@ class Supervisor:
             alone = len(self._ranks) == 1 and self._launch.nodes == 1
             return Outcome(cause.status, cause.text if alone else f"rank {cause.number} failed{more}:\n{cause.text}")
         tail = _tail(folder / f"rank-{cause.number}.log")
-        how = _how(launcher_status) if cause.status is None else f"ended with status {cause.status}"
-        return Outcome(cause.status or status, "\n".join([*tail, f"heretic-ds: rank {cause.number} {how}{more}"]))
+        returned = cause.returned if cause.status is None else cause.status
+        if returned is None:
+            returned = _as_returned(launcher_status)
+        told = f"heretic-ds: rank {cause.number} {_how(returned)}{more}"
+        return Outcome(returned if 0 < returned < 128 else 1, "\n".join([*tail, told]))
 
     def _first_cause(self) -> _Rank | None:
         """The rank that failed by itself; the others fail as its consequence, or are ended by the launcher.
@@ -233,20 +240,30 @@ def _process(pid: int) -> psutil.Process | None:
         return None
 
 
-def _ordinary(launcher_status: int) -> int:
-    """The launcher's status where it is a rank's own; 0 where a signal ended something."""
-    return launcher_status if 0 < launcher_status < 128 else 0
+def _returned(pid: int) -> int | None:
+    """The status of a process that has ended and that its parent has not yet waited for; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == "Z" else None
 
 
-def _how(launcher_status: int) -> str:
-    """How a rank ended that left no word, from the launcher's status, which is the rank's modulo 256."""
-    number = -launcher_status % 256
-    if _ordinary(launcher_status):
-        return f"ended with status {launcher_status}"
-    if number not in {member.value for member in signal.Signals}:
-        return "ended without a word"
-    oom = ", as the system does when memory runs out" if number == signal.SIGKILL else ""
-    return f"was ended by signal {number} ({signal.Signals(number).name}){oom}"
+def _as_returned(launcher_status: int) -> int:
+    """A rank's status from that of the launcher, which gives the status of one failed rank, modulo 256."""
+    return launcher_status - 256 if launcher_status >= 256 - signal.NSIG else launcher_status
+
+
+def _how(returned: int) -> str:
+    """How a rank ended that left no word."""
+    if returned >= 0:
+        return f"ended with status {returned}"
+    try:
+        name = signal.Signals(-returned).name
+    except ValueError:
+        name = "unknown"
+    oom = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by signal {-returned} ({name}){oom}"
 
 
 def _tail(log: Path) -> list[str]:

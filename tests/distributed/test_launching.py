@@ -18,12 +18,14 @@ from heretic_ds.launching.plan import free_port
 from heretic_ds.rank_guard import is_alive
 from tests.conftest import ROOT
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(150)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 RUN = ROOT / "launch" / "run.sh"
 STANDIN = ("--module", "tests.distributed.standin")
+STARTED = 150.0
+"""Seconds within which ranks have to run; on a busy machine imports alone take a minute."""
 ENOUGH = 60.0
-"""Seconds within which everything has to have ended."""
+"""Seconds within which everything has to have ended after what ends it."""
 
 
 class Job:
@@ -55,15 +57,15 @@ class Job:
 
     def started(self) -> list[psutil.Process]:
         """Wait until every rank runs; the ranks."""
-        self._until(lambda: len(self.words) == self.ranks or self.process.poll() is not None)
+        self._until(lambda: len(self.words) == self.ranks or self.process.poll() is not None, STARTED)
         assert len(self.words) == self.ranks, self.stderr
         processes = [psutil.Process(words["pid"]) for _, words in sorted(self.words.items())]
         self._seen = {process.pid: process for process in self._tree()} | {one.pid: one for one in processes}
         return processes
 
-    def ended(self, seconds: float = ENOUGH) -> int:
+    def ended(self) -> int:
         """Wait for the command and for every process it started; the exit status."""
-        status = self.process.wait(seconds)
+        status = self.process.wait(ENOUGH if self._seen else STARTED)
         self._until(lambda: not any(map(is_alive, self._seen.values())))
         return status
 
@@ -91,10 +93,10 @@ class Job:
         except psutil.NoSuchProcess:
             return []
 
-    def _until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + ENOUGH
+    def _until(self, condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"nothing happened in {ENOUGH} s\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"nothing happened in {seconds} s\n{self.stdout}\n{self.stderr}"
             time.sleep(0.05)
 
 
@@ -286,14 +288,13 @@ def test_nodes_do_not_outlive_whoever_started_them(cluster: Launch) -> None:
 # The real command
 
 
-def test_a_wrong_override_is_found_before_any_rank_starts(launch: Launch, tmp_path: Path) -> None:
-    started = time.monotonic()
+def test_a_wrong_override_is_found_before_any_rank_starts(tmp_path: Path) -> None:
     job = Job(tmp_path, RUN, "-n", "2", "model", "search.trails=3")
     try:
         assert job.ended() == 2
         assert job.stderr.startswith("heretic-ds: there is no setting search.trails; did you mean search.trials?")
         assert job.stderr.count("\n") == 1
-        assert time.monotonic() - started < 10
+        assert list((tmp_path / "tmp").iterdir()) == []
     finally:
         job.close()
 

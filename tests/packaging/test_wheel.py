@@ -23,6 +23,7 @@ PARTS_OF_THE_BUILD = (
     "README.md",
     "conf",
     "heretic_ds",
+    "hydra_plugins",
 )
 
 
@@ -84,7 +85,9 @@ def test_the_wheel_holds_configuration_and_demo(wheel: Path) -> None:
         for path in (ROOT / "heretic_ds").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "hydra_plugins").rglob("*.py")}
     assert expected - names == set()
+    assert "hydra_plugins/__init__.py" not in names, "the namespace is shared with other plugins"
     assert not [name for name in names if "/local" in name or name.startswith(("tests", "conf", "setup"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -96,6 +99,14 @@ def test_the_installed_command_uses_its_own_configuration(installed: Path, tmp_p
     shown = run(installed / "bin" / "heretic-ds", "--info", "searchpath", "my-model", cwd=tmp_path).stdout
     assert str(installed) in shown
     assert str(ROOT / "conf") not in shown
+
+
+def test_the_installed_command_knows_its_launcher(installed: Path, tmp_path: Path) -> None:
+    ask = ("--cfg", "hydra", "hydra/launcher=deepspeed", "hydra.launcher.num_gpus=3", "my-model")
+    printed = run(installed / "bin" / "heretic-ds", *ask, cwd=tmp_path).stdout
+    assert "num_gpus: 3\n" in printed
+    usage = run(installed / "bin" / "python", "-m", "heretic_ds.launching", "--help", cwd=tmp_path).stdout
+    assert "--node-rank" in usage
 
 
 def test_the_checkout_is_not_imported(installed: Path, tmp_path: Path) -> None:
