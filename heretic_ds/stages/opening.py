@@ -122,8 +122,17 @@ class Run:
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree
-            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
+            self._use_measured_batch_sizes()
         return self._engine
+
+    def use_measured(self, measured: dict[str, Any]) -> None:
+        """Take what earlier runs in this folder found by measuring."""
+        self.measured = measured
+        self._use_measured_batch_sizes()
+
+    def _use_measured_batch_sizes(self) -> None:
+        if self._engine is not None and not self.settings.generation.batch_size:  # one that the user gives counts
+            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
 
     def _placed(self) -> dict[str, PlacementSettings]:
         return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
@@ -197,9 +206,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         if not world.decide(lambda: run_dir(settings).exists()):
             run.lay_out("capture")
         world.decide(lambda: _take_folder(run, stack))
-        run.measured = world.decide(lambda: run.folder.measured if run.folder is not None else {})
-        if run._engine is not None:
-            run.engine.batch_sizes.update(run.measured.get("batch_sizes", {}))
+        run.use_measured(world.decide(lambda: run.folder.measured if run.folder is not None else {}))
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
         try:
             yield run
