@@ -21,7 +21,13 @@ from heretic_ds.errors import UserError
 TASKS = ("abliterate", "evaluate", "export", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROW_NORMS = ("none", "pre", "full")
-PLACEMENTS = {"capture": ("replicated", "zero3"), "evaluate": ("replicated",)}
+PLACEMENTS = {
+    "capture": ("replicated", "zero3"),
+    "evaluate": (
+        "replicated",
+        "kernel_inject",
+    ),
+}
 """Placements by the phase that they can serve."""
 OFFLOADS = ("none", "cpu", "nvme")
 

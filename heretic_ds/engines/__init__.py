@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from heretic_ds.engines.protocol import Engine
@@ -15,12 +16,18 @@ __all__ = ["PLACEMENTS", "Engine", "build_engine"]
 PLACEMENTS = {
     "replicated": "heretic_ds.engines.replicated",
     "zero3": "heretic_ds.engines.zero3",
+    "kernel_inject": "heretic_ds.engines.kernel_inject",
 }
-"""The module of each placement; its ``build(job, placement, phase)`` gives the engine. Imported only when chosen."""
+"""The module of each placement; its ``build(job, placement, phase)`` gives the engine. It may have a ``check`` of the
+same arguments, that refuses what it cannot serve before any phase loads weights. Imported only when chosen."""
 
 
 def build_engine(job: Job, phase: str) -> Engine:
     """The engine that the settings ask for in one phase: ``capture`` or ``evaluate``."""
-    placement = job.settings.capture if phase == "capture" else job.settings.evaluate
-    engine: Engine = importlib.import_module(PLACEMENTS[placement.placement]).build(job, placement, phase)
+    placements = {"capture": job.settings.capture, "evaluate": job.settings.evaluate}
+    modules = {name: importlib.import_module(PLACEMENTS[chosen.placement]) for name, chosen in placements.items()}
+    for name, module in modules.items():
+        if hasattr(module, "check"):
+            job.world.agree(partial(module.check, job, placements[name], name))
+    engine: Engine = modules[phase].build(job, placements[phase], phase)
     return engine
