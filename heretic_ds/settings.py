@@ -22,11 +22,8 @@ TASKS = ("abliterate", "evaluate", "export", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROW_NORMS = ("none", "pre", "full")
 PLACEMENTS = {
-    "capture": ("replicated", "zero3"),
-    "evaluate": (
-        "replicated",
-        "kernel_inject",
-    ),
+    "capture": ("replicated", "zero3", "tensor_parallel"),
+    "evaluate": ("replicated", "tensor_parallel", "kernel_inject"),
 }
 """Placements by the phase that they can serve."""
 OFFLOADS = ("none", "cpu", "nvme")
