@@ -24,23 +24,42 @@ def sum_experts_over_ranks(model: PreTrainedModel, anatomy: Anatomy, group: dist
     Each expert's output is a sum over its inner width, of which a rank holds a part; weighting and adding experts is
     linear, so one sum per block does for all of them. The computation itself stays the one the model had chosen.
     """
-    modules = {writer.module for writer in anatomy.writers if writer.experts is not None}
-    for path in modules:
-        setattr(model.get_submodule(path), _GROUP, group)
-    chosen = {model.get_submodule(path).config._experts_implementation for path in modules}
-    for implementation in chosen:
+    modules: list[Any] = [model.get_submodule(w.module) for w in anatomy.writers if w.experts is not None]
+    for experts in modules:
+        setattr(experts, _GROUP, group)
+    for implementation in {experts.config._experts_implementation for experts in modules}:
         name = _PREFIX + str(implementation)
         ALL_EXPERTS_FUNCTIONS.register(name, _summed(implementation))
         model.set_experts_implementation(name)
 
 
+def computation(module: nn.Module, implementation: str | None) -> Callable[..., Tensor]:
+    """The function that computes a module of experts under the name of an implementation."""
+    eager: Any = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    chosen: Any = eager if implementation in (None, "None", "eager") else ALL_EXPERTS_FUNCTIONS[implementation]
+    compute: Callable[..., Tensor] = chosen
+    return compute
+
+
+def unsummed(implementation: str) -> str:
+    """The implementation whose outputs are those of this rank's part alone."""
+    return implementation.removeprefix(_PREFIX)
+
+
+def sum_over_ranks(module: nn.Module, partial: Tensor) -> Tensor:
+    """Outputs of all ranks' parts of a module of experts, from this rank's, where it is split at all."""
+    group = getattr(module, _GROUP, None)
+    if group is not None:
+        partial = partial.contiguous()
+        dist.all_reduce(partial, group=group)
+    return partial
+
+
 def _summed(implementation: str | None) -> Callable[..., Tensor]:
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        eager: Any = type(self).forward.__wrapped__  # type: ignore[attr-defined]
-        compute = eager if implementation in (None, "eager") else ALL_EXPERTS_FUNCTIONS[implementation]
         with torch.no_grad():
-            partial: Tensor = compute(self, hidden_states, top_k_index, top_k_weights).contiguous()
-            dist.all_reduce(partial, group=getattr(self, _GROUP))
-        return partial
+            return sum_over_ranks(
+                self, computation(self, implementation)(self, hidden_states, top_k_index, top_k_weights)
+            )
 
     return forward

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ _DTYPES = {
 }
 
 _BUFFER_BYTES = 32 * 2**20
-"""Size of the buffer through which short pieces are read."""
+"""Size of the buffer through which goes what cannot be read where it belongs."""
 _SHORT_BYTES = 64 * 2**10
 """Pieces below this size are read with what lies between them: a system call costs more than copying that much."""
 
@@ -65,52 +66,79 @@ class TensorFiles:
         for file in sorted({info.file for info in headers.values()}):
             self._places.update(_places(folder / file))
         self._open: dict[Path, FileIO] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
         """Close all files."""
         for file in self._open.values():
             file.close()
         self._open.clear()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """The part [start, stop) along `dim` of one tensor, in its dtype, on the host."""
-        shape, place = self.shapes[name], self._places[name]
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, in its dtype, on the host."""
+        whole = torch.empty(self.shapes[name], dtype=self._places[name].dtype)
+        self.read_into(name, whole)
+        return whole
+
+    def read_into(self, name: str, target: Tensor, dim: int = 0, start: int = 0, stop: int | None = None) -> None:
+        """Copy the part [start, stop) along `dim` of one tensor to `target`, in the dtype and on the device it has."""
+        shape = self.shapes[name]
         if not shape:
-            return self._bytes(place, 0, place.dtype.itemsize).view(place.dtype).reshape(())
+            shape, target = (1,), target.reshape(1)
         stop = shape[dim] if stop is None else stop
-        wanted = (*shape[:dim], stop - start, *shape[dim + 1 :])
-        item = math.prod(shape[dim + 1 :]) * place.dtype.itemsize  # bytes of one index along `dim`
-        outer, row, run = math.prod(shape[:dim]), shape[dim] * item, (stop - start) * item
-        if outer == 1:
-            data = self._bytes(place, start * item, run)
-        elif run >= _SHORT_BYTES:
-            data = torch.empty(outer * run, dtype=torch.uint8)
-            for i in range(outer):
-                self._read_into(place, i * row + start * item, data[i * run : (i + 1) * run])
-        else:
-            data = self._short_runs(place, outer, row, start * item, run)
-        return data.view(place.dtype).reshape(wanted)
+        self._copy(self._places[name], 0, shape, dim, range(start, stop), target)
 
-    def _short_runs(self, place: _Place, outer: int, row: int, offset: int, run: int) -> Tensor:
-        """`run` bytes at `offset` of each of `outer` rows, read by many whole rows at a time."""
-        data = torch.empty(outer, run, dtype=torch.uint8)
-        rows = max(1, _BUFFER_BYTES // row)
-        buffer = torch.empty(min(rows, outer), row, dtype=torch.uint8)
-        for first in range(0, outer, rows):
-            count = min(rows, outer - first)
-            self._read_into(place, first * row, buffer[:count].view(-1))
-            data[first : first + count] = buffer[:count, offset : offset + run]
-        return data.view(-1)
+    def _copy(
+        self, place: _Place, offset: int, shape: tuple[int, ...], dim: int, wanted: range, target: Tensor
+    ) -> None:
+        """Copy indices `wanted` along `dim` of the block of this shape that starts at byte `offset`."""
+        size = place.dtype.itemsize
+        if dim == 0:
+            item = math.prod(shape[1:]) * size
+            self._rows(place, offset + wanted.start * item, shape[1:], target)
+            return
+        row, run = math.prod(shape[1:]) * size, len(wanted) * math.prod(shape[2:]) * size
+        if dim == 1 and run < _SHORT_BYTES:
+            self._short_runs(place, offset, shape, wanted, target)
+            return
+        for i in range(shape[0]):
+            self._copy(place, offset + i * row, shape[1:], dim - 1, wanted, target[i])
 
-    def _bytes(self, place: _Place, offset: int, size: int) -> Tensor:
-        data = torch.empty(size, dtype=torch.uint8)
-        self._read_into(place, offset, data)
-        return data
+    def _rows(self, place: _Place, offset: int, rest: tuple[int, ...], target: Tensor) -> None:
+        """Fill `target` with rows of shape `rest` that follow one another in the file."""
+        direct = target.is_contiguous() and target.numel() > 1  # one number counts as contiguous whatever its stride
+        if direct and target.dtype == place.dtype and target.device.type == "cpu":
+            self._read(place, offset, target.view(-1).view(torch.uint8))
+            return
+        item = math.prod(rest) * place.dtype.itemsize
+        at_once = max(1, _BUFFER_BYTES // max(item, 1))
+        for first in range(0, len(target), at_once):
+            count = min(at_once, len(target) - first)
+            rows = self._buffered(place, offset + first * item, count * item)
+            target[first : first + count].copy_(rows.view(count, *rest))
 
-    def _read_into(self, place: _Place, offset: int, data: Tensor) -> None:
+    def _short_runs(self, place: _Place, offset: int, shape: tuple[int, ...], wanted: range, target: Tensor) -> None:
+        """Indices `wanted` of dimension 1 out of rows that are read whole, many at a time."""
+        row = math.prod(shape[1:]) * place.dtype.itemsize
+        at_once = max(1, _BUFFER_BYTES // max(row, 1))
+        for first in range(0, shape[0], at_once):
+            count = min(at_once, shape[0] - first)
+            rows = self._buffered(place, offset + first * row, count * row).view(count, *shape[1:])
+            target[first : first + count].copy_(rows[:, wanted.start : wanted.stop])
+
+    def _buffered(self, place: _Place, offset: int, size: int) -> Tensor:
+        """`size` bytes of the file in its dtype, in a buffer that the next call overwrites: always the same memory, for
+        allocations between those that stay would leave holes of their size."""
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(max(size, _BUFFER_BYTES), dtype=torch.uint8)
+        self._read(place, offset, self._buffer[:size])
+        return self._buffer[:size].view(place.dtype)
+
+    def _read(self, place: _Place, offset: int, data: Tensor) -> None:
         if place.file not in self._open:
             self._open[place.file] = FileIO(place.file)
-        file, view, done = self._open[place.file], memoryview(data.numpy()), 0
+        file, view, done = self._open[place.file], memoryview(cast(Any, data.numpy())), 0
         file.seek(place.begin + offset)
         while done < len(view):
             count = file.readinto(view[done:])

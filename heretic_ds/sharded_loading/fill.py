@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Checkpoint:
             part.zero_()
         else:
             self.sources[name].read(self.files, shard, part)
-        if part.is_floating_point() and not part.isfinite().all():
+        if part.is_floating_point() and part.numel() and not _finite(part):
             raise UserError(
                 f"tensor {name} of the checkpoint holds NaN or infinite numbers in {part.dtype}; the checkpoint is "
                 "damaged, or model.dtype too narrow for it"
@@ -116,6 +117,11 @@ def fill(model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], 
                 if buffer.is_meta:
                     raise RuntimeError(f"buffer {attribute} of {type(module).__name__} has no numbers")
                 module._buffers[attribute] = buffer.to(device)
+
+
+def _finite(part: Tensor) -> bool:
+    low, high = torch.aminmax(part)  # in one pass without temporaries; both are NaN if any number is
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _check_shape(name: str, shard: Shard, parameter: Tensor) -> None:

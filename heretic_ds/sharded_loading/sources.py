@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,19 @@ class Assembled:
         """Copy this rank's part into `into`, converting dtype and device."""
         for piece in self.pieces:
             for part in _parts(piece, shard):
-                into[part.where].copy_(part.read(files))
+                part.read_into(files, into[part.where])
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """What a conversion asks of the model: the shapes of its parameters, before they were split."""
+
+    config: Any
+    state: Mapping[str, Tensor]
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The whole parameter, without numbers."""
+        return self.state[name]
 
 
 @dataclass(frozen=True)
@@ -66,14 +79,14 @@ class Converted:
     first: str
     """The parameter that the conversion is named after, the first of those it makes."""
     name: str
-    model: PreTrainedModel
+    model: WholeModel
 
     def read(self, files: TensorFiles, shard: Shard, into: Tensor) -> None:
         """Make the whole parameter, keep this rank's part."""
         converter = deepcopy(self.converter)
         for pattern, names in self.tensors.items():
             for name in names:
-                converter.add_tensor(self.first, name, pattern, lambda name=name: files.read(name))
+                converter.add_tensor(self.first, name, pattern, partial(files.read, name))  # type: ignore[arg-type]
         made = converter.convert(self.first, model=self.model, config=self.model.config)[self.name]
         into.copy_(shard.take(made[0] if isinstance(made, list) else made))
 
@@ -92,9 +105,8 @@ class _Part:
     where: tuple[slice, ...]
     stacked: bool
 
-    def read(self, files: TensorFiles) -> Tensor:
-        part = files.read(self.tensor, self.dim, self.start, self.stop)
-        return part.unsqueeze(0) if self.stacked else part
+    def read_into(self, files: TensorFiles, target: Tensor) -> None:
+        files.read_into(self.tensor, target[0] if self.stacked else target, self.dim, self.start, self.stop)
 
 
 def _parts(piece: Piece, shard: Shard) -> list[_Part]:
@@ -131,10 +143,11 @@ def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     `shapes` are those of the checkpoint's tensors. Raises UserError where a tensor has another shape than the model.
     """
     state = model.state_dict()
+    whole = WholeModel(model.config, {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()})
     collected, unused = _collect(model, state, shapes)
     sources: dict[str, Source] = {}
     for first, group in collected.items():
-        for name, source in _sources(model, first, group, state, shapes).items():
+        for name, source in _sources(whole, first, group, state, shapes).items():
             if isinstance(source, Assembled):
                 _check_cover(name, tuple(state[name].shape), source)
             sources[name] = source
@@ -165,7 +178,7 @@ def _collect(
 
 
 def _sources(
-    model: PreTrainedModel,
+    whole: WholeModel,
     first: str,
     group: _Collected,
     state: Mapping[str, Tensor],
@@ -179,7 +192,7 @@ def _sources(
     if len(targets) == 1 and (pieces := _side_by_side(group, shapes)) is not None:
         return {first: Assembled(pieces)}
     made = [first.replace(targets[0], target) for target in targets]
-    return {name: Converted(group.converter, group.tensors, first, name, model) for name in made if name in state}
+    return {name: Converted(group.converter, group.tensors, first, name, whole) for name in made if name in state}
 
 
 def _side_by_side(group: _Collected, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | None:

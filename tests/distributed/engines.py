@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +117,29 @@ def refusal_of_a_wrong_sum(world: World, folder: str) -> str:
         return refusal(world, folder, 2, "hf_plan")
     finally:
         dist.all_reduce = original
+
+
+def memory_of_loading(world: World, folder: str, backend: str, parity_check: bool) -> dict[str, int]:
+    """Bytes of host memory that loading took at its peak above what was used before, and what is held afterwards."""
+    import deepspeed  # noqa: F401 - its modules are no part of the model
+
+    from heretic_ds.engines import tensor_parallel
+
+    job = job_for(world, folder)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier models left behind would be taken again unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used now
+    before = _status("VmHWM")
+    placement = PlacementSettings("tensor_parallel", world.size, backend, parity_check)
+    engine = tensor_parallel.build(job, placement, "evaluate")
+    peak = _status("VmHWM") - before
+    held = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    largest = max(p.numel() * p.element_size() for p in engine.model.parameters())
+    engine.close()
+    return {"peak": peak, "held": held, "largest": largest}
+
+
+def _status(field: str) -> int:
+    """Bytes that the kernel reports for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests import families
 from tests.distributed import engines
@@ -84,6 +85,44 @@ def test_what_a_backend_cannot_serve_is_refused_on_every_rank(ranks, saved, fami
 def test_a_backend_that_gives_another_model_is_refused(ranks, saved):
     for message in ranks(2).run(engines.refusal_of_a_wrong_sum, folder=str(saved("llama")[0])):
         assert "gives other logits than the unsplit model" in message
+
+
+LARGE = {
+    "llama": {"intermediate_size": 4096, "vocab_size": 24_000},
+    "mixtral": {"intermediate_size": 1536, "vocab_size": 8_000, "num_local_experts": 8},
+}
+"""Fields that make a model of some 400 MB out of a tiny one of two layers."""
+
+
+@pytest.fixture(scope="module", params=LARGE)
+def large(request, tmp_path_factory):
+    """The folder of a model large enough for a whole one in memory to be seen, and its bytes."""
+    config = families.REQUIRED[request.param](layers=4, width=1024)
+    for field, value in LARGE[request.param].items():
+        setattr(config, field, value)
+    model = AutoModelForCausalLM.from_config(config)
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder, max_shard_size="150MB")
+    families.tokenizer().save_pretrained(folder)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    assert total > 350 * 2**20
+    return folder, total
+
+
+@pytest.mark.parametrize("backend", ["autotp", "hf_plan"])
+def test_loading_takes_a_ranks_share_and_little_more(ranks, large, backend):
+    folder, total = large
+    for used in ranks(2).run(engines.memory_of_loading, folder=str(folder), backend=backend, parity_check=False):
+        assert used["held"] <= 1.02 * total / 2
+        # One more part, as read, and the reader's buffer: far from the other half of the model.
+        assert used["peak"] <= used["held"] + used["largest"] + 64 * 2**20 < total, used
+
+
+def test_the_parity_check_takes_one_block_more(ranks, large):
+    folder, total = large
+    arguments = {"folder": str(folder), "backend": "hf_plan", "parity_check": True}
+    for used in ranks(2).run(engines.memory_of_loading, **arguments):
+        assert used["peak"] <= used["held"] + used["largest"] + total / 4 + 64 * 2**20, used
 
 
 # Four ranks come last: ranks of another number are started anew.

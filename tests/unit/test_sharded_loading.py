@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines.sharding import expert_shards
@@ -61,6 +62,34 @@ def test_parts_along_every_dimension_are_parts_of_the_whole(family, member, tmp_
             assert torch.equal(checkpoint.read(name, shard, CPU), shard.take(whole)), (name, shard)
 
 
+def test_what_only_a_conversion_can_make_is_converted_whole_and_then_parted(tmp_path):
+    """Qwen3-VL's experts lie transposed in files: whether they do is told from the shape of the whole parameter."""
+    text = families.EXTRA["qwen2_moe"]().to_dict() | {"model_type": "qwen3_vl_moe_text", "num_experts": 4}
+    text |= {"moe_intermediate_size": 24, "rope_parameters": families._SECTIONED_ROPE, "head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    model = AutoModelForImageTextToText.from_config(config)
+    families.randomise(model)
+    model.save_pretrained(tmp_path)
+    name = "model.language_model.layers.0.mlp.experts.down_proj"
+    whole = model.get_parameter(name)
+    other = name.replace("down_proj", "gate_up_proj")
+
+    def transpose(tensors):
+        for key in (name, other):
+            tensors[key] = tensors[key].transpose(1, 2).contiguous()
+
+    rewrite(tmp_path, transpose)
+    with parameters_on_meta():
+        empty = AutoModelForImageTextToText.from_config(config)
+    checkpoint = Checkpoint.of(empty, TensorFiles(tmp_path, read_headers(tmp_path)), torch.float32)
+    shard = split(whole.shape, -1, 1, 2)
+    fill(empty, checkpoint, {name: shard}, CPU)
+    assert torch.equal(empty.get_parameter(name), shard.take(whole))
+    assert torch.equal(empty.get_parameter(other), model.get_parameter(other))
+
+
 def test_tied_weights_stay_one_parameter_where_their_parts_agree(tmp_path):
     opened = open_family("gemma2", tmp_path)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
@@ -95,7 +124,15 @@ def test_reading_any_range_gives_that_range(shape, dtype, tmp_path, monkeypatch)
     assert torch.equal(files.read("tensor"), tensor)
     for dim, size in enumerate(shape):
         for start, stop in ((0, size), (1, size), (size // 2, size // 2 + 1), (0, 0)):
-            assert torch.equal(files.read("tensor", dim, start, stop), tensor.narrow(dim, start, stop - start))
+            expected = tensor.narrow(dim, start, stop - start)
+            for wanted in (dtype, torch.float64):
+                for target in (
+                    torch.empty(expected.shape, dtype=wanted),
+                    torch.empty(*expected.shape, 2, dtype=wanted),
+                ):
+                    target = target[..., 0] if target.dim() > expected.dim() else target  # with holes between numbers
+                    files.read_into("tensor", target, dim, start, stop)
+                    assert torch.equal(target, expected.to(wanted))
     files.close()
 
 
@@ -142,7 +179,7 @@ def test_numbers_that_are_not_finite_are_named(tmp_path):
     opened = open_family("llama", tmp_path)
     rewrite(tmp_path, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].view(-1)[3].fill_(torch.inf))
     model, checkpoint = checkpoint_of(opened)
-    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj.weight .* NaN or infinite"):
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.up_proj.weight .* NaN or infinite"):
         fill(model, checkpoint, {}, CPU)
 
 
@@ -161,7 +198,7 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_a_zeroed_part_is_zero(tmp_path):
-    model, checkpoint = checkpoint_of(open_family("llama", tmp_path))
+    _, checkpoint = checkpoint_of(open_family("llama", tmp_path))
     shape = checkpoint.shapes["model.norm.weight"]
     assert not checkpoint.read("model.norm.weight", Shard(shape, zeroed=True), CPU).any()
     assert checkpoint.read("model.norm.weight", Shard(shape), CPU).any()
