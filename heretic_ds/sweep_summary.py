@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 FILE_NAME = "summary.jsonl"
+
+_WIDTH_OF_FILES = 160
 
 failed_jobs = 0
 """Jobs of the last sweep in this process that did not end with status 0."""
@@ -48,18 +51,22 @@ class SweepSummary(Callback):
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
         failed_jobs = sum(row["status"] != 0 for row in rows)
-        Console().print(_table(rows, f"{len(rows)} jobs, {failed_jobs} failed; rows in {path}"))
+        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH_OF_FILES)
+        console.print(_table(rows, f"{len(rows)} jobs, {failed_jobs} failed; rows in {path}"))
 
 
 def _table(rows: list[dict[str, Any]], caption: str) -> Table:
-    table = Table("job", "overrides", "refusal rate", "KL (nats)", "outcome", caption=caption)
+    """The rows, without the overrides that all jobs share."""
+    shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
+    outcome = Column("outcome", overflow="fold")
+    table = Table("job", "overrides", "refusal rate", "KL (nats)", outcome, caption=caption)
     for row in rows:
         rate, kl = row["refusal_rate"], row["kl"]
         cells = (
             str(row["job"]),
-            " ".join(row["overrides"]),
+            " ".join(word for word in row["overrides"] if word not in shared),
             "" if rate is None else f"{rate:.1%}",
-            "" if kl is None else f"{kl:.4f}",
+            "" if kl is None else f"{kl:.3g}",
             row["run_dir"] if row["status"] == 0 else row["message"],
         )
         table.add_row(*map(Text, cells))  # as Text, so that square brackets in overrides stay

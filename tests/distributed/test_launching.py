@@ -278,6 +278,15 @@ def test_a_failure_on_one_node_ends_the_other(cluster: Launch) -> None:
     assert job.stderr == "heretic-ds: the disk of rank 1 is full\n"
 
 
+def test_ctrl_c_reaches_rank_0_on_its_node(cluster: Launch) -> None:
+    job = cluster("stop_when_asked")
+    job.started()
+    time.sleep(1)
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.ended() == 0
+    assert job.stdout == "output of rank 0\nrank 0 stopped\n"
+
+
 def test_nodes_do_not_outlive_whoever_started_them(cluster: Launch) -> None:
     job = cluster("hang_on")
     job.started()
