@@ -1,27 +1,34 @@
-"""Greedy decoding of one batch: as few steps, rows and tokens as the answers need.
+"""Greedy decoding: as few steps, rows and tokens as the answers need.
 
-Works over the model's own cache classes, so that every attention kind (full, sliding, linear, convolution) decodes.
+Works over the model's own cache classes, so that every attention kind (full, sliding, linear, convolution) decodes. A
+row that is done makes room for the next prompt where the cache takes rows while it is in use; elsewhere, and when no
+prompts are left, the batch shrinks.
+
 Shapes: B rows, S positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from heretic_ds.engines.caches import add_rows, new_cache, pad_columns, takes_rows
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.prompts import pad_left
+
+OnRows = Callable[[Sequence[int]], None]
+"""Told before a forward pass, whenever the rows of the batch have changed, which prompt each of them answers."""
 
 _DECIDE_EVERY = 4
 """Tokens between two questions to the scorers: turning tokens into text costs about as much as a small model's step."""
 
 _COMPACT_BELOW = 0.75
-"""Share of live rows in a batch below which the others' rows leave it."""
+"""Share of live rows in a batch below which the others' rows leave it, or are given to the next prompts."""
 
 
 class Forward:
@@ -43,30 +50,165 @@ class Forward:
         return logits[:, -1]
 
 
-def _live_rows(
-    live: list[int],
-    answers: list[list[int]],
-    tokens: list[int],
-    ends: Collection[int],
-    limit: int,
-    decided: Decided | None,
-) -> list[int]:
-    """Positions within the batch of the rows that go on, after each row's new token was noted in its answer."""
-    going = []
-    for position, (row, token) in enumerate(zip(live, tokens, strict=True)):
-        if row < 0 or token in ends:
-            continue
-        answers[row].append(token)
-        if len(answers[row]) < limit:
-            going.append(position)
-    length = max((len(answers[live[position]]) for position in going), default=0)
-    if decided is not None and going and length % _DECIDE_EVERY == 0:
-        verdicts = decided([answers[live[position]] for position in going])
-        going = [position for position, verdict in zip(going, verdicts, strict=True) if not verdict]
-    return going
+class _Batch:
+    """Rows in flight, each with its next token, which the model has not seen yet."""
+
+    def __init__(self, rows: list[int], token_B: Tensor, mask_BS: Tensor, position_B1: Tensor, cache: DynamicCache):
+        self.rows = rows
+        """The prompt that each row answers."""
+        self.live = [True] * len(rows)
+        self.ended: list[int] = []
+        """Prompts whose answers have ended since this was last asked for."""
+        self.token_B, self.mask_BS, self.position_B1, self.cache = token_B, mask_BS, position_B1, cache
+
+    @property
+    def going(self) -> list[int]:
+        """Positions of the rows that go on."""
+        return [position for position, live in enumerate(self.live) if live]
+
+    def take_ended(self) -> list[int]:
+        """The prompts whose answers have ended since the last call."""
+        ended, self.ended = self.ended, []
+        return ended
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave the rows at ``positions``."""
+        keep_B = self._positions(positions)
+        self.cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # a name for int64 tensors
+        self.token_B, self.mask_BS = self.token_B[keep_B], self.mask_BS[keep_B]
+        self.position_B1 = self.position_B1[keep_B]
+        self._keep_rows(positions)
+
+    def refill(self, positions: Sequence[int], added: _Batch, width: int) -> None:
+        """Leave the rows at ``positions`` and append those of another batch; none uses more than ``width`` columns."""
+        keep_B = self._positions(positions)
+        add_rows(self.cache, keep_B, added.cache, width)
+        self.token_B = torch.cat([self.token_B[keep_B], added.token_B])
+        self.position_B1 = torch.cat([self.position_B1[keep_B], added.position_B1])
+        self.mask_BS = torch.cat([pad_columns(mask, width) for mask in (self.mask_BS[keep_B], added.mask_BS)])
+        self._keep_rows(positions)
+        self.rows, self.live, self.ended = self.rows + added.rows, self.live + added.live, added.take_ended()
+
+    def _positions(self, positions: Sequence[int]) -> Tensor:
+        return torch.tensor(positions, dtype=torch.int64, device=self.token_B.device)
+
+    def _keep_rows(self, positions: Sequence[int]) -> None:
+        self.rows, self.live = [self.rows[p] for p in positions], [self.live[p] for p in positions]
+
+
+class _Decoder:
+    """One run over a list of prompts."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: TokenRows,
+        pad_id: int,
+        ends: Collection[int],
+        max_new_tokens: int,
+        decided: Decided | None,
+        on_rows: OnRows | None,
+    ) -> None:
+        self._model, self._forward, self._device = model, Forward(model), next(model.parameters()).device
+        self._prompts, self._pad_id, self._ends = prompts, pad_id, ends
+        self._limit, self._decided = max_new_tokens, decided
+        self._on_rows = on_rows
+        self._announced: list[int] = []
+        self.answers: list[list[int]] = [[] for _ in prompts]
+
+    def begin(self, rows: list[int]) -> _Batch:
+        """A batch of prompts with the first token of each answer."""
+        self._announce(rows)
+        batch = pad_left([self._prompts[row] for row in rows], self._pad_id).to(self._device)
+        mask_BS, position_BS, cache = batch.attention_mask_BS, batch.position_ids_BS, new_cache(self._model)
+        logits_BV = self._forward(batch.input_ids_BS, mask_BS, position_BS, past_key_values=cache, use_cache=True)
+        begun = _Batch(rows, logits_BV.argmax(dim=-1), mask_BS, position_BS[:, -1:], cache)
+        self._note(begun)
+        return begun
+
+    def step(self, batch: _Batch) -> None:
+        """The next token of every row."""
+        self._announce(batch.rows)
+        batch.mask_BS = torch.cat([batch.mask_BS, batch.mask_BS.new_ones(len(batch.rows), 1)], dim=1)
+        batch.position_B1 = batch.position_B1 + 1
+        logits_BV = self._forward(
+            batch.token_B[:, None], batch.mask_BS, batch.position_B1, past_key_values=batch.cache, use_cache=True
+        )
+        batch.token_B = logits_BV.argmax(dim=-1)
+        self._note(batch)
+
+    def width(self, rows: Sequence[int]) -> int:
+        """Columns that the model has seen of the longest of these rows."""
+        return max(len(self._prompts[row]) + max(len(self.answers[row]), 1) - 1 for row in rows)
+
+    def _announce(self, rows: list[int]) -> None:
+        if self._on_rows is not None and rows != self._announced:
+            self._on_rows(rows)
+            self._announced = list(rows)
+
+    def _note(self, batch: _Batch) -> None:
+        """Note each live row's new token in its answer, and which rows end with it."""
+        tokens, before = batch.token_B.tolist(), batch.going
+        asked = []
+        for position in before:
+            answer = self.answers[batch.rows[position]]
+            if tokens[position] in self._ends:
+                batch.live[position] = False
+                continue
+            answer.append(tokens[position])
+            batch.live[position] = len(answer) < self._limit
+            if batch.live[position] and len(answer) % _DECIDE_EVERY == 0:
+                asked.append(position)
+        if self._decided is not None and asked:
+            verdicts = self._decided([self.answers[batch.rows[position]] for position in asked])
+            for position, verdict in zip(asked, verdicts, strict=True):
+                batch.live[position] = not verdict
+        batch.ended += [batch.rows[position] for position in before if not batch.live[position]]
 
 
 @torch.inference_mode()
+def finished_answers(
+    model: PreTrainedModel,
+    prompts: TokenRows,
+    pad_id: int,
+    ends: Collection[int],
+    max_new_tokens: int,
+    decided: Decided | None = None,
+    anyone: Callable[[bool], bool] = bool,
+    rows_at_once: int | None = None,
+    on_rows: OnRows | None = None,
+) -> Iterator[tuple[int, list[int]]]:
+    """Greedy answers (index of the prompt, tokens without the end token) in the order in which they end.
+
+    At most ``rows_at_once`` rows (None: all) are in flight. The other arguments are those of :func:`decode`.
+    """
+    decoder = _Decoder(model, prompts, pad_id, ends, max_new_tokens, decided, on_rows)
+    most, waiting = rows_at_once or len(prompts), list(range(len(prompts)))
+    batch: _Batch | None = None
+    while True:
+        going = [] if batch is None else batch.going
+        if batch is not None:
+            for row in batch.take_ended():
+                yield row, decoder.answers[row]
+            if not anyone(bool(going or waiting)):
+                return
+        enough_left = len(going) > _COMPACT_BELOW * most
+        if waiting and (batch is None or not going or (not enough_left and takes_rows(batch.cache))):
+            free = most - len(going)
+            added, waiting = decoder.begin(waiting[:free]), waiting[free:]
+            if batch is None or not going:
+                batch = added
+            else:
+                rows = [batch.rows[position] for position in going]
+                batch.refill(going, added, decoder.width([*rows, *added.rows]))
+            continue
+        if batch is None:
+            raise RuntimeError("there are no prompts to answer")
+        if max(len(going), 1) <= _COMPACT_BELOW * len(batch.rows):
+            batch.keep(going or [0])
+        decoder.step(batch)
+
+
 def decode(
     model: PreTrainedModel,
     prompts: TokenRows,
@@ -82,30 +224,10 @@ def decode(
     change. Stopped rows leave the batch once they are a quarter of it. Where ranks decode in step, ``anyone`` tells
     whether any of them has a row that goes on; until none has, a rank without one keeps the first row of its batch.
     """
-    forward = Forward(model)
-    device = next(model.parameters()).device
-    batch = pad_left(prompts, pad_id).to(device)
-    mask_BS, position_B1 = batch.attention_mask_BS, batch.position_ids_BS[:, -1:]
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    logits_BV = forward(batch.input_ids_BS, mask_BS, batch.position_ids_BS, past_key_values=cache, use_cache=True)
     answers: list[list[int]] = [[] for _ in prompts]
-    live: list[int] = list(range(len(prompts)))  # the prompt in each row of the batch; -1 where it has stopped
-    while True:
-        token_B = logits_BV.argmax(dim=-1)
-        going = _live_rows(live, answers, token_B.tolist(), ends, max_new_tokens, decided)
-        if not anyone(bool(going)):
-            return answers
-        if max(len(going), 1) <= _COMPACT_BELOW * len(live):
-            keep = torch.tensor(going or [0], device=device)
-            cache.reorder_cache(keep)  # type: ignore[arg-type]  # a name for int64 tensors
-            token_B, mask_BS, position_B1 = token_B[keep], mask_BS[keep], position_B1[keep]
-            live = [live[position] for position in going] or [-1]
-        else:
-            staying = set(going)
-            live = [row if position in staying else -1 for position, row in enumerate(live)]
-        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(live), 1)], dim=1)
-        position_B1 = position_B1 + 1
-        logits_BV = forward(token_B[:, None], mask_BS, position_B1, past_key_values=cache, use_cache=True)
+    for row, answer in finished_answers(model, prompts, pad_id, ends, max_new_tokens, decided, anyone):
+        answers[row] = answer
+    return answers
 
 
 def last_logits(model: PreTrainedModel, prompts: TokenRows, pad_id: int) -> Tensor:

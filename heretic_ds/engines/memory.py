@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -55,22 +56,43 @@ def in_batches(
                 raise
             failed = True
         if failed:  # outside the handler, where the traceback no longer holds the batch's tensors
-            release_memory()
-            if len(batch) == 1:
-                raise UserError(
-                    f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
-                    "generation.max_new_tokens, or a placement that spreads the model"
-                )
-            sizes[phase] = len(batch) // 2
-            log.warning(
-                "out of memory with %d rows in a batch (%s); going on with %d",
-                len(batch),
-                phase,
-                sizes[phase],
-            )
+            _halve(sizes, phase, len(batch))
             continue
         yield start, result
         start += len(batch)
+
+
+def with_fewer_rows(
+    work: Callable[[int], None], sizes: dict[str, int], phase: str, left: Callable[[], int] = lambda: sys.maxsize
+) -> None:
+    """Call ``work`` with ``sizes[phase]`` rows at a time, and with half as many whenever memory runs out.
+
+    ``work`` goes on where the call before it was left; ``left`` says how many rows there still are at most.
+    """
+    while True:
+        rows = min(sizes[phase], left())
+        failed = False
+        try:
+            work(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        if not failed:
+            return
+        _halve(sizes, phase, min(rows, left()))
+
+
+def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
+    """Make batches half as large as one that ran out of memory, for the rest of the run."""
+    release_memory()
+    if rows == 1:
+        raise UserError(
+            f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
+            "generation.max_new_tokens, or a placement that spreads the model"
+        )
+    sizes[phase] = rows // 2
+    log.warning("out of memory with %d rows in a batch (%s); going on with %d", rows, phase, sizes[phase])
 
 
 def measure_batch_size(

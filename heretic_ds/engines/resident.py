@@ -5,8 +5,10 @@ Placements build on it: they lay the weights out, and say how a writer's weight 
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
-from heretic_ds.engines.decoding import decode, end_tokens, last_logits
-from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory
+from heretic_ds.engines.decoding import decode, end_tokens, finished_answers, last_logits
+from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
+from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.loading import LoadedModel
@@ -25,6 +28,10 @@ from heretic_ds.prompts import pad_left
 from heretic_ds.scoring.kl import first_token_kl, log_probabilities
 from heretic_ds.world import ALONE, Replicas
 
+log = logging.getLogger(__name__)
+
+_MOST_EDITS = 64
+"""Most edits of one pass where outputs are edited."""
 _PROBE_TOKENS = 8
 """Answer tokens per row while the batch size for generation is measured."""
 _MOST_ROWS = 512
@@ -32,9 +39,10 @@ _MOST_ROWS = 512
 
 
 class ResidentEngine:
-    """Edits are made in the weights themselves, one at a time."""
+    """Edits are made in the weights themselves one at a time, or in outputs many at a time."""
 
     max_edits_per_pass = 1
+    """Once :meth:`prepare` was called, as many as rows of one batch may have where outputs can be edited."""
 
     def __init__(
         self,
@@ -59,6 +67,7 @@ class ResidentEngine:
         self._ends = end_tokens(model, tokenizer)
         self._max_new_tokens = max_new_tokens
         self._editor = editor or WeightEditor(model, anatomy)
+        self._outputs: OutputEdits | None = None
         self._applied: Edit | None = None
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
@@ -86,9 +95,23 @@ class ResidentEngine:
             means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
         return means.mean(self._replicas.total)
 
+    @property
+    def _whole_batches(self) -> bool:
+        """Whether the placement has a way of its own to decode a batch, so that rows must not come and go in it, and
+        outputs are its own business."""
+        return type(self)._decode is not ResidentEngine._decode
+
     def prepare(self, ablation: Ablation) -> None:
         self._applied = None
         self._editor.prepare(ablation)
+        if self._whole_batches:
+            return
+        problem = obstacle(self.model, self.anatomy)
+        if problem is not None:
+            log.info("every pass has one edit: %s", problem)
+            return
+        self._outputs = OutputEdits(self.model, self.anatomy, ablation, self._editor.reduce)
+        self.max_edits_per_pass = _MOST_EDITS
 
     @torch.inference_mode()
     def reference(self, prompts: TokenRows) -> Tensor:
@@ -109,31 +132,103 @@ class ResidentEngine:
     @torch.inference_mode()
     def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
         rows, result = self._share(prompts), []
-        for edit in edits:
-            self._editor.wear(edit or self._applied)
-            kl_N = [0.0] * len(rows)
-            for indices, logits_BV in self._sorted_batches("kl", rows, self._first_token_logits):
-                kl_B = first_token_kl(reference[indices].to(logits_BV.device), logits_BV)
-                for index, kl in zip(indices, kl_B.tolist(), strict=True):
-                    kl_N[index] = kl
-            result.append(math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts))
+        for together in self._passes(edits):
+            with self._wearing(together) as assign:
+                kl_TN = self._kl_of_pass(rows, reference, len(together), assign)
+            result += [math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts) for kl_N in kl_TN]
         return result
+
+    def _kl_of_pass(
+        self, rows: TokenRows, reference: Tensor, trials: int, assign: Callable[[Sequence[int]], None]
+    ) -> list[list[float]]:
+        """KL divergences [trial][prompt]."""
+        pairs = self._pairs(rows, trials)
+        kl_TN = [[0.0] * len(rows) for _ in range(trials)]
+
+        def divergences(batch: Sequence[tuple[int, int]]) -> list[float]:
+            assign([trial for trial, _ in batch])
+            logits_BV = self._first_token_logits([rows[index] for _, index in batch])
+            reference_BV = reference[[index for _, index in batch]].to(logits_BV.device)
+            return first_token_kl(reference_BV, logits_BV).tolist()
+
+        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences):
+            for (trial, index), kl in zip(pairs[start:], kl_B, strict=False):
+                kl_TN[trial][index] = kl
+        return kl_TN
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
         rows, result = self._share(prompts), []
-        for edit in edits:
-            self._editor.wear(edit or self._applied)
-            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
-            answers: list[list[int]] = [[] for _ in rows]
-            for indices, batch in self._sorted_batches(
-                "generate", rows, lambda batch: self._decode(batch, self._max_new_tokens, decided)
-            ):
-                for index, answer in zip(indices, batch, strict=True):
-                    answers[index] = answer
-            result.append(self._replicas.gather(answers, len(prompts)))
+        for together in self._passes(edits):
+            with self._wearing(together) as assign:
+                self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
+                if self._whole_batches:
+                    answers = [self._answers_in_batches(rows, decided)]
+                else:
+                    answers = self._answers_of_pass(rows, len(together), assign, decided)
+            result += [self._replicas.gather(of_trial, len(prompts)) for of_trial in answers]
         return result
+
+    def _answers_in_batches(self, rows: TokenRows, decided: Decided | None) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in rows]
+        for indices, batch in self._sorted_batches(
+            "generate", rows, lambda batch: self._decode(batch, self._max_new_tokens, decided)
+        ):
+            for index, answer in zip(indices, batch, strict=True):
+                answers[index] = answer
+        return answers
+
+    def _answers_of_pass(
+        self, rows: TokenRows, trials: int, assign: Callable[[Sequence[int]], None], decided: Decided | None
+    ) -> list[list[list[int]]]:
+        """Answers [trial][prompt][token]; where memory runs out, those that are unfinished begin anew."""
+        answers: dict[tuple[int, int], list[int]] = {}
+        pairs = self._pairs(rows, trials)
+
+        def go_on(most: int) -> None:
+            left = [pair for pair in pairs if pair not in answers]
+            for position, answer in finished_answers(
+                self.model,
+                [rows[index] for _, index in left],
+                self._pad_id,
+                self._ends,
+                self._max_new_tokens,
+                decided,
+                rows_at_once=most,
+                on_rows=lambda positions: assign([left[position][0] for position in positions]),
+            ):
+                answers[left[position]] = answer
+
+        with_fewer_rows(go_on, self.batch_sizes, "generate", lambda: len(pairs) - len(answers))
+        return [[answers[trial, index] for index in range(len(rows))] for trial in range(trials)]
+
+    def _passes(self, edits: Sequence[Edit | None]) -> list[Sequence[Edit | None]]:
+        """The edits in groups that one pass can serve."""
+        most = max(1, self.max_edits_per_pass)
+        return [edits[start : start + most] for start in range(0, len(edits), most)]
+
+    @contextmanager
+    def _wearing(self, edits: Sequence[Edit | None]) -> Iterator[Callable[[Sequence[int]], None]]:
+        """Edit the weights, or the outputs where there are several edits, while the context lasts.
+
+        Gives the function to be told, before each forward pass, which of the edits each row has.
+        """
+        if len(edits) == 1 or not any(edits):
+            self._editor.wear(edits[0] or self._applied)
+            yield lambda trials: None
+            return
+        if self._outputs is None:
+            raise RuntimeError("several edits were asked for where outputs cannot be edited")
+        self._editor.wear(None)
+        with torch.inference_mode(), self._outputs.active([edit or self._applied for edit in edits]):
+            yield self._outputs.assign
+
+    @staticmethod
+    def _pairs(rows: TokenRows, trials: int) -> list[tuple[int, int]]:
+        """All (trial, index of the prompt), the longest prompts first: memory runs out at once, if ever."""
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        return [(trial, index) for index in order for trial in range(trials)]
 
     def apply(self, edit: Edit) -> None:
         self._editor.wear(edit)
@@ -144,7 +239,7 @@ class ResidentEngine:
         self._applied = None
 
     def close(self) -> None:
-        del self.model, self._editor
+        del self.model, self._editor, self._outputs
         self.whole = None
         release_memory()
 

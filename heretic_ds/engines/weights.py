@@ -16,7 +16,8 @@ class WeightEditor:
     def __init__(self, model: nn.Module, anatomy: Anatomy, reduce: Reduce | None = None) -> None:
         """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here."""
         self._model = model
-        self._reduce = reduce
+        self.reduce = reduce
+        """Adds up a tensor over the ranks between which every writer's inputs are split; None where it is whole."""
         self._writers = anatomy.writers
         self._ablation: Ablation | None = None
         self._originals: dict[str, Tensor] = {}
@@ -54,4 +55,4 @@ class WeightEditor:
             self._originals[writer.weight] = weight_DK.detach().to("cpu", copy=True)
         direction_D = self._ablation.writer_direction(writer.block, writer.norm_gain(self._model), edit.direction_index)
         self._edited.add(writer.weight)
-        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm, self._reduce)
+        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm, self.reduce)
