@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed run run-distributed sweep test lint format docs wheel clean
+.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check test lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -53,6 +53,9 @@ run-distributed: $(READY) ## heretic-ds on RANKS ranks: make run-distributed RAN
 
 sweep: $(READY) ## One run for every combination; with hydra/launcher=deepspeed in ARGS each on ranks of its own
 	$(BIN)/heretic-ds --multirun $(ARGS)
+
+gpu-check: $(READY) ## On a GPU: parity, then speed of the placements; ARGS="--shape 1b" for a smaller model
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 test: lint ## Lint, types and tests; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)

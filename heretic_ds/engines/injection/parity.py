@@ -32,6 +32,11 @@ _LOW_PRECISION = 0.15
 tensor cores, which may round the factors of a product."""
 
 
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest error of logits, as a part of their spread, that rounding explains."""
+    return _TOLERANCES.get(dtype, _LOW_PRECISION)
+
+
 @dataclass(frozen=True)
 class Sample:
     """What the model computes, before its kernels are injected, for prompts and their greedy answers."""
@@ -65,7 +70,7 @@ def error_of(model: PreTrainedModel, adapter: Adapter | None, expected: Sample) 
 def check(model: PreTrainedModel, adapter: Adapter, expected: Sample) -> None:
     """Raise UserError where the injected model's logits are not those of the model before."""
     error = error_of(model, adapter, expected)
-    if error > _TOLERANCES.get(model.dtype, _LOW_PRECISION):
+    if error > tolerance(model.dtype):
         raise UserError(
             f"evaluate=kernel_inject gives other logits than the model itself (off by {error:.2g} of their spread); "
             "set evaluate=tensor_parallel"
