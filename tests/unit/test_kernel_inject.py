@@ -18,6 +18,7 @@ from heretic_ds.engines.injection import parity
 from heretic_ds.engines.injection.adapter import ResidualSum
 from heretic_ds.engines.injection.families import FAMILIES, find_family
 from heretic_ds.engines.injection.inject import Injected, inject
+from heretic_ds.engines.injection.op import load_kernels
 from heretic_ds.engines.injection.workspace import Shape, Workspace
 from heretic_ds.engines.kernel_inject import KernelInjectEngine
 from heretic_ds.engines.protocol import Ablation
@@ -321,6 +322,15 @@ def test_without_cuda_the_placement_is_refused_before_anything_is_loaded(monkeyp
         kernel_inject.check(job_for(config, longest=27), placement, "evaluate")
     with pytest.raises(UserError, match="up to 31 tokens"):
         kernel_inject.check(job_for(build("gpt_neo").config, longest=27), placement, "evaluate")
+
+
+@pytest.mark.parametrize("built", [None, "nowhere.so"])
+def test_kernels_that_cannot_be_had_are_one_line(built: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if built is not None:
+        monkeypatch.setenv("HERETIC_DS_INFERENCE_OP", built)
+    with pytest.raises(UserError, match=r"kernels cannot be had here .* or set evaluate=tensor_parallel") as refusal:
+        load_kernels()
+    assert "\n" not in str(refusal.value) and (built or "") in str(refusal.value)
 
 
 def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(op: InferenceOp) -> None:

@@ -133,8 +133,9 @@ class InjectedBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """The stream after this block [B, S, D]."""
-        # A copy, since the kernels write into what they are given, and others may hold it.
-        output_BSD = self.injected(hidden_states.clone(), attention_mask=self._adapter.mask_BT, use_cache=False)[0]
+        # A copy, since the kernels write into what they are given, and others may hold it; they read raw memory.
+        hidden_BSD = hidden_states.clone(memory_format=torch.contiguous_format)
+        output_BSD = self.injected(hidden_BSD, attention_mask=self._adapter.mask_BT, use_cache=False)[0]
         return (output_BSD, None) if self._returns_pair else output_BSD
 
 

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 _NAME = "transformer_inference"
 _BUILT = "HERETIC_DS_INFERENCE_OP"
 """Environment variable with the path of kernels that were built beforehand."""
+_FAILURES = (ImportError, OSError, RuntimeError, ValueError, AssertionError)
 
 
 def load_kernels() -> None:
@@ -25,7 +26,7 @@ def load_kernels() -> None:
     Raises UserError where they cannot be had, which is mostly for want of the CUDA toolkit's compiler.
     """
     from deepspeed.ops.op_builder import InferenceBuilder
-    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.builder import CUDAMismatchException, MissingCUDAException, OpBuilder
 
     built = os.environ.get(_BUILT)
     try:
@@ -34,7 +35,7 @@ def load_kernels() -> None:
         if _NAME not in OpBuilder._loaded_ops:
             log.info("loading DeepSpeed's inference kernels; their first build takes some minutes")
         InferenceBuilder().load()
-    except (ImportError, OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (*_FAILURES, CUDAMismatchException, MissingCUDAException) as error:
         raise UserError(
             f"evaluate=kernel_inject: DeepSpeed's inference kernels cannot be had here ({first_line(error)}); install "
             f"the CUDA toolkit, name a built file in {_BUILT}, or set evaluate=tensor_parallel"
