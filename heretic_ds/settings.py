@@ -26,6 +26,7 @@ PLACEMENTS = {
     "evaluate": ("replicated", "tensor_parallel", "kernel_inject"),
 }
 """Placements by the phase that they can serve."""
+BACKENDS = ("auto", "autotp", "hf_plan")
 OFFLOADS = ("none", "cpu", "nvme")
 
 SCHEMA_NAME = "settings_schema"
@@ -339,6 +340,8 @@ def _check_placements(settings: Settings) -> _Findings:
             whole,
             f"{phase}.degree is {chosen.degree}, but a replicated model lies on one rank; leave it null",
         )
+        served = chosen.backend in BACKENDS
+        yield served, f"{phase}.backend is {chosen.backend!r}; choose one of {', '.join(BACKENDS)}"
 
 
 def _check_offload(settings: Settings) -> _Findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from heretic_ds.anatomy import Anatomy
 
+log = logging.getLogger(__name__)
+
+_ALIGNMENT = 16
+"""Bytes of which the rows of a grouped matrix product have to be a multiple."""
+_UNALIGNED = frozenset({None, "eager", "batched_mm"})
+"""Implementations that take rows of any size."""
 _PREFIX = "split_over_ranks_"
 _GROUP = "ranks_of_experts"
 """Attribute of a module of experts: the process group over which it is split."""
@@ -24,10 +31,16 @@ def sum_experts_over_ranks(model: PreTrainedModel, anatomy: Anatomy, group: dist
     Each expert's output is a sum over its inner width, of which a rank holds a part; weighting and adding experts is
     linear, so one sum per block does for all of them. The computation itself stays the one the model had chosen.
     """
-    modules: list[Any] = [model.get_submodule(w.module) for w in anatomy.writers if w.experts is not None]
+    writers = [writer for writer in anatomy.writers if writer.experts is not None]
+    modules: list[Any] = [model.get_submodule(writer.module) for writer in writers]
     for experts in modules:
         setattr(experts, _GROUP, group)
-    for implementation in {experts.config._experts_implementation for experts in modules}:
+    chosen = {experts.config._experts_implementation for experts in modules}
+    row_bytes = {w.weight_DK(model).shape[-1] * w.weight_DK(model).element_size() for w in writers}
+    if any(size % _ALIGNMENT for size in row_bytes) and chosen - _UNALIGNED:
+        log.info("experts of %s bytes a row are too narrow for a grouped product: they run one by one", row_bytes)
+        chosen = {"eager"}
+    for implementation in chosen:
         name = _PREFIX + str(implementation)
         ALL_EXPERTS_FUNCTIONS.register(name, _summed(implementation))
         model.set_experts_implementation(name)

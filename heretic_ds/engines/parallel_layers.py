@@ -39,9 +39,12 @@ class SplitByInputs(nn.Linear):
         )
         self._group = group
         self._part = (start, stop) if whole_input else None
+        self._whole = whole.in_features
 
     def forward(self, input: Tensor) -> Tensor:
         if self._part is not None:
+            if input.shape[-1] != self._whole:  # a plan that has split what feeds this layer
+                raise RuntimeError(f"an input of {input.shape[-1]} numbers is not the whole of {self._whole}")
             input = input[..., self._part[0] : self._part[1]]
         output = nn.functional.linear(input, self.weight).contiguous()
         dist.all_reduce(output, group=self._group)

@@ -99,14 +99,17 @@ class _Streamed:
             owner._parameters[attribute] = empty
 
 
-def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Compare a split model's logits with the unsplit model's; raise UserError where they are another model's."""
+def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> None:
+    """Compare a split model's logits with the unsplit model's; raise UserError where they are another model's.
+
+    ``what`` names the choice that split it, ``otherwise`` says what to choose instead.
+    """
     reference_BV = reference_BV.double()
     spread = (reference_BV - reference_BV.mean(-1, keepdim=True)).norm()
     error = ((logits_BV.double().cpu() - reference_BV).norm() / spread).item()
     if not error <= _TOLERANCES.get(dtype, _LOW_PRECISION):
         raise UserError(
             f"{what} gives other logits than the unsplit model (off by {error:.2g} of their spread): it does not "
-            "serve this model; choose another evaluate.backend, or evaluate=replicated"
+            f"serve this model; {otherwise}"
         )
     log.info("%s gives the logits of the unsplit model (off by %.1e of their spread)", what, error)

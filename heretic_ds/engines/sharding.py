@@ -16,8 +16,6 @@ from heretic_ds.anatomy import Anatomy, has_expert_dispatch
 from heretic_ds.errors import UserError
 from heretic_ds.sharded_loading import Shard, split
 
-BACKENDS = ("autotp", "hf_plan")
-
 FAMILY_BACKENDS: dict[str, str] = {
     "llama": "autotp",
     "mistral": "autotp",
@@ -132,12 +130,19 @@ class Layout:
 def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> Layout:
     """The linear layers and lone parameters that `plan` splits; experts and embedding are not among them.
 
-    A writer whose outputs a plan splits is split by its inputs instead, which are whole there: so one form of edit
-    serves every writer. Raises UserError for a style that is not known.
+    A writer whose outputs a plan splits, or that it leaves whole, is split by its inputs instead, which are whole
+    there: so one form of edit serves every writer. Raises UserError for a style that is not known, and without a plan.
     """
+    if not plan:
+        raise UserError(
+            f"transformers has no parallel plan for {type(model).__name__}; set evaluate.backend=autotp, or "
+            "evaluate=replicated"
+        )
     writers = {writer.module for writer in anatomy.writers if writer.experts is None}
     experts = tuple(writer.module for writer in anatomy.writers if writer.experts is not None)
-    linears, parameters = {}, set()
+    modules = {path: model.get_submodule(path) for path in writers}
+    linears = {path: STYLES["rowwise_split_input"] for path, writer in modules.items() if isinstance(writer, nn.Linear)}
+    parameters = set()
     for path, module in model.named_modules():
         style = style_of(plan, path)
         if style is None or style in _NOTHING or path in experts:

@@ -30,7 +30,7 @@ from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles, fill, spl
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
-    from heretic_ds.world import Replicas, World
+    from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,15 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     world, generation = job.world, job.settings.generation
     replicas = world.replicas(placement.degree, f"{phase}.degree")
     model, checkpoint = world.agree(lambda: _empty_model(job.opened))
-    backend = _lay_out_and_fill(job, model, checkpoint, replicas, placement.backend, f"{phase}.degree")
+    backend, shards = "none", {}
+    if replicas.inside is not None:
+        backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+        shards = _lay_out(model, job.anatomy, checkpoint, replicas.inside, backend, phase)
+    world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
     if placement.parity_check and replicas.inside is not None:
-        _check_parity(job, model, checkpoint, f"evaluate.backend={backend}")
+        _check_parity(job, model, checkpoint, phase, backend)
     checkpoint.files.close()
     engine = ResidentEngine(
         model,
@@ -60,6 +66,26 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     if replicas.inside is None:
         engine.whole = _whole(job.opened, model)
     return engine
+
+
+def check(job: Job, placement: PlacementSettings, phase: str) -> None:
+    """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
+    degree = placement.degree or job.world.size
+    if job.opened.quantization is not None:
+        raise UserError(
+            f"model.path={job.opened.settings.path} is quantised with {job.opened.quantization}, and its parts cannot "
+            f"be read by themselves; use the unquantised original, or set {phase}=replicated"
+        )
+    if degree > 1:
+        model = job.opened.skeleton()
+        sharding.expert_shards(model, job.anatomy, 0, degree)
+        _plan(
+            model,
+            job.anatomy,
+            sharding.choose_backend(model, model.config.model_type, placement.backend),
+            degree,
+            phase,
+        )
 
 
 def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
@@ -77,30 +103,20 @@ def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
 
 def _empty_model(opened: OpenedModel) -> tuple[PreTrainedModel, Checkpoint]:
     """The model without weights, and where they are."""
-    if opened.quantization is not None:
-        raise UserError(
-            f"model.path={opened.settings.path} is quantised with {opened.quantization}, and its parts cannot be read "
-            "by themselves; use the unquantised original, or set evaluate=replicated"
-        )
     model = opened.skeleton()
     files = TensorFiles(opened.source.folder, opened.headers)
     return model, Checkpoint.of(model, files, opened.dtypes[0])
 
 
-def _lay_out_and_fill(
-    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, replicas: Replicas, wanted: str, setting: str
-) -> str:
-    """Split the model, read this rank's parts; returns the backend that did it."""
-    shards: dict[str, Shard] = {}
-    backend = "none"
-    if replicas.inside is not None:
-        model_type = model.config.model_type
-        backend = sharding.choose_backend(model, model_type, wanted)
-        shards = _lay_out(model, job.anatomy, checkpoint, replicas.inside, replicas.degree, backend, setting)
-    job.world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
-    held = sum(p.numel() * p.element_size() for p in model.parameters())
-    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
-    return backend
+def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str) -> sharding.Layout | None:
+    """The family's plan where it is to be carried out here; UserError where the model's heads do not divide."""
+    model_type = model.config.model_type
+    layout = None
+    if backend == "hf_plan":
+        layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
+    if layout is None or sharding.splits_heads(anatomy, layout):
+        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, f"{phase}.degree")
+    return layout
 
 
 def _lay_out(
@@ -108,21 +124,17 @@ def _lay_out(
     anatomy: Anatomy,
     checkpoint: Checkpoint,
     group: dist.ProcessGroup,
-    degree: int,
     backend: str,
-    setting: str,
+    phase: str,
 ) -> dict[str, Shard]:
-    """Split experts, layers and embedding of an empty model; every parameter that is split ends on the meta device."""
-    member, model_type = dist.get_rank(group), model.config.model_type
+    """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
+    member, degree = dist.get_rank(group), dist.get_world_size(group)
+    layout = _plan(model, anatomy, backend, degree, phase)
     shards = sharding.expert_shards(model, anatomy, member, degree)
     _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
-    if backend == "autotp":
-        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
+    if layout is None:
         shards |= autotp.lay_out(model, checkpoint.shapes, group, degree)
     else:
-        layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
-        if sharding.splits_heads(anatomy, layout):
-            sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
         shards |= hf_plan.lay_out(model, layout, group, member, degree)
     shards |= _split_embedding(model, anatomy, group, member, degree)
     shards |= _split_head(model, checkpoint, shards, group, degree)
@@ -181,9 +193,10 @@ def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:
         module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
 
 
-def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str) -> None:
+def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, phase: str, backend: str) -> None:
     """Compare with the unsplit model, which rank 0 runs block by block."""
     world: World = job.world
+    what, otherwise = f"{phase}.backend={backend}", f"choose another {phase}.backend, or {phase}=replicated"
     rows = parity.sample_rows(model.config.get_text_config(decoder=True).vocab_size)
 
     def reference() -> Tensor:
@@ -195,10 +208,9 @@ def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what
             logits_BV = last_logits(model, rows, pad_id=0).float().cpu()
     except RuntimeError as error:  # shapes that do not fit: on every rank alike
         raise UserError(
-            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); choose another "
-            "evaluate.backend, or evaluate=replicated"
+            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
         ) from error
-    world.agree(lambda: parity.check(logits_BV, reference_BV, model.dtype, what))
+    world.agree(lambda: parity.check(logits_BV, reference_BV, model.dtype, what, otherwise))
 
 
 def _whole(opened: OpenedModel, model: PreTrainedModel) -> LoadedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,23 @@ def measure_tensor_parallel(
     from heretic_ds.engines import tensor_parallel
 
     placement = PlacementSettings("tensor_parallel", degree, backend)
-    with contextlib.closing(tensor_parallel.build(job_for(world, folder), placement, "evaluate")) as engine:
-        return measure(engine, count)
+    engine = tensor_parallel.build(job_for(world, folder), placement, "evaluate")
+    weights = [weakref.ref(parameter) for parameter in engine.model.parameters()]
+    found = measure(engine, count)
+    engine.close()
+    gc.collect()
+    found["released"] = all(weight() is None for weight in weights)
+    return found
 
 
-def refusal(world: World, folder: str, degree: int, backend: str = "auto") -> str:
-    """The message with which the placement `tensor_parallel` refuses a model."""
+def refusal(world: World, folder: str, degree: int, backend: str = "auto", dtype: str = "float32") -> str:
+    """The message with which the placement `tensor_parallel` refuses a model; "accepted" where it does not."""
     from heretic_ds.engines import tensor_parallel
 
+    job, placement = job_for(world, folder, dtype=dtype), PlacementSettings("tensor_parallel", degree, backend)
     try:
-        tensor_parallel.build(
-            job_for(world, folder), PlacementSettings("tensor_parallel", degree, backend), "evaluate"
-        ).close()
+        world.agree(lambda: tensor_parallel.check(job, placement, "evaluate"))
+        tensor_parallel.build(job, placement, "evaluate").close()
     except UserError as error:
         return str(error)
     return "accepted"

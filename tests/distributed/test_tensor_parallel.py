@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from heretic_ds.world import World
 from tests import families
 from tests.distributed import engines
 
@@ -55,7 +56,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, kl in expected["kl"].items():
         assert abs(found["kl"][name] - kl) <= 1e-6 + 1e-4 * kl, name
         assert name == "original" or kl > 1e-3, "an edit that does nothing shows nothing"
-    assert found["restored"]
+    assert found["restored"] and found["released"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,19 @@ def test_what_a_backend_cannot_serve_is_refused_on_every_rank(ranks, saved, fami
     folder = families.save(family, saved("llama")[0].parent / f"refused_{family}")
     for message in ranks(2).run(engines.refusal, folder=str(folder), degree=2, backend=UNSERVED[family]):
         assert "evaluate=replicated" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("backend", ["autotp", "hf_plan"])
+def test_sixteen_bits_pass_the_parity_check(ranks, saved, family, backend):
+    folder, _ = saved(family)
+    arguments = {"folder": str(folder), "degree": 2, "backend": backend, "dtype": "bfloat16"}
+    assert ranks(2).run(engines.refusal, **arguments) == ["accepted"] * 2
+
+
+def test_one_rank_is_a_replica_of_its_own(saved):
+    folder, expected = saved("mixtral")
+    assert_same(engines.measure_tensor_parallel(World(), str(folder), degree=1), expected)
 
 
 def test_a_backend_that_gives_another_model_is_refused(ranks, saved):

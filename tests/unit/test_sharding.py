@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from heretic_ds.ablation import ROW_NORMS, edit_weight, edit_weight_, row_norms, row_overlaps
 from heretic_ds.anatomy import find_anatomy
@@ -166,6 +168,16 @@ def test_plans_split_every_writer_by_its_inputs(family):
         assert writer.experts is not None or layout.linears[writer.module].by_inputs, writer.module
 
 
+def test_writers_that_a_plan_leaves_whole_are_split_by_their_inputs():
+    model = empty("llama")
+    anatomy = find_anatomy(model)
+    layout = sharding.read_plan(model, anatomy, {"lm_head": "colwise_gather_output"})
+    assert all(layout.linears[writer.module].whole_input for writer in anatomy.writers)
+    assert not sharding.splits_heads(anatomy, layout)
+    with pytest.raises(UserError, match="no parallel plan"):
+        sharding.read_plan(model, anatomy, {})
+
+
 def test_an_unknown_style_of_a_plan_is_refused():
     model = empty("llama")
     with pytest.raises(UserError, match="diagonal"):
@@ -197,3 +209,22 @@ def test_a_writer_left_whole_is_refused():
     shards.pop(anatomy.writers[1].weight)
     with pytest.raises(UserError, match="could not be split over the 2 ranks"):
         sharding.check_degree(anatomy, shards, 2, [widths, widths])
+
+
+@pytest.mark.parametrize(
+    "config", [MixtralConfig(), Qwen3MoeConfig(num_key_value_heads=8)], ids=["mixtral", "qwen3_moe"]
+)
+@pytest.mark.parametrize("degree", [2, 4, 8])
+def test_a_rank_holds_its_share_of_models_of_real_shapes(config, degree):
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config)
+    anatomy = find_anatomy(model)
+    layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, config.model_type))
+    shards = sharding.expert_shards(model, anatomy, 0, degree)
+    for path, how in layout.linears.items():
+        shards |= sharding.linear_shards(path, model.get_submodule(path), how, 0, degree)
+    embedding = f"{anatomy.embedding}.weight"
+    shards[embedding] = split(model.get_parameter(embedding).shape, 0, 0, degree)
+    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    held = sum(math.prod(shards[name].local_shape) if name in shards else size for name, size in whole.items())
+    assert held * degree <= 1.02 * sum(whole.values())
