@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import kernel_inject
+from heretic_ds.engines import build_engine, kernel_inject
 from heretic_ds.engines.injection import parity
 from heretic_ds.engines.injection.adapter import ResidualSum
 from heretic_ds.engines.injection.families import FAMILIES, find_family
@@ -25,7 +26,10 @@ from heretic_ds.engines.protocol import Ablation
 from heretic_ds.engines.release import Originals
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.errors import UserError
+from heretic_ds.job import Job
+from heretic_ds.world import World
 from tests import families
+from tests.conftest import ComposeSettings
 from tests.injection_emulator import InferenceOp
 
 LENGTHS = (9, 4, 6, 11, 1)
@@ -324,6 +328,32 @@ def test_without_cuda_the_placement_is_refused_before_anything_is_loaded(monkeyp
         kernel_inject.check(job_for(build("gpt_neo").config, longest=27), placement, "evaluate")
 
 
+def test_a_run_builds_the_placement_from_its_settings(
+    op: InferenceOp, compose_settings: ComposeSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a GPU, but for the three functions that ask for one."""
+    build("mistral", sliding_window=64).save_pretrained(tmp_path)
+    families.tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a list\na longer line of text\n")
+    sources = [f"prompts.{kind}.{part}.source={file}" for kind in ("target", "baseline") for part in ("train", "eval")]
+    settings = compose_settings("evaluate=kernel_inject", "generation.max_new_tokens=8", *sources, model=tmp_path)
+    job = Job.check(settings, World())
+    with pytest.raises(UserError, match="CUDA devices only"):
+        build_engine(job, "capture")
+    monkeypatch.setattr("heretic_ds.engines.injection.op.refuse_without_cuda", lambda device: None)
+    monkeypatch.setattr("heretic_ds.engines.injection.op.load_kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    engine, rows = build_engine(job, "evaluate"), job.prompts("target.eval").rows
+    assert isinstance(engine, KernelInjectEngine) and engine.whole is None and engine.max_edits_per_pass == 1
+    plain = build_engine(job, "capture")
+    engine.batch_sizes = plain.batch_sizes = {"generate": 2}
+    assert engine.generate(rows, [None]) == plain.generate(rows, [None])
+    prepare(engine)
+    assert engine.max_edits_per_pass == 1
+    engine.close()
+
+
 @pytest.mark.parametrize("built", [None, "nowhere.so"])
 def test_kernels_that_cannot_be_had_are_one_line(built: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if built is not None:
@@ -333,7 +363,9 @@ def test_kernels_that_cannot_be_had_are_one_line(built: str | None, monkeypatch:
     assert "\n" not in str(refusal.value) and (built or "") in str(refusal.value)
 
 
-def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(op: InferenceOp) -> None:
+def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
+    op: InferenceOp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("gpt_neo", window_size=14)
     plain, injected = engines(model)
     plain._max_new_tokens = injected._max_new_tokens = 2
@@ -341,3 +373,8 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(op: Inference
     injected._max_new_tokens = 3
     with pytest.raises(UserError, match="up to 13 tokens"):
         injected.generate(prompts(), [None])
+    injected.close()
+    expected = parity.sample(model)
+    twin, unlimited = injected_copy(model)
+    monkeypatch.setattr("heretic_ds.engines.injection.workspace.refuse_long", lambda tokens, limit: None)
+    assert parity.error_of(twin, unlimited.adapter, expected) > 1e-3  # 9 + 5 tokens, as many as the window has
