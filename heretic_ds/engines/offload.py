@@ -61,17 +61,19 @@ def _check_library() -> None:
         ) from error
 
 
-def offload_section(capture: CaptureSettings, skeleton: nn.Module, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's ``offload_param`` for the partitions of ``skeleton`` over ``ranks``; nothing without an offload."""
+def offload_section(capture: CaptureSettings, skeleton: nn.Module, parts: int, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's ``offload_param`` for the partitions of ``skeleton`` over ``ranks``; nothing without an offload.
+
+    ``parts`` is the largest number of parameters that are gathered at once.
+    """
     if capture.offload == "none":
         return {}
     fields: dict[str, Any] = {"device": capture.offload, "pin_memory": capture.pin_memory}
     if capture.offload == "nvme":
-        # A buffer has to hold the largest partition, and there have to be as many as one module has parameters.
+        # A buffer has to hold the largest partition, and there have to be enough for what is gathered at once.
         largest = max(math.ceil(parameter.numel() / ranks) for parameter in skeleton.parameters())
-        most = max(len(list(module.parameters(recurse=False))) for module in skeleton.modules())
         folder = str(Path(capture.nvme_path or "").expanduser())
-        fields |= {"nvme_path": folder, "buffer_size": largest + 1, "buffer_count": most + _SPARE_BUFFERS}
+        fields |= {"nvme_path": folder, "buffer_size": largest + 1, "buffer_count": parts + _SPARE_BUFFERS}
     return {"offload_param": fields}
 
 

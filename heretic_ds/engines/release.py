@@ -17,6 +17,11 @@ from heretic_ds.engines.memory import release_memory
 _OWNERS: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, nn.Module, nn.Linear, nn.Embedding, dist)
 """Where DeepSpeed puts functions of its own: the constructors of tensors, ``functional.linear``, hooks of modules."""
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on get a mapping of their own
+_SOME_MEGABYTES = 2**22
+_USUAL_THRESHOLD = 2**25
+"""What glibc comes to by itself in a process that frees large blocks."""
+
 
 class Originals:
     """The functions of PyTorch as they are when this is made, to be put back after a library replaced some."""
@@ -58,7 +63,21 @@ def give_back_memory() -> None:
     The C library keeps freed memory for later allocations of this process; another engine would come on top of it.
     """
     release_memory()
+    _call_c_library("malloc_trim", 0)
+
+
+def return_freed_blocks(at_once: bool) -> None:
+    """Whether the C library returns blocks of some megabytes as soon as they are freed, or keeps them for later.
+
+    Weights that are gathered for a moment come and go in such blocks, between others that stay: kept, their holes add
+    up to more than the weights themselves.
+    """
+    _call_c_library("mallopt", _M_MMAP_THRESHOLD, _SOME_MEGABYTES if at_once else _USUAL_THRESHOLD)
+
+
+def _call_c_library(name: str, *arguments: int) -> None:
+    """Call a function that glibc alone has."""
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-        if trim is not None:
-            trim(0)
+        function = getattr(ctypes.CDLL(None), name, None)
+        if function is not None:
+            function(*arguments)

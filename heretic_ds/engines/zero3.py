@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.memory import is_out_of_memory
 from heretic_ds.engines.offload import check_offload, offload_section, remove_swap_files
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
-from heretic_ds.engines.release import Originals, give_back_memory
+from heretic_ds.engines.release import Originals, give_back_memory, return_freed_blocks
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.engines.zero3_loading import load_partitions
@@ -120,10 +119,11 @@ class Partitions:
         import deepspeed
 
         self._originals = Originals()
+        return_freed_blocks(at_once=True)
         self._opened, self._dtype, self._anatomy, self._world = opened, dtype, anatomy, world
         self._hooks: Any = None
         self.model = opened.skeleton(dtype)
-        self.config = deepspeed_config(capture, self.model, dtype, world.size)
+        self.config = deepspeed_config(capture, self.model, anatomy, dtype, world.size)
         self._init = deepspeed.zero.Init(config_dict_or_path=self.config)
 
     def load(self) -> None:
@@ -132,11 +132,12 @@ class Partitions:
         Raises UserError, on every rank, where a weight file is at fault on any of them.
         """
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
 
         self._world.agree(self._read)
-        for module in data_dependent_modules(self.model, self._anatomy):
-            _mark_leaf(module)
+        for part in gathered_at_once(self.model, self._anatomy):
+            set_z3_leaf_module(part, True)
         zero = self.config["zero_optimization"]
         self._hooks = DeepSpeedZeRoOffload(
             self.model,
@@ -187,6 +188,7 @@ class Partitions:
         _forget_modules()
         self._originals.restore()
         del self.model, self._init, self._hooks
+        return_freed_blocks(at_once=False)
         give_back_memory()
 
 
@@ -203,8 +205,11 @@ def _forget_modules() -> None:
             function = getattr(function, "__wrapped__", None)
 
 
-def deepspeed_config(capture: CaptureSettings, skeleton: nn.Module, dtype: torch.dtype, ranks: int) -> dict[str, Any]:
+def deepspeed_config(
+    capture: CaptureSettings, skeleton: nn.Module, anatomy: Anatomy, dtype: torch.dtype, ranks: int
+) -> dict[str, Any]:
     """DeepSpeed's own configuration for these settings."""
+    parts = max(len(list(part.parameters())) for part in gathered_at_once(skeleton, anatomy))
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -216,31 +221,23 @@ def deepspeed_config(capture: CaptureSettings, skeleton: nn.Module, dtype: torch
             "stage3_param_persistence_threshold": capture.param_persistence_threshold,
             "stage3_max_live_parameters": capture.max_live_parameters,
             "stage3_max_reuse_distance": capture.max_reuse_distance,
-            **offload_section(capture, skeleton, ranks),
+            **offload_section(capture, skeleton, parts, ranks),
         },
     }
 
 
-def data_dependent_modules(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
-    """Modules that call their experts one by one, and only those that a token chose.
+def gathered_at_once(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+    """The parts of every block, such as its attention and its MLP: modules whose weights are gathered together.
 
-    A rank without a token for an expert would not take part in gathering it, so such a module is gathered as a whole.
-    Fused experts are one module, which is called whatever was chosen.
+    Gathered module by module, a rank without a token for an expert would not take part in gathering that expert, and a
+    convolution whose weight another module reads would not be gathered at all. Few large gathers are faster, too.
     """
-    paths: dict[str, None] = {}
-    for writer in anatomy.writers:
-        if "*" in writer.path.split("."):
-            experts = re.escape(writer.path.partition("*")[0].rstrip("."))
-            found = re.match(rf"(.*\.{writer.block}\.{experts})\.", writer.module)
-            if found is not None:
-                paths[found.group(1).rpartition(".")[0]] = None
-    return [model.get_submodule(path) for path in paths]
-
-
-def _mark_leaf(module: nn.Module) -> None:
-    from deepspeed.utils import set_z3_leaf_module
-
-    set_z3_leaf_module(module, True)
+    parts: list[nn.Module] = []
+    for block in model.get_submodule(anatomy.blocks).children():
+        children = list(block.children())
+        listed = any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)  # never called as such
+        parts += [block] if listed else children
+    return [part for part in parts if any(True for _ in part.parameters())]
 
 
 class _NoEditor(WeightEditor):
@@ -272,6 +269,10 @@ class Zero3Engine(ResidentEngine):
             same=world.same,
         )
         self.partitions, self._world = partitions, world
+
+    @property
+    def degree(self) -> int:
+        return self._world.size
 
     def close(self) -> None:
         del self.model, self._editor

@@ -5,6 +5,8 @@ ZeRO-3 cuts each parameter, as one row of numbers, into as many equal parts as t
 
 from __future__ import annotations
 
+import math
+import mmap
 from typing import Any
 
 import torch
@@ -39,10 +41,10 @@ def load_partitions(model: nn.Module, checkpoint: Checkpoint, init: Any, rank: i
 def _own_part(name: str, checkpoint: Checkpoint, rank: int, ranks: int) -> Tensor:
     """A host tensor of the parameter's whole shape in which only this rank's part has been written.
 
-    Memory that was never written to takes no room. The part is filled by whole rows, so up to two rows more are read.
+    The part is filled by whole rows, so up to two rows more are read.
     """
     shape = checkpoint.shapes[name]
-    whole = torch.empty(shape, dtype=checkpoint.dtypes[name], device="cpu")
+    whole = _untouched(shape, checkpoint.dtypes[name])
     part = -(-whole.numel() // ranks)
     start, stop = rank * part, min((rank + 1) * part, whole.numel())
     if not shape:
@@ -52,6 +54,14 @@ def _own_part(name: str, checkpoint: Checkpoint, rank: int, ranks: int) -> Tenso
         first, last = start // row, -(-stop // row)
         checkpoint.read_into(name, Shard(shape, 0, ((first, last),)), whole[first:last])
     return whole
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A host tensor in a mapping of its own, which takes room only where it is written to, and none once it is gone."""
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def _partitioned(parameter: nn.Parameter, init: Any) -> nn.Parameter:
