@@ -1,11 +1,12 @@
 """Scores the trials of a finished run again, on any placement and any number of ranks, and compares.
 
     python benchmarks/rescore.py runs/demo experiment=demo
-    deepspeed --num_gpus 2 --no_local_rank benchmarks/rescore.py runs/demo experiment=demo capture=zero3 evaluate=tensor_parallel
+    deepspeed --num_gpus 2 --no_local_rank benchmarks/rescore.py runs/demo experiment=demo \\
+        capture=zero3 evaluate=tensor_parallel
 
-Two placements are compared by the scores of the same edits, not by two searches: rounding of 1e-8 in one KL changes what the
-sampler suggests next. Needs what the run needed; leaves nothing but, with ``--json FILE``, its figures. Exit status 1 where
-refusals differ, or a KL by more than 1e-6 + 1e-4 KL.
+Two placements are compared by the scores of the same edits, not by two searches: rounding of 1e-8 in one KL changes
+what the sampler suggests next. Needs what the run needed; leaves nothing but, with ``--json FILE``, its figures. Exit
+status 1 where refusals differ, or a KL by more than 1e-6 + 1e-4 KL.
 """
 
 from __future__ import annotations

@@ -1,0 +1,176 @@
+"""Placements side by side: loading, capture, generation and memory, for every placement and number of ranks.
+
+    python benchmarks/placements.py [--result FILE] [--width 512] [--tokens 16]
+
+Needs: the package, no GPU and no network; the model is a random llama of some 30 million parameters with the demo's
+tokenizer, made anew in a temporary folder. Takes some minutes: each row is a job of its own through DeepSpeed's
+launcher, one thread a rank. Leaves ``benchmarks/results/placements.json`` and prints it as a table.
+
+Ranks share the cores of this machine, so more ranks are no faster here than one; what the table is for is memory, and
+what each placement costs beside another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).resolve().parent / "results" / "placements.json"
+MARK = "placement figures: "
+ROWS = [
+    # placement, ranks, ranks a replica, whether it also evaluates
+    ("replicated", 1, 1, True),
+    ("replicated", 2, 1, True),
+    ("tensor_parallel", 2, 2, True),
+    ("tensor_parallel", 4, 2, True),
+    ("zero3", 1, None, False),
+    ("zero3", 2, None, False),
+]
+
+
+def make_model(folder: Path, width: int) -> int:
+    """Write the model; returns its parameters' bytes."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from heretic_ds.demo import demo_model_dir
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=10,
+        num_attention_heads=8, num_key_value_heads=8, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def measure(model: str, placement: str, degree: int | None, evaluates: bool, tokens: int) -> None:
+    """What one rank does: lay the model out, capture, generate; rank 0 prints every rank's figures."""
+    from heretic_ds.cli import compose
+    from heretic_ds.engines import build_engine
+    from heretic_ds.job import Job
+    from heretic_ds.world import World
+
+    world = World.join()
+    phase = "evaluate" if evaluates else "capture"
+    settings = compose(
+        [
+            model, "prompts=demo", f"{phase}={placement}", f"{phase}.degree={degree or 'null'}", "model.dtype=float32",
+            f"generation.max_new_tokens={tokens}", "generation.batch_size=32", "model.device=cpu",
+        ]
+    )  # fmt: skip
+    job = Job.check(settings, world)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    engine = build_engine(job, phase)
+    load, loaded = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = job.prompts("target.train").rows
+    capture_rate = _rate(lambda: engine.capture(rows), sum(map(len, rows)))
+    answers: list[list[int]] = []
+    started = time.perf_counter()
+    if evaluates:
+        answers = engine.generate(rows[:64], [None])[0]
+    generation = time.perf_counter() - started
+    parts = getattr(engine.model, "parameters", lambda: [])()
+    held = sum(_partition(p).numel() * p.element_size() for p in parts)
+    figures = {
+        "load_seconds": load,
+        "capture_tokens_per_second": capture_rate,
+        "generation_tokens_per_second": sum(map(len, answers)) / generation if evaluates else None,
+        "parameter_bytes": held,
+        "loading_peak_bytes": (loaded - before) * 1024,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    ranks = world.gather(figures)
+    if world.decides:
+        print(MARK + json.dumps(ranks), flush=True)
+    engine.close()
+    world.leave()
+
+
+def _rate(work: Any, tokens: int) -> float:
+    work()  # the first pass pays for what is set up lazily
+    started = time.perf_counter()
+    work()
+    return tokens / (time.perf_counter() - started)
+
+
+def _partition(parameter: Any) -> Any:
+    """The part of a parameter that this rank holds."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+
+
+def launch(model: Path, row: tuple[str, int, int | None, bool], tokens: int) -> dict[str, Any]:
+    """One row of the table, from a job of its own."""
+    placement, ranks, degree, evaluates = row
+    rank_arguments = [str(model), placement, str(degree or 0), str(int(evaluates)), str(tokens)]
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
+        str(Path(__file__).resolve()), "--rank", *rank_arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
+    if not lines:
+        raise RuntimeError(f"{placement} on {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    per_rank = json.loads(lines[0])
+    slowest = {name: max(r[name] for r in per_rank) for name in ("load_seconds", "loading_peak_bytes")}
+    rates = {name: per_rank[0][name] for name in ("capture_tokens_per_second", "generation_tokens_per_second")}
+    held = {name: [r[name] for r in per_rank] for name in ("parameter_bytes", "peak_host_bytes")}
+    return {"placement": placement, "ranks": ranks, "ranks_a_replica": degree or ranks, **slowest, **rates, **held}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    mib = 2**20
+    lines = [
+        "| placement | ranks | a replica | load s | capture tok/s | generate tok/s | weights MiB | peak MiB, a rank |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        generation = row["generation_tokens_per_second"]
+        lines.append(
+            f"| {row['placement']} | {row['ranks']} | {row['ranks_a_replica']} | {row['load_seconds']:.1f} | "
+            f"{row['capture_tokens_per_second']:.0f} | {'-' if generation is None else f'{generation:.0f}'} | "
+            f"{max(row['parameter_bytes']) / mib:.0f} | {max(row['peak_host_bytes']) / mib:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if "--rank" in sys.argv:
+        model, placement, degree, evaluates, tokens = sys.argv[sys.argv.index("--rank") + 1 :][:5]
+        measure(model, placement, int(degree) or None, bool(int(evaluates)), int(tokens))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=16)
+    options = parser.parse_args()
+    from heretic_ds.export.manifest import package_versions
+
+    with tempfile.TemporaryDirectory(prefix="placements_") as folder:
+        size = make_model(Path(folder), options.width)
+        rows = [launch(Path(folder), row, options.tokens) for row in ROWS]
+    print(table(rows))
+    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "device": "cpu", "threads_a_rank": 1}
+    result = {"model_bytes": size, "rows": rows, "machine": machine, "versions": package_versions()}
+    options.result.parent.mkdir(exist_ok=True)
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
