@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -59,8 +60,11 @@ class Job:
         """Wait until every rank runs; the ranks."""
         self._until(lambda: len(self.words) == self.ranks or self.process.poll() is not None, STARTED)
         assert len(self.words) == self.ranks, self.stderr
-        processes = [psutil.Process(words["pid"]) for _, words in sorted(self.words.items())]
-        self._seen = {process.pid: process for process in self._tree()} | {one.pid: one for one in processes}
+        processes = []
+        for _, words in sorted(self.words.items()):
+            with suppress(psutil.NoSuchProcess):  # it may have misbehaved already
+                processes.append(psutil.Process(words["pid"]))
+        self._seen = {process.pid: process for process in [*self._tree(), *processes]}
         return processes
 
     def ended(self) -> int:
