@@ -1,6 +1,6 @@
 """Seconds and peak memory of residual capture beside plain forward passes of the same batches.
 
-Needs: nothing but the package; the model is a random llama of 30 million parameters. Takes some minutes on a CPU.
+Needs: Linux, and nothing but the package; the model is a random llama of 30 million parameters. Takes some minutes.
 Leaves: ``benchmarks/results/capture_overhead.json``, or the file that ``--result`` names.
 
     python benchmarks/capture_overhead.py [--prompts 16 64 256] [--rounds 7] [--device cpu|cuda]
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -83,17 +82,22 @@ class Subject:
             self.torch.cuda.synchronize()
 
 
-def seconds(device: str, count: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, taken in turns so that a busy machine is busy for all of them."""
+def seconds(device: str, count: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each way by the clock, and of this process's processor time, which a busy machine changes less.
+
+    The ways take turns, so that the machine is as busy for one as for another.
+    """
     subject = Subject(device)
-    prompts, taken = subject.prompts(count), {way: [] for way in WAYS}
+    prompts = subject.prompts(count)
+    taken: dict[str, dict[str, list[float]]] = {kind: {way: [] for way in WAYS} for kind in ("clock", "processor")}
     for way in WAYS:
         subject.run(way, prompts[:BATCH])
     for _ in range(rounds):
         for way in WAYS:
-            started = time.perf_counter()
+            started, started_processor = time.perf_counter(), time.process_time()
             subject.run(way, prompts)
-            taken[way].append(time.perf_counter() - started)
+            taken["clock"][way].append(time.perf_counter() - started)
+            taken["processor"][way].append(time.process_time() - started_processor)
     return taken
 
 
@@ -105,9 +109,17 @@ def peak_bytes(device: str, way: str, count: int) -> int:
         before = subject.torch.cuda.memory_allocated()
         subject.run(way, subject.prompts(count))
         return int(subject.torch.cuda.max_memory_allocated() - before)
-    prompts, before = subject.prompts(count), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    prompts = subject.prompts(count)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far: that of building the model
+    before = _resident("VmRSS")
     subject.run(way, prompts)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process in memory: now (VmRSS), or at most so far (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:"))) * 1024
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -137,6 +149,21 @@ def _count_parameters(device: str) -> int:
     return Subject(device).parameters
 
 
+def rounded(numbers: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {kind: {way: round(number, 4) for way, number in ways.items()} for kind, ways in numbers.items()}
+
+
+def show(best: dict[str, dict[str, float]], peaks: dict[str, dict[int, int]], timed: int, prompts: list[int]) -> None:
+    """The ways side by side."""
+    counts = "".join(f"{f'{count} prompts':>14}" for count in prompts)
+    print(f"best of {timed} prompts{'clock':>11}{'processor':>14}{'of model(...)':>16}   peak memory:{counts}")
+    for way in WAYS:
+        share = best["processor"][way] / best["processor"][WAYS[0]]
+        columns = "".join(f"{peaks[way][count] / 2**20:>10.1f} MiB" for count in prompts)
+        times = f"{best['clock'][way]:>9.3f} s{best['processor'][way]:>12.3f} s"
+        print(f"{way:22}{times}{share:>16.3f}   {'':12}{columns}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 64, 256])
@@ -146,13 +173,11 @@ def main() -> int:
     options = parser.parse_args()
     timed = sorted(options.prompts)[len(options.prompts) // 2]
     taken = alone(seconds, options.device, timed, options.rounds)
+    # The allocator gives every tensor back at once, so that peaks are those of the work and not of its habits.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     peaks = {way: {count: alone(peak_bytes, options.device, way, count) for count in options.prompts} for way in WAYS}
-    best = {way: min(times) for way, times in taken.items()}
-    counts = "".join(f"{f'{count} prompts':>14}" for count in options.prompts)
-    print(f"{'':22}{f'{timed} prompts':>14}{'of model(...)':>16}   peak memory:{counts}")
-    for way in WAYS:
-        columns = "".join(f"{peaks[way][count] / 2**20:>10.1f} MiB" for count in options.prompts)
-        print(f"{way:22}{best[way]:>12.3f} s{best[way] / best[WAYS[0]]:>16.3f}   {'':12}{columns}")
+    best = {kind: {way: min(times) for way, times in ways.items()} for kind, ways in taken.items()}
+    show(best, peaks, timed, options.prompts)
     report = {
         "what": "residual capture beside plain forward passes of the same batches, float32",
         "model": {"parameters": alone(_count_parameters, options.device), **MODEL},
@@ -161,8 +186,9 @@ def main() -> int:
         "seconds": {
             "prompts": timed,
             "rounds": options.rounds,
-            "best": {way: round(best[way], 4) for way in WAYS},
-            "median": {way: round(median(taken[way]), 4) for way in WAYS},
+            "best": rounded(best),
+            "median": rounded({kind: {way: median(ways[way]) for way in WAYS} for kind, ways in taken.items()}),
+            "capture_to_model": round(best["processor"]["capture"] / best["processor"][WAYS[0]], 3),
         },
         "peak_bytes_beyond_the_model": {
             way: {str(count): number for count, number in by_count.items()} for way, by_count in peaks.items()

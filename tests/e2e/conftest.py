@@ -120,7 +120,7 @@ class Started:
     def said(self) -> str:
         return Path(self.output.name).read_text()
 
-    def wait_until(self, happened: Callable[[], bool], timeout: float = 90) -> None:
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 300) -> None:
         """Fails where the command ends before that happens, or takes too long."""
         deadline = time.monotonic() + timeout
         while not happened():
@@ -131,7 +131,7 @@ class Started:
     def send(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
 
-    def end(self, timeout: float = 90) -> int:
+    def end(self, timeout: float = 300) -> int:
         status = self.process.wait(timeout)
         self.output.close()
         return status
