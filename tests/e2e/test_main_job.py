@@ -82,7 +82,7 @@ def test_the_whole_job(heretic: Heretic, material: Material, tmp_path: Path) -> 
     assert manifest["trial"] == longer["selected"]
     assert manifest["edit"]["profiles"] == longer["trials"][longer["selected"]]["profiles"]
 
-    other = next(index for index in range(9) if index != longer["selected"])
+    other = next(index for index in (8, 7) if index != longer["selected"])
     assert heretic(*words, "task=export", f"export.trial={other}", "export.dir=other").status == 0
     manifest = json.loads((tmp_path / "other" / "heretic_ds.json").read_text())
     assert manifest["trial"] == other and manifest["verified"]["refusals"] == longer["trials"][other]["refusals"]
