@@ -71,7 +71,7 @@ class Run:
     console: Console
     folder: RunFolder | None = None
     measured: dict[str, Any] = field(default_factory=dict)
-    """What earlier runs in this folder found by measuring: batch sizes, response prefix."""
+    """What earlier runs in this folder found by measuring: batch sizes by placement and phase, response prefix."""
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +132,12 @@ class Run:
 
     def _use_measured_batch_sizes(self) -> None:
         if self._engine is not None and not self.settings.generation.batch_size:  # one that the user gives counts
-            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}))
+            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}).get(self._placement, {}))
+
+    @property
+    def _placement(self) -> str:
+        """Of the model as it is laid out now."""
+        return self._layout[0] if self._layout is not None else ""
 
     def _placed(self) -> dict[str, PlacementSettings]:
         return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
@@ -155,7 +160,9 @@ class Run:
 
     def remember(self, **values: Any) -> None:
         """Keep what was measured, and the batch sizes, for later runs in this folder."""
-        sizes = {**self.measured.get("batch_sizes", {}), **(self._engine.batch_sizes if self._engine else {})}
+        sizes = dict(self.measured.get("batch_sizes", {}))
+        if self._engine is not None:
+            sizes[self._placement] = dict(self._engine.batch_sizes)
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)

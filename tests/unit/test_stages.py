@@ -240,7 +240,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
         job = SimpleNamespace(settings=chosen, world=WORLD)
         run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
         run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
-        run.measured = {"batch_sizes": {"generate": 7}}
+        run.measured = {"batch_sizes": {"replicated": {"generate": 7}}}
         return run
 
     run = run_of(settings())
@@ -252,8 +252,9 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
     run.lay_out("capture")
     run.lay_out("evaluate")
     assert built[1:] == ["capture", "capture closed", "evaluate"]
+    assert run.engine.batch_sizes == {}  # sizes measured on one placement say nothing about another
     given = run_of(settings("generation.batch_size=3"))
-    given.use_measured({"batch_sizes": {"generate": 7}})
+    given.use_measured({"batch_sizes": {"replicated": {"generate": 7}}})
     assert given.lay_out("evaluate").batch_sizes == {}  # the size that the user gave is the engine's business
 
 
