@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
+from heretic_ds.engines.deepspeed_start import start_deepspeed
 from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
 from heretic_ds.sharded_loading import Shard
@@ -71,7 +72,7 @@ def _inject(model: PreTrainedModel, group: dist.ProcessGroup, degree: int) -> No
     from deepspeed.comm import comm
     from deepspeed.inference.engine import InferenceEngine
 
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    start_deepspeed()
     if hasattr(comm.cdb, "shm_vector_kernel_level"):
         comm.cdb.shm_vector_kernel_level = 0  # the shared-memory sum ignores its group and adds up the whole world
     InferenceEngine.inference_mp_group = None  # kept by the class: a second engine would get the first one's group

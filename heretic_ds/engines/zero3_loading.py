@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heretic_ds.errors import UserError
+from heretic_ds.model_fitness import dtype_name
 from heretic_ds.sharded_loading import Checkpoint, Shard
 
 
@@ -66,6 +68,12 @@ def _untouched(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _partitioned(parameter: nn.Parameter, init: Any) -> nn.Parameter:
     """The parameter as DeepSpeed's, cut at once: no rank sends what each reads for itself."""
+    swapper, part = init.param_swapper, -(-parameter.numel() // init.dp_world_size)
+    if swapper is not None and parameter.dtype != swapper.dtype and swapper.swappable_tensor(numel=part):
+        raise UserError(
+            f"capture.offload=nvme: large weights stay in {dtype_name(parameter.dtype)} beside others in "
+            f"{dtype_name(swapper.dtype)}, but DeepSpeed's files hold one kind; set model.dtype=float32"
+        )
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=init.local_device)
