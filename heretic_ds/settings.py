@@ -29,6 +29,9 @@ PLACEMENTS = {
 BACKENDS = ("auto", "autotp", "hf_plan")
 OFFLOADS = ("none", "cpu", "nvme")
 
+AUTO = "auto"
+"""Of settings that may be left to the program."""
+
 SCHEMA_NAME = "settings_schema"
 
 
@@ -215,8 +218,9 @@ class SearchSettings:
     """Trials drawn at random before the sampler starts to learn."""
     seed: int = 0
     """Seed of the sampler."""
-    trials_per_pass: int = 1
-    """Trials asked for, and evaluated, together."""
+    trials_per_pass: str = AUTO
+    """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: one on a CPU, where more
+    gain nothing; elsewhere as many as it takes to fill the batches that were measured to be best, up to 8."""
     kl_target: float = 0.01
     """KL divergence (nats) below which the search stops chasing a smaller one."""
 
@@ -367,7 +371,6 @@ def _check_numbers(settings: Settings) -> _Findings:
         ("capture.max_reuse_distance", capture.max_reuse_distance, 0),
         ("search.trials", search.trials, 1),
         ("search.startup_trials", search.startup_trials, 0),
-        ("search.trials_per_pass", search.trials_per_pass, 1),
         ("search.seed", search.seed, 0),
         ("generation.max_new_tokens", generation.max_new_tokens, 1),
         ("generation.batch_size", generation.batch_size, 0),
@@ -375,6 +378,9 @@ def _check_numbers(settings: Settings) -> _Findings:
     )
     for name, value, least in lower_bounds:
         yield value is None or value >= least, f"{name} is {value}; it has to be at least {least}"
+    per_pass = str(search.trials_per_pass)
+    counts = per_pass == AUTO or (per_pass.isdecimal() and int(per_pass) > 0)
+    yield counts, f"search.trials_per_pass is {per_pass}; it has to be {AUTO}, or a whole number of at least 1"
     kl_target, max_kl = search.kl_target, export.max_kl
     yield 0 < kl_target < math.inf, f"search.kl_target is {kl_target}; it has to be a number above 0 (nats)"
     yield max_kl > 0, f"export.max_kl is {max_kl}; it has to be above 0 (nats)"

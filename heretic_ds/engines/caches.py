@@ -8,6 +8,7 @@ Shapes: B rows, H heads, S positions, K width of a key or value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,33 +16,82 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+_ROOM = 32
+"""Positions for which memory is taken at once."""
 
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache of the kinds of layers that the model has."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+class RoomyLayer(DynamicLayer):
+    """A growing layer that takes memory for several positions at once, instead of copying everything for each one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._memory: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, H, S, K]; gives all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.get_seq_length()
+        length = seen + key_states.shape[2]
+        if self._memory is None or length > self._memory[0].shape[2]:
+            old = (self.keys, self.values) if seen else (None, None)
+            self._memory = (_roomier(old[0], key_states, length), _roomier(old[1], value_states, length))
+        keys, values = self._memory
+        keys[:, :, seen:length], values[:, :, seen:length] = key_states, value_states
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
+
+    def replace(self, keys_BHSK: Tensor, values_BHSK: Tensor) -> None:
+        """Hold other keys and values, whose own memory leaves no room."""
+        self.keys, self.values, self._memory = keys_BHSK, values_BHSK, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Leave the rows of these numbers."""
+        if self.keys is not None and self.values is not None:
+            self.replace(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
+
+
+def _roomier(old_BHSK: Tensor | None, like_BHSK: Tensor, length: int) -> Tensor:
+    rows, heads, _, size = like_BHSK.shape
+    memory_BHSK = like_BHSK.new_empty(rows, heads, length + _ROOM, size)
+    if old_BHSK is not None:
+        memory_BHSK[:, :, : old_BHSK.shape[2]] = old_BHSK
+    return memory_BHSK
+
+
+def new_cache(model: PreTrainedModel, roomy: bool = False) -> DynamicCache:
+    """An empty cache of the kinds of layers that the model has; growing ones ``roomy`` on demand."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if roomy:
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def takes_rows(cache: DynamicCache) -> bool:
     """Whether rows can be added to a cache in use."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
-def add_rows(cache: DynamicCache, keep_B: Tensor, added: DynamicCache, width: int) -> None:
-    """Leave the rows ``keep_B`` and append those of another cache, all of them ending at the last of ``width``
-    positions; what is missing before them is masked, and therefore zero here."""
-    layers: Any = zip(cache.layers, added.layers, strict=True)
-    for layer, other in layers:
+def join_rows(cache: DynamicCache, keep_B: Tensor, added: Sequence[DynamicCache], width: int) -> None:
+    """Leave the rows ``keep_B`` and append those of other caches, all ending at the last of ``width`` positions; what
+    is missing before them is masked, and therefore zero here."""
+    layers: Any = zip(cache.layers, *(other.layers for other in added), strict=True)
+    for layer, *others in layers:
         if layer.is_initialized:
-            layer.keys = _joined(layer.keys, keep_B, other.keys, width)
-            layer.values = _joined(layer.values, keep_B, other.values, width)
+            keys = _joined(layer.keys, keep_B, [other.keys for other in others], width)
+            layer.replace(keys, _joined(layer.values, keep_B, [other.values for other in others], width))
 
 
-def _joined(states_BHSK: Tensor, keep_B: Tensor, added_BHSK: Tensor, width: int) -> Tensor:
-    kept, (_, heads, _, size) = len(keep_B), states_BHSK.shape
-    joined_BHSK = states_BHSK.new_zeros(kept + len(added_BHSK), heads, width, size)
-    states_BHSK = states_BHSK[:, :, -width:].index_select(0, keep_B)
-    joined_BHSK[:kept, :, width - states_BHSK.shape[2] :] = states_BHSK
-    joined_BHSK[kept:, :, width - added_BHSK.shape[2] :] = added_BHSK
+def _joined(states_BHSK: Tensor, keep_B: Tensor, added: Sequence[Tensor], width: int) -> Tensor:
+    kept_BHSK = states_BHSK[:, :, -width:].index_select(0, keep_B)
+    if not added and kept_BHSK.shape[2] == width:
+        return kept_BHSK
+    parts, row = [kept_BHSK, *added], 0
+    _, heads, _, size = states_BHSK.shape
+    joined_BHSK = states_BHSK.new_zeros(sum(len(part) for part in parts), heads, width, size)
+    for part in parts:
+        joined_BHSK[row : row + len(part), :, width - part.shape[2] :] = part
+        row += len(part)
     return joined_BHSK
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from heretic_ds.engines.caches import add_rows, new_cache, pad_columns, takes_rows
+from heretic_ds.engines.caches import join_rows, new_cache, pad_columns, takes_rows
+from heretic_ds.engines.padding import batches_of
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.prompts import pad_left
 
@@ -79,15 +80,18 @@ class _Batch:
         self.position_B1 = self.position_B1[keep_B]
         self._keep_rows(positions)
 
-    def refill(self, positions: Sequence[int], added: _Batch, width: int) -> None:
-        """Leave the rows at ``positions`` and append those of another batch; none uses more than ``width`` columns."""
+    def refill(self, positions: Sequence[int], added: Sequence[_Batch], width: int) -> None:
+        """Leave the rows at ``positions`` and append those of other batches; none uses more than ``width`` columns."""
         keep_B = self._positions(positions)
-        add_rows(self.cache, keep_B, added.cache, width)
-        self.token_B = torch.cat([self.token_B[keep_B], added.token_B])
-        self.position_B1 = torch.cat([self.position_B1[keep_B], added.position_B1])
-        self.mask_BS = torch.cat([pad_columns(mask, width) for mask in (self.mask_BS[keep_B], added.mask_BS)])
+        join_rows(self.cache, keep_B, [other.cache for other in added], width)
+        self.token_B = torch.cat([self.token_B[keep_B], *(other.token_B for other in added)])
+        self.position_B1 = torch.cat([self.position_B1[keep_B], *(other.position_B1 for other in added)])
+        masks = [self.mask_BS[keep_B], *(other.mask_BS for other in added)]
+        self.mask_BS = torch.cat([pad_columns(mask_BS, width) for mask_BS in masks])
         self._keep_rows(positions)
-        self.rows, self.live, self.ended = self.rows + added.rows, self.live + added.live, added.take_ended()
+        for other in added:
+            self.rows, self.live = self.rows + other.rows, self.live + other.live
+            self.ended += other.take_ended()
 
     def _positions(self, positions: Sequence[int]) -> Tensor:
         return torch.tensor(positions, dtype=torch.int64, device=self.token_B.device)
@@ -108,23 +112,44 @@ class _Decoder:
         max_new_tokens: int,
         decided: Decided | None,
         on_rows: OnRows | None,
+        refills: bool,
     ) -> None:
         self._model, self._forward, self._device = model, Forward(model), next(model.parameters()).device
         self._prompts, self._pad_id, self._ends = prompts, pad_id, ends
-        self._limit, self._decided = max_new_tokens, decided
-        self._on_rows = on_rows
+        self._limit, self._decided, self._on_rows = max_new_tokens, decided, on_rows
+        self.refills = refills and takes_rows(new_cache(model, roomy=True))
+        """Whether rows join a batch in flight."""
         self._announced: list[int] = []
         self.answers: list[list[int]] = [[] for _ in prompts]
 
-    def begin(self, rows: list[int]) -> _Batch:
-        """A batch of prompts with the first token of each answer."""
+    def begin(self, rows: list[int]) -> list[_Batch]:
+        """Prompts with the first token of each answer; in several batches where that saves padding."""
+        if not self.refills:
+            return [self._begin(rows)]
+        rows = sorted(rows, key=lambda row: -len(self._prompts[row]))
+        return [self._begin(rows[part.start : part.stop]) for part in batches_of([len(self._prompts[r]) for r in rows])]
+
+    def _begin(self, rows: list[int]) -> _Batch:
         self._announce(rows)
         batch = pad_left([self._prompts[row] for row in rows], self._pad_id).to(self._device)
-        mask_BS, position_BS, cache = batch.attention_mask_BS, batch.position_ids_BS, new_cache(self._model)
+        mask_BS, position_BS, cache = (
+            batch.attention_mask_BS,
+            batch.position_ids_BS,
+            new_cache(self._model, roomy=self.refills),
+        )
         logits_BV = self._forward(batch.input_ids_BS, mask_BS, position_BS, past_key_values=cache, use_cache=True)
         begun = _Batch(rows, logits_BV.argmax(dim=-1), mask_BS, position_BS[:, -1:], cache)
         self._note(begun)
         return begun
+
+    def keep(self, batch: _Batch, positions: Sequence[int], added: Sequence[_Batch] = ()) -> None:
+        """Leave the rows at ``positions`` and append those of other batches."""
+        if not self.refills:
+            batch.keep(positions)
+            return
+        rows = [batch.rows[position] for position in positions] + [row for other in added for row in other.rows]
+        width = max(len(self._prompts[row]) + max(len(self.answers[row]), 1) - 1 for row in rows)
+        batch.refill(positions, added, width)
 
     def step(self, batch: _Batch) -> None:
         """The next token of every row."""
@@ -136,10 +161,6 @@ class _Decoder:
         )
         batch.token_B = logits_BV.argmax(dim=-1)
         self._note(batch)
-
-    def width(self, rows: Sequence[int]) -> int:
-        """Columns that the model has seen of the longest of these rows."""
-        return max(len(self._prompts[row]) + max(len(self.answers[row]), 1) - 1 for row in rows)
 
     def _announce(self, rows: list[int]) -> None:
         if self._on_rows is not None and rows != self._announced:
@@ -182,7 +203,8 @@ def finished_answers(
 
     At most ``rows_at_once`` rows (None: all) are in flight. The other arguments are those of :func:`decode`.
     """
-    decoder = _Decoder(model, prompts, pad_id, ends, max_new_tokens, decided, on_rows)
+    refills = rows_at_once is not None
+    decoder = _Decoder(model, prompts, pad_id, ends, max_new_tokens, decided, on_rows, refills)
     most, waiting = rows_at_once or len(prompts), list(range(len(prompts)))
     batch: _Batch | None = None
     while True:
@@ -192,20 +214,19 @@ def finished_answers(
                 yield row, decoder.answers[row]
             if not anyone(bool(going or waiting)):
                 return
-        enough_left = len(going) > _COMPACT_BELOW * most
-        if waiting and (batch is None or not going or (not enough_left and takes_rows(batch.cache))):
+        if waiting and (not going or (decoder.refills and len(going) <= _COMPACT_BELOW * most)):
             free = most - len(going)
             added, waiting = decoder.begin(waiting[:free]), waiting[free:]
             if batch is None or not going:
-                batch = added
-            else:
-                rows = [batch.rows[position] for position in going]
-                batch.refill(going, added, decoder.width([*rows, *added.rows]))
+                batch, *added = added
+                going = list(range(len(batch.rows)))
+            if added:
+                decoder.keep(batch, going, added)
             continue
         if batch is None:
-            raise RuntimeError("there are no prompts to answer")
+            raise ValueError("no prompts were given to answer")
         if max(len(going), 1) <= _COMPACT_BELOW * len(batch.rows):
-            batch.keep(going or [0])
+            decoder.keep(batch, going or [0])
         decoder.step(batch)
 
 

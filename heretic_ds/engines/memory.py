@@ -39,15 +39,18 @@ def in_batches(
     sizes: dict[str, int],
     phase: str,
     work: Callable[[Sequence[Item]], Result],
+    cut: Callable[[Sequence[Item]], int] = len,
 ) -> Iterator[tuple[int, Result]]:
     """Run ``work`` over consecutive batches of ``sizes[phase]`` items, yielding (start, result).
 
+    ``cut`` says how many of the first items that would make up a batch had better be one by themselves.
     A batch that runs out of memory is halved and tried again, and the smaller size is kept for the rest of the run.
     Raises :class:`UserError` where even one item does not fit.
     """
     start = 0
     while start < len(items):
         batch = items[start : start + sizes[phase]]
+        batch = batch[: cut(batch)]
         failed = False
         try:
             result = work(batch)
@@ -100,18 +103,20 @@ def measure_batch_size(
     most: int,
     same: Callable[[float], float] = lambda value: value,
     gain: float = 1.05,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Rows per batch with the best measured throughput, up to ``most``.
 
     ``run(n)`` does a sample of the phase's work on n rows. Sizes are doubled as long as rows per second grow by
     ``gain``; then the size between the best and its successor is tried, so that it need not be a power of two.
+    On a CPU ``clock`` is the processor's, since other programs' work should not count.
     ``same`` makes one rank's measurement that of all ranks, which have to come to one size.
     """
     rates: dict[int, float] = {}
 
     def rate(size: int) -> float:
         if size not in rates:
-            started = time.perf_counter()
+            started = clock()
             failed = False
             try:
                 run(size)
@@ -121,7 +126,7 @@ def measure_batch_size(
                 failed = True
             if failed:
                 release_memory()
-            rates[size] = same(0.0 if failed else size / (time.perf_counter() - started))
+            rates[size] = same(0.0 if failed else size / (clock() - started))
         return rates[size]
 
     run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for

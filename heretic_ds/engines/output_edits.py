@@ -145,10 +145,10 @@ class DenseEdit:
         return torch.stack([field.expand_as(operator.step_D) for field in fields], dim=1)
 
     def _of_rows(self, trial_B: Tensor | None) -> OutputOperator:
-        """The operator with fields [B, 1, D]."""
+        """The operator with fields [B, 1, D], or [1, D] for one trial."""
         if trial_B is None:
             return self._operator
-        step_B1D, probe_B1D, *scale = self._fields_TFD[trial_B].unsqueeze(2).unbind(1)
+        step_B1D, probe_B1D, *scale = self._fields_TFD.index_select(0, trial_B).unsqueeze(2).unbind(1)
         return OutputOperator(step_B1D, probe_B1D, scale[0] if scale else None)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -156,12 +156,20 @@ class DenseEdit:
         trial_B = self._rows.trial_B
         self._rows.check(output.shape[0])
         value = output if trial_B is None else output.reshape(len(trial_B), -1, output.shape[-1])
+        value = value.to(self._operator.step_D.dtype)
         if self._bias_D is not None:
-            value = value.to(self._operator.step_D.dtype) - self._bias_D
-        value = self._of_rows(trial_B)(value)
+            value = value - self._bias_D
+        value = _applied(self._of_rows(trial_B), value)
         if self._bias_D is not None:
-            value = value + self._bias_D
+            value += self._bias_D
         return value.reshape(output.shape).to(output.dtype)
+
+
+def _applied(operator: OutputOperator, value: Tensor) -> Tensor:
+    """What calling the operator does, in fewer passes over memory; the value has its dtype."""
+    along = value @ operator.probe_D.transpose(-1, -2)
+    edited = torch.addcmul(value, operator.step_D, along, value=-1)
+    return edited if operator.scale_D is None else edited.mul_(operator.scale_D)
 
 
 class OutputEdits:

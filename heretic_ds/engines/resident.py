@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from heretic_ds.engines.capture import tapped
 from heretic_ds.engines.decoding import decode, end_tokens, finished_answers, last_logits
 from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
+from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.loading import LoadedModel
@@ -42,7 +44,7 @@ class ResidentEngine:
     """Edits are made in the weights themselves one at a time, or in outputs many at a time."""
 
     max_edits_per_pass = 1
-    """Once :meth:`prepare` was called, as many as rows of one batch may have where outputs can be edited."""
+    """As many as rows of one batch may have where outputs can be edited."""
 
     def __init__(
         self,
@@ -68,6 +70,9 @@ class ResidentEngine:
         self._max_new_tokens = max_new_tokens
         self._editor = editor or WeightEditor(model, anatomy)
         self._outputs: OutputEdits | None = None
+        self._obstacle = None if self._whole_batches else obstacle(model, anatomy)
+        if not self._whole_batches and self._obstacle is None:
+            self.max_edits_per_pass = _MOST_EDITS
         self._applied: Edit | None = None
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
@@ -76,6 +81,10 @@ class ResidentEngine:
     @property
     def degree(self) -> int:
         return self._replicas.degree
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,12 +115,10 @@ class ResidentEngine:
         self._editor.prepare(ablation)
         if self._whole_batches:
             return
-        problem = obstacle(self.model, self.anatomy)
-        if problem is not None:
-            log.info("every pass has one edit: %s", problem)
+        if self._obstacle is not None:
+            log.info("every trial has passes of its own: %s", self._obstacle)
             return
         self._outputs = OutputEdits(self.model, self.anatomy, ablation, self._editor.reduce)
-        self.max_edits_per_pass = _MOST_EDITS
 
     @torch.inference_mode()
     def reference(self, prompts: TokenRows) -> Tensor:
@@ -151,7 +158,10 @@ class ResidentEngine:
             reference_BV = reference[[index for _, index in batch]].to(logits_BV.device)
             return first_token_kl(reference_BV, logits_BV).tolist()
 
-        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences):
+        def cut(batch: Sequence[tuple[int, int]]) -> int:
+            return self._cut([rows[index] for _, index in batch])
+
+        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences, cut):
             for (trial, index), kl in zip(pairs[start:], kl_B, strict=False):
                 kl_TN[trial][index] = kl
         return kl_TN
@@ -160,9 +170,11 @@ class ResidentEngine:
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
         rows, result = self._share(prompts), []
+        if "generate" not in self.batch_sizes:
+            self._editor.wear(self._applied)
+            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
         for together in self._passes(edits):
             with self._wearing(together) as assign:
-                self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
                 if self._whole_batches:
                     answers = [self._answers_in_batches(rows, decided)]
                 else:
@@ -266,15 +278,22 @@ class ResidentEngine:
     def _sorted_batches(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> Any:
         """Run ``work`` on batches of prompts of like length, yielding (indices of the batch's prompts, result)."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
-        for start, result in in_batches([prompts[i] for i in order], self.batch_sizes, phase, work):
+        for start, result in in_batches([prompts[i] for i in order], self.batch_sizes, phase, work, self._cut):
             yield order[start : start + len(result)], result
+
+    def _cut(self, batch: TokenRows) -> int:
+        """How many of the first rows of a batch, longest first, go by themselves; ranks in step have batches alike."""
+        return len(batch) if self._whole_batches else first_cut([len(row) for row in batch])
 
     def _find_batch_size(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> None:
         if phase in self.batch_sizes:
             return
-        longest = sorted(prompts, key=len, reverse=True)
+        longest, on_cpu = sorted(prompts, key=len, reverse=True), self._device.type == "cpu"
+        if self.max_edits_per_pass > 1 and not on_cpu:  # there will be rows of many trials
+            longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
         most = self._most_rows(longest, work)
-        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, self._same)
+        clock = time.process_time if on_cpu else time.perf_counter
+        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, self._same, clock=clock)
 
     def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
         """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""

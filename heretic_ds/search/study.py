@@ -67,12 +67,20 @@ class Search:
         flight
             is completed as it was asked, later passes have ``trials_per_pass`` trials.
         baseline_refusals: the original model's refusals on the target eval prompts, above 0.
+        trials_per_pass: of new passes, where the settings leave it open.
 
     Raises:
         UserError: the journal is damaged or belongs to another search space.
     """
 
-    def __init__(self, journal: Path, n_layers: int, settings: SearchSettings, baseline_refusals: float) -> None:
+    def __init__(
+        self,
+        journal: Path,
+        n_layers: int,
+        settings: SearchSettings,
+        baseline_refusals: float,
+        trials_per_pass: int | None = None,
+    ) -> None:
         if baseline_refusals <= 0:
             raise UserError(
                 "the original model shows none of the behaviour on the target eval prompts, so there is "
@@ -82,6 +90,7 @@ class Search:
         self.trials = settings.trials
         """Number of trials to reach, those of earlier runs included; may be raised at any time."""
         self._settings = settings
+        self._per_pass = int(settings.trials_per_pass) if trials_per_pass is None else trials_per_pass
         self._baseline_refusals = baseline_refusals
         self._space = search_space(n_layers)
         self._path = journal
@@ -116,7 +125,7 @@ class Search:
         if not self._outstanding():
             self._begin_pass()
         allowed = self.remaining - len(self._unstored)
-        return self._outstanding()[: min(self._settings.trials_per_pass, allowed)]
+        return self._outstanding()[: min(self._per_pass, allowed)]
 
     def tell(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str = "") -> TrialRecord:
         """Keep one trial's scores; None, or scores that are not finite, make it a failed trial, never chosen.
@@ -147,7 +156,7 @@ class Search:
         pass_ = 1 + max((record.pass_ for record in self._records.values()), default=-1)
         # A trial that something else left unfinished is a pass of its own: it was not asked with the others'
         # state.
-        count = 1 if self._unfinished else self._settings.trials_per_pass
+        count = 1 if self._unfinished else self._per_pass
         self._pass = [self._sample(pass_) for _ in range(count)]
 
     def _sample(self, pass_: int) -> Ask:

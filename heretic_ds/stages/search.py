@@ -3,26 +3,55 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from heretic_ds.report import SearchProgress
 from heretic_ds.search.loop import run_search
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord
+from heretic_ds.settings import AUTO
 from heretic_ds.stages.opening import Run
 
 log = logging.getLogger(__name__)
+
+MOST_TRIALS = 8
+"""Most trials that ``search.trials_per_pass=auto`` takes together: trials of one pass do not learn from each other."""
+
+
+def trials_per_pass(run: Run) -> int:
+    """How many trials are asked for and evaluated together; found once for a run folder where that is left open."""
+    given, most = str(run.settings.search.trials_per_pass), max(1, run.engine.max_edits_per_pass)
+    if given != AUTO:
+        if int(given) > most:
+            log.info("search.trials_per_pass=%s, but this placement edits for %d trial(s) at a time", given, most)
+        return min(int(given), most)
+    count = run.measured.get("trials_per_pass")
+    if count is None:
+        count = run.world.decide(lambda: _trials_that_fill_batches(run))
+        run.remember(trials_per_pass=count)
+    return min(count, most)
+
+
+def _trials_that_fill_batches(run: Run) -> int:
+    """On a CPU one: every row costs its own time there."""
+    if run.job.opened.device.type == "cpu":
+        return 1
+    replicas = run.world.size // run.engine.degree
+    rows, prompts = run.engine.batch_sizes.get("generate", 1), len(run.job.texts["target.eval"])
+    return max(1, min(MOST_TRIALS, math.ceil(rows * replicas / prompts)))
 
 
 def open_search(run: Run, objective: Objective) -> Search | None:
     """The study of this run folder, on the rank that decides; its finished trials are known to every rank."""
     studies: list[Search] = []
+    together = trials_per_pass(run)
 
     def open_study() -> list[TrialRecord]:
         if run.folder is None:
             raise RuntimeError("the rank that decides holds the run folder")
         layers, refusals = run.job.anatomy.n_blocks, objective.original.refusals
-        studies.append(Search(run.folder.journal, layers, run.settings.search, baseline_refusals=refusals))
+        studies.append(Search(run.folder.journal, layers, run.settings.search, refusals, together))
         return studies[0].records
 
     run.records = run.world.decide(open_study)

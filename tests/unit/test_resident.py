@@ -101,10 +101,10 @@ def test_kl_equals_that_of_unpadded_prompts_and_leaves_the_weights(family):
 
 
 @torch.no_grad()
-def greedy_alone(model, row, ends):
+def greedy_alone(model, row, ends, new_tokens=NEW_TOKENS):
     """Greedy answer to one prompt by whole forward passes without padding or cache, with its smallest margin."""
     answer, margin = [], float("inf")
-    while len(answer) < NEW_TOKENS:
+    while len(answer) < new_tokens:
         top = model(input_ids=torch.tensor([row + answer]), use_cache=False).logits[0, -1].topk(2)
         margin = min(margin, (top.values[0] - top.values[1]).item())
         if top.indices[0].item() in ends:
