@@ -181,12 +181,13 @@ def _dispatch(settings: Settings) -> Objective | None:
 def sweep_job(config: DictConfig, dispatch: Callable[[Settings], Objective | None]) -> Objective | None:
     """One job of a sweep: whatever goes wrong becomes a row of the summary, and the sweep goes on.
 
-    The run folder is the job's own folder in the sweep's, unless the command line names another. What a
-    failed job returns is (nan, nan).
+    The run folder is the job's own folder in the sweep's, unless the command line names another. No job ends
+    with a menu, which would keep the next from starting. What a failed job returns is (nan, nan).
     """
     hydra = HydraConfig.get()
     if not any(override.lstrip("+").startswith("run.dir=") for override in hydra.overrides.task):
         config.run.dir = os.path.relpath(hydra.runtime.output_dir)
+    config.run.interactive = False
     status, message, objective = 0, None, None
     try:
         objective = dispatch(to_settings(config))

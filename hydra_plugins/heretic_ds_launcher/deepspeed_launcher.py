@@ -143,8 +143,10 @@ def _run_dir(settings: Settings) -> Path:
 
 
 def _rank_arguments(hydra: Any, folder: Path) -> list[str]:
-    """The command line of one job's ranks. The run folder is named in it, so that it is decided once."""
-    own = [word for word in hydra.overrides.task if not word.lstrip("+").startswith("run.dir=")]
+    """The command line of one job's ranks. The run folder is named in it, so that it is decided once; and ranks have
+    no terminal for a menu."""
+    decided = ("run.dir=", "run.interactive=")
+    own = [word for word in hydra.overrides.task if not word.lstrip("+").startswith(decided)]
     searched = [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
     flags = ["--config-name", hydra.job.config_name]
     for source in hydra.runtime.config_sources:

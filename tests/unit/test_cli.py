@@ -298,6 +298,14 @@ def test_jobs_of_a_sweep_work_in_folders_of_their_own(pipeline: Callable[[Run], 
     assert folders == [str(sweep / "0"), str(sweep / "1")]
 
 
+@pytest.mark.parametrize("words", [[], ["run.interactive=true"]])
+def test_no_job_of_a_sweep_opens_the_menu(pipeline: Callable[[Run], None], words: list[str]) -> None:
+    seen: list[bool | None] = []
+    pipeline(lambda settings: seen.append(settings.run.interactive))
+    assert cli.main(["m", "--multirun", "search.seed=0,1", *words]) == 0
+    assert seen == [False, False]
+
+
 def test_a_run_folder_given_for_a_sweep_is_kept(pipeline: Callable[[Run], None]) -> None:
     folders: list[str | None] = []
     pipeline(lambda settings: folders.append(settings.run.dir))

@@ -88,7 +88,7 @@ def test_hydra_finds_it() -> None:
 
 def test_every_job_gets_ranks_and_words_and_a_folder(launches: list[Launch]) -> None:
     fields = ["hydra.launcher.num_gpus=2", "hydra.launcher.master_port=1234", "+hydra.launcher.env.X='a b'"]
-    fields += ["hydra.launcher.options=['--bind_cores_to_rank']"]
+    fields += ["run.interactive=true", "hydra.launcher.options=['--bind_cores_to_rank']"]
     status = sweep(*fields, "search.seed=0,6", "scoring.markers=['a,b']")
     assert status == 0
     assert {(launch.ranks, launch.master_port, launch.options) for launch in launches} == {
