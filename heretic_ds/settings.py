@@ -383,7 +383,7 @@ def _check_numbers(settings: Settings) -> _Findings:
     yield counts, f"search.trials_per_pass is {per_pass}; it has to be {AUTO}, or a whole number of at least 1"
     kl_target, max_kl = search.kl_target, export.max_kl
     yield 0 < kl_target < math.inf, f"search.kl_target is {kl_target}; it has to be a number above 0 (nats)"
-    yield max_kl > 0, f"export.max_kl is {max_kl}; it has to be above 0 (nats)"
+    yield 0 < max_kl < math.inf, f"export.max_kl is {max_kl}; it has to be a finite number above 0 (nats)"
     yield 0 < quantile <= 1, f"direction.winsorize_quantile is {quantile}; it has to be above 0 and at most 1"
 
 
@@ -432,8 +432,13 @@ def _check_fixed_edit(settings: Settings) -> _Findings:
         f"export.trial is {trial}, but search.trials={trials} ends with trial {trials - 1}; choose one of 0 to "
         f"{trials - 1}, or raise search.trials",
     )
-    both = task == "export" and trial is not None and bool(edited)
-    yield not both, "export.trial and ablation.profiles both name an edit to export; give only one of them"
+    yield (
+        task != "evaluate" or trial is None,
+        "export.trial is set, but task=evaluate scores the fixed edit of ablation.*; copy the trial's numbers from "
+        "results.json into ablation.profiles and ablation.direction_index, or leave export.trial null",
+    )
+    both = task in ("export", "chat") and trial is not None and bool(edited)
+    yield not both, f"export.trial and ablation.profiles both name an edit for task={task}; give only one of them"
 
 
 def _profiles(settings: Settings) -> dict[str, ProfileSettings]:

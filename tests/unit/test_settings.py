@@ -88,7 +88,7 @@ def test_the_demo_experiment_names_files_that_exist(compose_settings: ComposeSet
         {"search__startup_trials": 0, "search__trials": 1},
         {"capture__degree": 1},
         {"direction__winsorize_quantile": 0.5},
-        {"export__max_kl": float("inf")},
+        {"export__max_kl": 1e9},
         {"task__name": "evaluate", "ablation__profiles__mlp": COMPLETE_PROFILE},
         {
             "task__name": "export",
@@ -96,6 +96,7 @@ def test_the_demo_experiment_names_files_that_exist(compose_settings: ComposeSet
             "ablation__direction_index": 2.5,
         },
         {"task__name": "export", "export__trial": 0},
+        {"task__name": "chat", "export__trial": 0},
     ],
 )
 def test_good_settings_pass(values: dict[str, object]) -> None:
@@ -129,6 +130,7 @@ def test_good_settings_pass(values: dict[str, object]) -> None:
         ("export.trial", -1),
         ("export.max_kl", 0.0),
         ("export.max_kl", float("nan")),
+        ("export.max_kl", float("inf")),
         ("direction.winsorize_quantile", 0.0),
         ("direction.winsorize_quantile", 1.5),
         ("ablation.direction_index", -0.5),
@@ -169,9 +171,15 @@ def test_a_direction_alone_edits_nothing() -> None:
         validate(settings_with(task__name="evaluate", ablation__direction_index=1.0))
 
 
-def test_export_takes_one_edit_only() -> None:
-    with pytest.raises(UserError, match=r"^export\.trial and ablation\.profiles"):
-        validate(settings_with(task__name="export", export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE))
+@pytest.mark.parametrize("task", ["export", "chat"])
+def test_a_task_takes_one_edit_only(task: str) -> None:
+    with pytest.raises(UserError, match=rf"^export\.trial and ablation\.profiles both name an edit for task={task}"):
+        validate(settings_with(task__name=task, export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE))
+
+
+def test_a_trial_is_not_evaluated_again() -> None:
+    with pytest.raises(UserError, match=r"^export\.trial is set, but task=evaluate scores the fixed edit of ablation"):
+        validate(settings_with(task__name="evaluate", export__trial=3))
 
 
 def test_the_configuration_reference_is_current() -> None:
