@@ -88,12 +88,26 @@ def _texts(origin: _Source, column: str, chosen: range, values: Sequence[Any]) -
                 f"row {row} of {origin.text} holds {kind} in column {column!r}; choose a column of texts",
                 "column",
             )
+        if not _is_unicode(value):
+            origin.fail(
+                f"row {row} of {origin.text} holds half of a surrogate pair in column {column!r}, "
+                "which is no character; mend that row or leave it out",
+            )
     prompts = [value for value in values if value.strip()]
     if not prompts:
         origin.fail(f"the chosen rows of {origin.text} hold only blank prompts; choose other rows or another column")
     if len(prompts) < len(values):
         log.warning("%s: %d blank prompts left out", origin.name, len(values) - len(prompts))
     return prompts
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON's escapes can write halves of surrogate pairs, which tokenizers refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # Rows -------------------------------------------------------------------------------------------------------

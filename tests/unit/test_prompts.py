@@ -190,6 +190,7 @@ def test_bad_rows(fields: dict[str, str], message: str, tmp_path: Path) -> None:
         ("a.csv", b"text\n", "is empty"),
         ("a.jsonl", b'{"text": " "}', "only blank prompts"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', "line 2 of .* is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}', "row 1 of .* holds half of a surrogate pair"),
         ("a.jsonl", b'["a"]', "line 1 of .* is not a JSON object"),
         ("a.jsonl", b'{"text": "a"}\n{"texts": "b"}', "row 1 of .* holds nothing in column 'text'"),
         ("a.csv", b"number,text\n1\n", "row 0 of .* holds nothing in column 'text'"),
