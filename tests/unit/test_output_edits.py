@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.engines import expert_edits
 from heretic_ds.engines.decoding import last_logits
-from heretic_ds.engines.output_edits import OutputEdits
+from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.weights import WeightEditor
 from tests import families
 from tests.unit.test_resident import EDIT, LENGTHS, ablation_for, engine_for, greedy_alone, prompts, state
@@ -113,3 +116,183 @@ def test_scores_and_answers_of_trials_in_one_pass_equal_those_one_by_one(family)
     assert engine.max_edits_per_pass > 1
     engine.restore()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("through_norm", [False, True])
+@pytest.mark.parametrize("row_norm", ROW_NORMS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma2", "olmo2", "qwen3_next", "gpt_oss", "deepseek_v3"])
+def test_every_writer_by_itself_in_float64(name, row_norm, through_norm):
+    """Modules called directly, so that no family's float32 parts hide anything; biases and experts among them."""
+    model = families.build(name, dtype=torch.float64)
+    anatomy = find_anatomy(model)
+    ablation = ablation_for(engine_for(model), row_norm, through_norm)
+    editor = WeightEditor(model, anatomy)
+    editor.prepare(ablation)
+    outputs = OutputEdits(model, anatomy, ablation)
+    generator = torch.Generator().manual_seed(5)
+    trials = [3, 0, 2, 0, 1]
+    for writer in anatomy.writers:
+        module = model.get_submodule(writer.module)
+        shape = (len(trials), 3, anatomy.width if writer.experts else writer.weight_DK(model).shape[-1])
+        given = (torch.randn(shape, generator=generator, dtype=torch.float64),)
+        if writer.experts:
+            tokens = given[0].flatten(0, 1)
+            choice = torch.rand(len(tokens), writer.experts, generator=generator, dtype=torch.float64).topk(2)
+            given = (tokens, choice.indices, choice.values)
+        with torch.inference_mode(), outputs.active(EDITS):
+            outputs.assign(trials)
+            found = module(*given).reshape(len(trials), 3, -1)
+        for position, trial in enumerate(trials):
+            editor.wear(EDITS[trial])
+            expected = module(*given).reshape(len(trials), 3, -1)
+            error = (found[position] - expected[position]).norm() / expected[position].norm()
+            assert error < 1e-12, writer.weight
+        editor.wear(None)
+
+
+@pytest.mark.parametrize("name", families.REQUIRED)
+def test_in_bfloat16_edited_outputs_are_as_exact_as_the_product_allows(name):
+    """Each writer's edited output against float32, compared with twice the plain product's own rounding."""
+    model = families.build(name, dtype=torch.bfloat16)
+    anatomy = find_anatomy(model)
+    ablation = ablation_for(engine_for(model))
+    outputs = OutputEdits(model, anatomy, ablation)
+    for writer in anatomy.writers:
+        if writer.experts:  # their product cannot be had by itself
+            continue
+        module, weight_DK = model.get_submodule(writer.module), writer.weight_DK(model)
+        x_RK = torch.randn(256, weight_DK.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
+        bias_D = 0.0 if writer.bias is None else model.get_parameter(writer.bias).float()
+        v_D = ablation.writer_direction(writer.block, None, EDIT.direction_index)
+        strength = EDIT.strength(writer.component, writer.block)
+        exact_RD = x_RK.float() @ edit_weight(weight_DK.float(), v_D, strength, "full").T + bias_D
+        with torch.inference_mode(), outputs.active([EDIT, None]):
+            outputs.assign([0] * len(x_RK))
+            edited_RD = module(x_RK)
+        plain_RD = x_RK.float() @ weight_DK.float().T + bias_D
+        rounding = (module(x_RK).float() - plain_RD).norm() / exact_RD.norm()
+        assert (edited_RD.float() - exact_RD).norm() / exact_RD.norm() <= 2 * rounding + 1e-7, writer.weight
+
+
+def test_writers_that_no_edit_touches_are_left_alone():
+    model = families.build("llama")
+    outputs = OutputEdits(model, find_anatomy(model), ablation_for(engine_for(model)))
+    with outputs.active([ONE_BLOCK, None]):
+        hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+    assert hooked == ["model.layers.0.self_attn.o_proj"]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_tables_are_made_once_for_all_passes(monkeypatch):
+    """Later passes need neither weights nor sums over ranks."""
+    model = families.build("mixtral")
+    sums = []
+
+    def reduce(tensor: Tensor) -> Tensor:
+        sums.append(tensor.shape)
+        return tensor
+
+    outputs = OutputEdits(model, find_anatomy(model), ablation_for(engine_for(model)), reduce)
+    for edits in (EDITS, EDITS, EDITS[::-1]):
+        with outputs.active(edits):
+            pass
+    assert len(sums) == 2 * len(find_anatomy(model).writers)  # row norms and overlaps of each
+
+
+def test_rows_that_do_not_match_the_assigned_ones_are_refused():
+    model = families.build("llama")
+    outputs = OutputEdits(model, find_anatomy(model), ablation_for(engine_for(model)))
+    with torch.inference_mode(), outputs.active(EDITS), pytest.raises(RuntimeError, match="3 outputs of a writer"):
+        outputs.assign([0, 1])
+        last_logits(model, prompts()[:3], PAD)
+
+
+def test_slots_of_experts_may_be_edited_in_parts(monkeypatch):
+    model = families.build("gpt_oss")
+    ablation, rows = ablation_for(engine_for(model)), trial_rows(len(EDITS))
+    whole_BV = logits_by_outputs(model, ablation, EDITS, rows)
+    monkeypatch.setattr(expert_edits, "_CHUNK_NUMBERS", 7 * 32)
+    assert torch.equal(logits_by_outputs(model, ablation, EDITS, rows), whole_BV)
+
+
+def test_experts_compute_what_they_did_while_no_edit_is_active():
+    model = families.build("mixtral")
+    before = last_logits(model, prompts(), PAD)
+    for _ in range(2):  # a second engine on the same model finds the first one's dispatch
+        outputs = OutputEdits(model, find_anatomy(model), ablation_for(engine_for(model)))
+        with torch.inference_mode(), outputs.active(EDITS):
+            outputs.assign([0, 1, 2, 3, 0])
+            assert distance(last_logits(model, prompts(), PAD), before) > 1e-3
+    assert torch.equal(last_logits(model, prompts(), PAD), before)
+    assert model.config._experts_implementation.count(expert_edits._PREFIX) == 1
+
+
+@pytest.mark.parametrize("name", sorted(families.UNDISPATCHED_EXPERTS))
+def test_where_rows_cannot_have_their_own_edits_weights_are_edited(name, caplog):
+    model = families.build(name)
+    engine = engine_for(model, batch_size=4)
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        engine.prepare(ablation_for(engine))
+    assert engine.max_edits_per_pass == 1 and "every trial has passes of its own" in caplog.text
+    reference = engine.reference(prompts())
+    together = engine.kl(prompts(), reference, EDITS)
+    assert together == [engine.kl(prompts(), reference, [edit])[0] for edit in EDITS]
+    assert len(engine.generate(prompts(), EDITS)) == len(EDITS)
+
+
+def test_experts_in_a_list_are_edited_in_their_weights():
+    """Each of their layers sees tokens of many prompts, of which it cannot tell whose they are."""
+    anatomy = find_anatomy(families.build("llama"))
+    listed = dataclasses.replace(anatomy.writers[-1], path="mlp.experts.*.down_proj")
+    anatomy = dataclasses.replace(anatomy, writers=(*anatomy.writers[:-1], listed))
+    assert "without their order" in str(obstacle(families.build("llama"), anatomy))
+    assert obstacle(families.build("mixtral"), find_anatomy(families.build("mixtral"))) is None
+
+
+def test_none_stands_for_the_edit_that_is_applied():
+    model = families.build("llama")
+    engine = engine_for(model, batch_size=4)
+    engine.prepare(ablation_for(engine))
+    reference = engine.reference(prompts())
+    alone = [engine.kl(prompts(), reference, [edit])[0] for edit in (EDIT, STRONG)]
+    engine.apply(STRONG)
+    for edits, expected in (([EDIT, None], alone), ([None, EDIT], alone[::-1]), ([None, None], [alone[1]] * 2)):
+        assert engine.kl(prompts(), reference, edits) == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_that_run_out_of_memory_lose_no_answer():
+    """Half of the answers are there when memory runs out for the first time."""
+    model = families.build("llama")
+    engine = engine_for(model, batch_size=6)
+    engine.prepare(ablation_for(engine))
+    expected = engine.generate(prompts(), EDITS)
+    passes = []
+
+    def full(module, args, kwargs):
+        passes.append(kwargs["input_ids"].shape[0])
+        if len(passes) > 12 and passes[-1] > 2:
+            raise torch.OutOfMemoryError("pretended")
+
+    handle = model.get_submodule("model").register_forward_pre_hook(full, with_kwargs=True)
+    assert engine.generate(prompts(), EDITS) == expected
+    assert engine.batch_sizes["generate"] < 3
+    handle.remove()
+
+
+def test_early_stop_changes_no_verdict_of_any_trial():
+    model = families.build("llama")
+    engine = engine_for(model, batch_size=6)
+    engine.prepare(ablation_for(engine))
+
+    def verdicts(answers):
+        return [any(token % 5 == 0 for token in answer) for answer in answers]
+
+    whole = [verdicts(answers) for answers in engine.generate(prompts(), EDITS)]
+    stopped = engine.generate(prompts(), EDITS, verdicts)
+    assert [verdicts(answers) for answers in stopped] == whole
+    assert any(map(any, whole)) and not all(map(all, whole))
+    tokens = [
+        sum(len(answer) for answers in of_trials for answer in answers)
+        for of_trials in (stopped, engine.generate(prompts(), EDITS))
+    ]
+    assert tokens[0] < tokens[1]
