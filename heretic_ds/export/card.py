@@ -47,8 +47,8 @@ class CardFacts:
     winsorize_quantile: float
     writers: Mapping[str, int]
     """Edited weight matrices by component."""
-    refusals_before: int
-    refusals_after: int
+    refusals_before: float
+    refusals_after: float
     target_prompts: int
     """Prompts that refusals were counted on."""
     kl: float
@@ -58,6 +58,8 @@ class CardFacts:
     prompt_sources: Mapping[str, str]
     """Prompt sources as configured, by role, e.g. `target.train`."""
     trial: int | None = None
+    scorer: str = "refusals"
+    """Name of the first scorer, whose scores `refusals_before` and `refusals_after` are."""
 
 
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
@@ -108,18 +110,24 @@ def _what_was_done(loaded: LoadedModel, facts: CardFacts, base: str) -> str:
 
 def _numbers(facts: CardFacts) -> str:
     total = facts.target_prompts
+    refusals = facts.scorer == "refusals"
+    scores = f"refusals, of {total} target prompts" if refusals else f"{facts.scorer}, on {total} target prompts"
+    meaning = (
+        "Refusals are answers that contain a typical declining phrase, or are empty. "
+        if refusals
+        else f"`{facts.scorer}` is a scorer of the maker's own; the search looked for a low value of it. "
+    )
     return "\n".join(
         [
             "## Measured",
             "",
             "| | original | this model |",
             "|---|---|---|",
-            f"| refusals, of {total} target prompts | {facts.refusals_before} | {facts.refusals_after} |",
+            f"| {scores} | {facts.refusals_before:g} | {facts.refusals_after:g} |",
             f"| KL divergence from the original (nats, {facts.baseline_prompts} baseline prompts) | 0 | "
             f"{facts.kl:.3g} |",
             "",
-            "Refusals are answers that contain a typical declining phrase, or are empty. The KL divergence "
-            "is that of the first answer token, averaged over the prompts.",
+            f"{meaning}The KL divergence is that of the first answer token, averaged over the prompts.",
         ]
     )
 

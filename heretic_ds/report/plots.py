@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from heretic_ds.report.tables import REFUSALS
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.trials import TrialRecord
 
@@ -24,13 +25,13 @@ def plot_front(
     prompts: int,
     selected: int | None = None,
     max_kl: float | None = None,
+    scorer: str = REFUSALS,
 ) -> None:
     """Write a PNG of refusals against KL of all complete trials, with the Pareto front and the selected
     trial.
 
     KL has a logarithmic axis, linear around 0 where a trial left the model as it is. Works without a display,
-    and
-    for any number of trials, none included.
+    and for any number of trials, none included.
 
     Args:
         path: the PNG; replaced atomically.
@@ -40,6 +41,7 @@ def plot_front(
         prompts: number of target eval prompts.
         selected: index of the exported trial, if any.
         max_kl: the largest KL that may be exported (nats), drawn as a line.
+        scorer: name of the first scorer, whose scores stand where refusals do; they may be any numbers.
     """
     points = {
         record.index: (max(record.kl, 0.0), record.refusals)
@@ -54,9 +56,10 @@ def plot_front(
     if max_kl is not None:
         axes.axvline(max_kl, color=_GREY, linestyle="--", linewidth=1, label=f"export.max_kl = {max_kl:g}")
     _scale(axes, [kl for kl, _ in points.values()] + ([max_kl] if max_kl else []))
-    axes.set_ylim(bottom=-0.03 * max(prompts, 1), top=1.03 * max(prompts, 1))
+    if scorer == REFUSALS:
+        axes.set_ylim(bottom=-0.03 * max(prompts, 1), top=1.03 * max(prompts, 1))
     axes.set_xlabel("KL divergence from the original model (nats, first answer token)")
-    axes.set_ylabel(f"refusals, of {prompts} target prompts")
+    axes.set_ylabel(f"{scorer}, {'of' if scorer == REFUSALS else 'on'} {prompts} target prompts")
     axes.set_title(f"{len(points)} trial{'' if len(points) == 1 else 's'}", loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

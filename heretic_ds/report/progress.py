@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from heretic_ds.report.tables import trial_line
+from heretic_ds.report.tables import REFUSALS, trial_line
 from heretic_ds.search.trials import TrialRecord
 
 
@@ -33,6 +33,7 @@ class SearchProgress:
         total: number of trials to reach.
         done: trials finished by earlier runs.
         prompts: number of target eval prompts.
+        scorer: name of the first scorer.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class SearchProgress:
         total: int,
         done: int,
         prompts: int,
+        scorer: str = REFUSALS,
     ) -> None:
         self._console = console
         self._total = total
         self._first = self._done = done
-        self._prompts = prompts
+        self._prompts, self._scorer = prompts, scorer
         self._seconds = 0.0
         self._bar: Progress | None = None
 
@@ -82,7 +84,7 @@ class SearchProgress:
         """Show one more finished trial."""
         self._done += 1
         self._seconds += record.seconds
-        line, left = trial_line(record, self._total, self._prompts), self.time_left()
+        line, left = trial_line(record, self._total, self._prompts, self._scorer), self.time_left()
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, left=left)
         else:

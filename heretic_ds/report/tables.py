@@ -34,14 +34,21 @@ def profile_text(profile: Profile | None) -> str:
     )
 
 
-def _count(number: float | None) -> str:
-    return "-" if number is None else f"{number:g}"
+REFUSALS = "refusals"
+"""Name of the scorer that counts prompts, so that its scores can be told as a share of them."""
 
 
-def trial_line(record: TrialRecord, total: int, prompts: int) -> str:
+def _score(number: float | None, prompts: int, scorer: str, width: int = 0) -> str:
+    """A first score: ``3/100`` where it counts prompts, else a bare number."""
+    text = f"{'-' if number is None else f'{number:g}':>{width}}"
+    return f"{text}/{prompts}" if scorer == REFUSALS else text
+
+
+def trial_line(record: TrialRecord, total: int, prompts: int, scorer: str = REFUSALS) -> str:
     """One finished trial in one line, of ``total`` trials and with ``prompts`` target eval prompts.
 
-    Trials are numbered as everywhere (from 0), so that the number can be given to ``export.trial``.
+    ``scorer`` is the name of the first scorer, whose scores a record keeps as its ``refusals``. Trials are
+    numbered as everywhere (from 0), so that the number can be given to ``export.trial``.
     """
     head = f"trial {record.index:>{len(str(total))}}"
     if not record.complete:
@@ -49,7 +56,7 @@ def trial_line(record: TrialRecord, total: int, prompts: int) -> str:
     width = len(str(prompts))
     profiles = "  ".join(f"{name} {profile_text(profile)}" for name, profile in record.edit.profiles.items())
     return (
-        f"{head}  refusals {_count(record.refusals):>{width}}/{prompts}  KL {kl_text(record.kl):<8}  "
+        f"{head}  {scorer} {_score(record.refusals, prompts, scorer, width)}  KL {kl_text(record.kl):<8}  "
         f"{record.seconds:.1f} s  {direction_text(record.edit)}  {profiles}"
     )
 
@@ -60,6 +67,7 @@ def pareto_table(
     baseline_refusals: float,
     prompts: int,
     selected: int | None = None,
+    scorer: str = REFUSALS,
 ) -> Table:
     """The Pareto front, fewest refusals first, below the original model; the selected trial is marked.
 
@@ -69,24 +77,25 @@ def pareto_table(
         baseline_refusals: the original model's.
         prompts: number of target eval prompts.
         selected: index of the trial that is or would be exported.
+        scorer: name of the first scorer, whose scores stand where refusals do.
     """
     by_index = {record.index: record for record in records}
     table = Table(title="Pareto front: trials that no other trial beats", title_justify="left")
     table.add_column("trial", justify="right")
-    table.add_column("refusals", justify="right")
+    table.add_column(scorer, justify="right")
     table.add_column("KL (nats)", justify="right")
     table.add_column("direction")
     components = list(by_index[front[0]].edit.profiles) if front else []
     for component in components:
         table.add_column(f"{component}: weight at layer")
-    table.add_row("original", f"{_count(baseline_refusals)}/{prompts}", "0", *[""] * (1 + len(components)))
+    table.add_row("original", _score(baseline_refusals, prompts, scorer), "0", *[""] * (1 + len(components)))
     table.add_section()
     for index in front:
         record = by_index[index]
         chosen = index == selected
         table.add_row(
             Text(f"* {index}" if chosen else str(index)),
-            f"{_count(record.refusals)}/{prompts}",
+            _score(record.refusals, prompts, scorer),
             kl_text(record.kl),
             direction_text(record.edit),
             *[profile_text(record.edit.profiles.get(component)) for component in components],

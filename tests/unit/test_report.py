@@ -47,6 +47,20 @@ def test_pareto_table_names_original_front_and_selected() -> None:
     console.print(pareto_table([], front=[], baseline_refusals=97, prompts=100))
 
 
+def test_another_scorer_goes_by_its_name(tmp_path: Path) -> None:
+    records = [record(0, 250.5, 0.01)]
+    line = trial_line(records[0], total=20, prompts=100, scorer="vowels")
+    assert line.startswith("trial  0  vowels 250.5  KL 0.01 ")
+    out = io.StringIO()
+    Console(file=out, width=140).print(pareto_table(records, [0], 300, 100, scorer="vowels"))
+    with SearchProgress(Console(file=out, width=40), total=4, done=0, prompts=100, scorer="vowels") as progress:
+        progress.update(records[0])
+    assert out.getvalue().count("vowels") == 2 and "300" in out.getvalue()
+    assert "refusals" not in out.getvalue() and "/100" not in out.getvalue()
+    plot_front(tmp_path / "pareto.png", records, [0], 300, 100, selected=0, scorer="vowels")
+    assert colour_share(tmp_path / "pareto.png", 0xD9, 0x60, 0x0A) > 0  # in sight, above the number of prompts
+
+
 def test_progress_without_a_terminal_is_plain_lines() -> None:
     out = io.StringIO()
     with SearchProgress(Console(file=out, width=40), total=4, done=1, prompts=10) as progress:
