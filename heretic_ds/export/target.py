@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -66,15 +68,28 @@ def check_export_target(
             )
         _check_replaceable(target)
     home = next(folder for folder in target.parents if folder.exists())
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+    if not home.is_dir() or not _can_be_written(home):
         raise UserError(f"export.dir={target}: {home} is not a folder that can be written to; choose another folder.")
-    free = shutil.disk_usage(home).free
-    if needed_bytes and free < needed_bytes + _SPARE_BYTES:
+    free, wanted = shutil.disk_usage(home).free, needed_bytes + _SPARE_BYTES
+    if needed_bytes and free < wanted:
+        unit, name = (1e9, "GB") if wanted >= 1e9 else (1e6, "MB")
         raise UserError(
-            f"export.dir={target}: the model needs {needed_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} "
-            "GB are free there; free some space or choose a folder on another disk."
+            f"export.dir={target}: the model and what goes with it need {wanted / unit:.2f} {name}, but only "
+            f"{free / unit:.2f} {name} are free there; free some space or choose a folder on another disk."
         )
     return target
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Found by trying, with a file that has no name where the system allows: some file systems promise to root what
+    they refuse."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)  # which the check of free space words better
+    return True
 
 
 def _check_replaceable(target: Path) -> None:

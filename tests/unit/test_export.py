@@ -259,6 +259,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
         check_export_target(tmp_path / "out", overwrite=False)
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a file system that takes no files from anybody")
+def test_a_folder_that_takes_no_files_is_not_called_full() -> None:
+    with pytest.raises(UserError, match="written to"):
+        check_export_target(Path("/proc/model"), overwrite=False, needed_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"), [(10**6, "need 68.11 MB, but only 2.50 MB"), (2 * 10**9, "need 2.07 GB, but only 0.00 GB")]
+)
+def test_space_is_told_in_a_unit_that_shows_it(needed: int, words: str, tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2_500_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=words):
+        check_export_target(tmp_path / "out", overwrite=False, needed_bytes=needed)
+
+
 def test_free_space_is_checked_before_writing(loaded: LoadedModel, tmp_path: Path, monkeypatch) -> None:
     size = model_bytes(loaded.model)
     usage = shutil.disk_usage(tmp_path)._replace(free=size // 2)
@@ -366,6 +382,12 @@ def test_leftovers_of_killed_exports(tmp_path: Path) -> None:
 def front_matter(card: str) -> dict:
     assert card.startswith("---\n")
     return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_names_another_scorer(loaded: LoadedModel) -> None:
+    card = model_card(loaded, replace(FACTS, scorer="vowels", refusals_before=300.5))
+    assert "| vowels, on 100 target prompts | 300.5 | 3 |" in card and "`vowels` is a scorer" in card
+    assert "efusals" not in card and "declining phrase" not in card
 
 
 def test_card_says_what_was_done(loaded: LoadedModel) -> None:
