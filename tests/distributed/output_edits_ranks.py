@@ -1,0 +1,77 @@
+"""What the tests of edits in output space run on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+
+from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.engines import replicated, tensor_parallel
+from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.settings import PlacementSettings
+from heretic_ds.world import World
+from tests.distributed.engines import EDIT, ablation_for, job_for, prompts
+
+EDITS = (
+    EDIT,
+    None,
+    Edit(None, {"attention": Profile(0.8, 0.0, 0.8, 0.5)}),
+    Edit(0.9, {"attention": Profile(-0.7, 0.3, 1.5, 2.0), "mlp": Profile(1.5, 1.0, 1.2, 1.5)}),
+)
+
+
+def score(engine: ResidentEngine, together: bool) -> dict[str, Any]:
+    """KL and answers of all edits in every mode, in one pass or one after another; collectives of a first-token pass
+    with and without edits."""
+    found: dict[str, Any] = {"kl": {}, "answers": {}, "collectives": {}}
+    rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
+    for row_norm in ROW_NORMS:
+        engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
+        reference = engine.reference(rows)
+        found["kl"][row_norm] = [kl for edits in passes for kl in engine.kl(rows, reference, edits)]
+        found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
+        if together and dist.is_initialized():
+            found["collectives"][row_norm] = [
+                _collectives(engine, reference, edits) for edits in ((None,), EDITS, EDITS[::-1])
+            ]
+    return found
+
+
+def _collectives(engine: ResidentEngine, reference: Any, edits: Any) -> list[int]:
+    """Numbers that each all-reduce of one pass moves for one prompt, of which every edit has its own copy."""
+    engine.batch_sizes["kl"] = len(EDITS)
+    moved: list[int] = []
+    real = dist.all_reduce
+
+    def counted(tensor: Any, *args: Any, **options: Any) -> Any:
+        moved.append(tensor.numel() // len(edits))
+        return real(tensor, *args, **options)
+
+    with mock.patch.object(dist, "all_reduce", counted):
+        engine.kl(prompts(1), reference[:1], edits)
+    return moved
+
+
+def score_split(world: World, folder: str, backend: str = "auto") -> dict[str, Any]:
+    """:func:`score`, all edits in one pass, on the placement ``tensor_parallel`` over all ranks."""
+    placement = PlacementSettings("tensor_parallel", world.size, backend)
+    with contextlib.closing(tensor_parallel.build(job_for(world, folder), placement, "evaluate")) as engine:
+        return score(engine, together=True)
+
+
+def score_replicated(world: World, folder: str) -> dict[str, Any]:
+    """The same on ``replicated``: every rank has prompts of its own."""
+    job = job_for(world, folder)
+    with contextlib.closing(replicated.build(job, PlacementSettings(), "evaluate")) as engine:
+        return score(engine, together=True)
+
+
+def score_one_by_one(folder: Path) -> dict[str, Any]:
+    """One edit after another in the weights, in this process alone."""
+    engine = replicated.build(job_for(World(), str(folder)), PlacementSettings(), "evaluate")
+    with contextlib.closing(engine):
+        return score(engine, together=False)
