@@ -65,12 +65,13 @@ class Subject:
         if way == "capture":
             self.engine.capture(prompts)
             return
-        from heretic_ds.prompts import length_sorted_batches, pad_left
+        from heretic_ds.prompts import pad_left
 
         options = {"logits_to_keep=1": {"logits_to_keep": 1}, "output_hidden_states": {"output_hidden_states": True}}
         with self.torch.inference_mode():
-            for indices in length_sorted_batches([len(prompt) for prompt in prompts], BATCH):
-                batch = pad_left([prompts[index] for index in indices], 0).to(self.device)
+            longest_first = sorted(prompts, key=len, reverse=True)
+            for start in range(0, len(longest_first), BATCH):
+                batch = pad_left(longest_first[start : start + BATCH], 0).to(self.device)
                 self.model(
                     input_ids=batch.input_ids_BS,
                     attention_mask=batch.attention_mask_BS,

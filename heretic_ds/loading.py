@@ -47,13 +47,6 @@ from heretic_ds.sharded_loading import parameters_on_meta
 
 log = logging.getLogger(__name__)
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."

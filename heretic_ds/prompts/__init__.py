@@ -1,6 +1,6 @@
 """Prompts: where they come from, how they are put to a chat model, how they are batched."""
 
-from heretic_ds.prompts.batching import Batch, check_lengths, length_sorted_batches, pad_left
+from heretic_ds.prompts.batching import Batch, check_lengths, pad_left
 from heretic_ds.prompts.chat import ChatFormat, decode_answers
 from heretic_ds.prompts.prefix import detect_response_prefix, find_response_prefix
 from heretic_ds.prompts.sources import load_prompts
@@ -12,7 +12,6 @@ __all__ = [
     "decode_answers",
     "detect_response_prefix",
     "find_response_prefix",
-    "length_sorted_batches",
     "load_prompts",
     "pad_left",
 ]

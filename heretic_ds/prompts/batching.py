@@ -40,18 +40,6 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
     return Batch(input_ids_BS, mask_BS, (mask_BS.cumsum(dim=1) - 1).clamp(min=0))
 
 
-def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices into ``lengths`` in batches of at most ``batch_size``, the longest rows first.
-
-    Rows of a batch are of similar length, so little is padded; and a batch that does not fit into memory
-    comes first. Rows of equal length keep their order.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but a batch holds at least one row")
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
 def check_lengths(rows: Sequence[Sequence[int]], max_new_tokens: int, config: PreTrainedConfig, name: str) -> None:
     """Raises UserError where the longest row and its answer do not fit into the model's context.
 

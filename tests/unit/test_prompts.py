@@ -33,7 +33,6 @@ from heretic_ds.prompts import (
     decode_answers,
     detect_response_prefix,
     find_response_prefix,
-    length_sorted_batches,
     load_prompts,
     pad_left,
 )
@@ -545,20 +544,6 @@ def test_padded_rows_give_the_logits_of_single_ones(chat_model: Path, tokenizer:
         ).logits[:, -1]
         for row, logits_V in zip(rows, logits_BV, strict=True):
             torch.testing.assert_close(logits_V, model(torch.tensor([row])).logits[0, -1], rtol=1e-4, atol=1e-4)
-
-
-@given(st.lists(st.integers(1, 9), max_size=30), st.integers(1, 8))
-def test_length_sorted_batches(lengths: list[int], batch_size: int) -> None:
-    batches = length_sorted_batches(lengths, batch_size)
-    order = [index for batch in batches for index in batch]
-    assert order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert all(0 < len(batch) <= batch_size for batch in batches)
-
-
-def test_a_batch_holds_a_row() -> None:
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        length_sorted_batches([1], 0)
 
 
 def test_prompts_longer_than_the_context() -> None:
