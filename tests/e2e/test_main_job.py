@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def test_the_whole_job(heretic: Heretic, material: Material, tmp_path: Path) -> 
     assert results["verified"]["refusals"] == fewest
     left = ["study.journal", "directions.safetensors", "config.yaml", "run.log", "pareto.png"]
     assert all((run / name).stat().st_size > 0 for name in left)
-    assert "trial 5 " in (run / "run.log").read_text() or "trial 5 " in first.out
+    assert re.findall(r"^trial (\d+)  refusals", first.out, re.MULTILINE) == list("012345")
 
     before = files_below(tmp_path)
     again = heretic(*words)
@@ -163,11 +164,9 @@ def test_a_scorer_of_ones_own_and_answers_in_print(heretic: Heretic, material: M
     assert outcome.status == 0, outcome.err
     answers = PlainModel.load(model).answers(material.prompts["target.eval"], NEW_TOKENS)
     vowels = sum(answer.count(letter) for answer in answers for letter in "aeiou")
+    refusals = sum(any(letter in answer.lower() for letter in "aei") or not answer.strip() for answer in answers)
     results = read_results("run")
-    assert results["baseline"] == {
-        "refusals": vowels,
-        "scores": {"vowels": vowels, "refusals": pytest.approx(7, abs=7)},
-    }
+    assert results["baseline"] == {"refusals": vowels, "scores": {"vowels": vowels, "refusals": refusals}}
     assert all(trial["scores"].keys() == {"vowels", "refusals"} for trial in results["trials"])
     for prompt, answer in zip(material.prompts["target.eval"], answers, strict=True):
         assert f"prompt: {prompt}\nanswer: {answer}" in outcome.out
