@@ -107,6 +107,7 @@ def test_a_rank_reads_its_share_and_gives_all_of_it_back(ranks, folder_of, tmp_p
         for each in found:
             assert each["held"] > 80e6, "a smaller model could not show that memory stayed"
             assert each["peak"] < each["held"] + each["largest"] + 30e6
+            assert each["read"] < 1.02 * each["held"] + 2e6, "what lies around a rank's part is not read"
         assert found[0]["left"] < 16e6 and found[1]["left"] < 8e6
 
 

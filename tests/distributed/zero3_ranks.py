@@ -103,10 +103,11 @@ def memory_of_an_engine(world: World, folder: str, tiny: str, rounds: int, **opt
     def measured(self: Partitions) -> None:
         give_back_memory()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used now
-        before = status("VmHWM")
+        before, read = status("VmHWM"), bytes_read()
         load(self)
         sizes = [parameter.ds_numel * parameter.element_size() for parameter in self.model.parameters()]
-        peaks.append({"peak": status("VmHWM") - before, "held": self.bytes_here, "largest": max(sizes)})
+        found = {"peak": status("VmHWM") - before, "read": bytes_read() - read}
+        peaks.append({**found, "held": self.bytes_here, "largest": max(sizes)})
 
     Partitions.load = measured  # type: ignore[method-assign]
     try:
@@ -130,6 +131,12 @@ def status(field: str) -> int:
     """Bytes that the kernel reports for this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read from files."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("rchar"))
 
 
 def functions_left_replaced(world: World, folder: str) -> dict[str, list[str]]:

@@ -1,0 +1,72 @@
+"""What an engine leaves behind in its process: functions put back, memory given back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from heretic_ds.engines.release import Originals, give_back_memory, return_freed_blocks
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def test_functions_that_were_replaced_are_put_back():
+    linear, constructor, forward = torch.nn.functional.linear, torch.empty, nn.Module.apply
+    originals = Originals()
+    assert originals.replaced() == []
+    torch.nn.functional.linear = torch.empty = nn.Module.apply = lambda *args, **kwargs: None
+    names = {"torch.nn.functional.linear", "torch.empty", "torch.nn.modules.module.Module.apply"}
+    assert set(originals.restore()) == names and originals.replaced() == []
+    assert (torch.nn.functional.linear, torch.empty, nn.Module.apply) == (linear, constructor, forward)
+
+
+def test_originals_know_methods_of_every_kind():
+    class Owner:
+        @classmethod
+        def made(cls) -> str:
+            return "class"
+
+        @staticmethod
+        def plain() -> str:
+            return "static"
+
+        def usual(self) -> str:
+            return "method"
+
+    originals = Originals([Owner])
+    Owner.made = Owner.plain = Owner.usual = lambda *args: "replaced"
+    assert sorted(name.rpartition(".")[2] for name in originals.restore()) == ["made", "plain", "usual"]
+    assert (Owner.made(), Owner.plain(), Owner().usual()) == ("class", "static", "method")
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Blocks of a megabyte between others that stay: the C library by itself would keep them."""
+    give_back_memory()
+    before = resident()
+    blocks = [torch.ones(2**18) for _ in range(200)]
+    assert resident() - before > 180e6
+    kept = blocks[::20]
+    del blocks
+    give_back_memory()
+    assert resident() - before < 40e6 and len(kept) == 10
+
+
+def test_large_blocks_go_back_at_once_where_that_is_asked_for():
+    blocks = [torch.ones(5 * 2**20) for _ in range(4)]  # 20 MiB each: below what is returned by itself
+    del blocks
+    return_freed_blocks(at_once=True)
+    try:
+        give_back_memory()
+        before = resident()
+        for _ in range(4):
+            held = [torch.ones(5 * 2**20), torch.ones(1)]
+            del held
+        assert resident() - before < 8e6
+    finally:
+        return_freed_blocks(at_once=False)
