@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
+from heretic_ds.errors import UserError
 from heretic_ds.loading import OpenedModel, open_model
 from heretic_ds.prompts import ChatFormat, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
@@ -30,6 +39,8 @@ class Job:
     scorers: list[Scorer]
     texts: dict[str, list[str]] = field(default_factory=dict)
     """Prompts by kind and part, such as ``target.train``."""
+    known_direction_D: Tensor | None = None
+    """The unit direction that ``direction.compare`` names."""
 
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
@@ -40,9 +51,21 @@ class Job:
         opened = world.agree(lambda: open_model(settings.model))
         anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
-        job = cls(settings, world, opened, anatomy, chat, scorers, texts)
+        known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))
+        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D)
         job.check_lengths()
         return job
+
+    def inputs(self) -> dict[str, Any]:
+        """What only reading the inputs tells of them, for a run to know them again."""
+
+        def digest(content: object) -> str:
+            return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+        found: dict[str, Any] = {f"prompts.{name}.digest": digest(texts) for name, texts in self.texts.items()}
+        found["prompts.chat_template"] = digest(str(self.chat.tokenizer.chat_template))
+        found["model.commit"] = self.opened.source.revision
+        return found
 
     def check_lengths(self) -> None:
         """Refuse prompts that leave no room for an answer in the model's context."""
@@ -58,6 +81,24 @@ class Job:
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
         return decode_answers(self.opened.tokenizer, answers)
+
+
+def _known_direction(file: str | None, width: int) -> Tensor | None:
+    if file is None:
+        return None
+    try:
+        with safe_open(Path(file).expanduser(), framework="pt") as tensors:
+            direction_D = tensors.get_tensor("direction").double()
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"direction.compare={file} is no safetensors file with a tensor `direction`: {error}"
+        ) from error
+    if direction_D.shape != (width,):
+        raise UserError(
+            f"direction.compare={file} holds a direction of shape {tuple(direction_D.shape)}, but the model's residual "
+            f"stream is {width} wide"
+        )
+    return torch.nn.functional.normalize(direction_D, dim=0)
 
 
 def _all_prompts(settings: Settings) -> dict[str, list[str]]:

@@ -207,6 +207,14 @@ def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInf
     return headers
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds all the safetensors files of a model, by their headers."""
+    try:
+        return bool(read_headers(folder, allow_pickle=False))
+    except UserError:
+        return False
+
+
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as start:
         if start.read(26) == b"version https://git-lfs.gi":

@@ -63,14 +63,14 @@ def evaluate(settings: Settings, world: World, console: Console) -> Scores | Non
 
 def export(settings: Settings, world: World, console: Console) -> Scores | None:
     """Write the model with the edit of one trial of an earlier run, or with the one that ``ablation.*`` gives."""
-    edit, trial = stages.named_edit(settings, world)
+    edit, record = stages.named_edit(settings, world)
     stages.refuse_used_export_folder(settings, world)
     with stages.opened(settings, world, console) as run:
         stages.find_response_prefix(run)
         stages.fixed_directions(run)
         objective = stages.measure_original(run)
-        stages.verify(run, objective, edit)
-        stages.export_edited(run, edit, trial)
+        stages.verify_named(run, objective, edit, record)
+        stages.export_edited(run, edit, record.index if record else None)
         return stages.objective_of(run.results)
 
 

@@ -45,8 +45,9 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
 
     Beside the settings themselves: identities of a local model's files and of prompt files, so that a model
-    trained anew under the same name is told from the old one. ``more`` adds what only the caller knows, such
-    as the commit of a hub model. A fixed edit does not count: any number of edits may be evaluated in one folder.
+    trained anew under the same name is told from the old one. ``more`` adds what is known only once inputs are read:
+    digests of all prompts and of the chat template, the commit of a hub model. A fixed edit does not count: any number
+    of edits may be evaluated in one folder.
     """
     tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
     evaluating = settings.task.name == "evaluate"
@@ -66,6 +67,10 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
             flat[key] = str(source.resolve())
             digest = hashlib.sha256(source.read_bytes()).hexdigest()
             flat[key.removesuffix("source") + "content"] = digest[:16]
+    template = Path(str(flat["prompts.template"] or "")).expanduser()
+    if "{" not in template.name and template.is_file():
+        flat["prompts.template"] = str(template.resolve())
+        flat["prompts.template.content"] = hashlib.sha256(template.read_bytes()).hexdigest()[:16]
     flat.update(more)
     return json.loads(json.dumps(flat))
 
@@ -118,10 +123,10 @@ class RunFolder:
     Open it after validation and the model checks: opening creates the folder.
     """
 
-    def __init__(self, path: Path, lock: IO[str], made: Sequence[Path] = ()) -> None:
+    def __init__(self, path: Path, lock: IO[str], made: Sequence[Path] = (), fresh: bool = False) -> None:
         self.path = path
         self._lock = lock
-        self._made = made
+        self._made, self._fresh = made, fresh
         self._handler: logging.Handler | None = None
         self._logged: logging.Logger | None = None
         self.results = path / "results.json"
@@ -133,12 +138,12 @@ class RunFolder:
         self._measured = path / "measured.json"
 
     @classmethod
-    def open(cls, path: Path | str, config: str, fingerprint: Mapping[str, Any]) -> RunFolder:
+    def open(cls, path: Path | str, config: str | None, fingerprint: Mapping[str, Any]) -> RunFolder:
         """Create the folder or go on in it, and lock it.
 
         Args:
             path: the folder, with its parents created as needed.
-            config: the composed configuration as YAML; kept as ``config.yaml``, of the latest run.
+            config: the composed configuration as YAML, kept as ``config.yaml``; None leaves that of the latest run.
             fingerprint: what :func:`fingerprint` returns.
 
         Raises:
@@ -149,6 +154,7 @@ class RunFolder:
         _refuse_foreign(path)
         _refuse_other_settings(path, fingerprint)  # also before locking: a refused folder stays untouched
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        fresh = not (path / _FINGERPRINT).exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / _LOCK).open("a+", encoding="utf-8")
@@ -158,8 +164,9 @@ class RunFolder:
         try:
             _acquire(lock, path)
             _refuse_other_settings(path, fingerprint)
-            folder = cls(path, lock, made)
-            write_atomically(folder.config, config)
+            folder = cls(path, lock, made, fresh)
+            if config is not None:
+                write_atomically(folder.config, config)
             stored = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
             write_atomically(path / _FINGERPRINT, stored + "\n")
         except BaseException:
@@ -171,7 +178,7 @@ class RunFolder:
         """Write ``results.json`` atomically.
 
         ``finished`` is what the run was asked for beyond its fingerprint (number of trials, export folder,
-        ...), given when all of it is done; see :meth:`is_finished`. Raises ValueError on NaN, which JSON does
+        ...), given when all of it is done; see :func:`finished_results`. Raises ValueError on NaN, which JSON does
         not have.
         """
         content = dict(results) if finished is None else {**results, "finished": dict(finished)}
@@ -186,11 +193,6 @@ class RunFolder:
         except ValueError as error:
             message = f"{self.results} is not valid JSON; remove it, or give another run.dir"
             raise UserError(message) from error
-
-    def is_finished(self, request: Mapping[str, Any]) -> bool:
-        """Whether an earlier run has done all of ``request``, in the words given to :meth:`save_results`."""
-        results = self.load_results()
-        return results is not None and results.get("finished") == json.loads(json.dumps(dict(request)))
 
     @property
     def measured(self) -> dict[str, Any]:
@@ -225,13 +227,13 @@ class RunFolder:
         self._lock.close()
 
     def discard(self) -> None:
-        """Close the folder, and remove it again where opening it made it.
+        """Close the folder, and remove again what this run put there, where it was the first in it.
 
         For a run that a mistake ended before it found anything out: the mended command would be refused by what this
         one left. A folder inside, which is not a run's own, keeps it all.
         """
         self.close()
-        if self.path not in self._made or any(entry.is_dir() for entry in self.path.iterdir()):
+        if not self._fresh or any(entry.is_dir() for entry in self.path.iterdir()):
             return
         for file in self.path.iterdir():
             file.unlink()
@@ -252,7 +254,8 @@ class RunFolder:
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
     results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
-    same = stored == json.loads(json.dumps(dict(fingerprint)))
+    known = json.loads(json.dumps(dict(fingerprint)))  # without what is found out only by reading the inputs
+    same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in known.items())
     done = results is not None and results.get("finished") == json.loads(json.dumps(dict(request)))
     return results if same and done else None
 

@@ -8,7 +8,7 @@ from heretic_ds.stages.finish import (
     select_and_verify,
     verify,
 )
-from heretic_ds.stages.fixed import named_edit, score_fixed_edit
+from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
 from heretic_ds.stages.measure import (
     capture_directions,
     find_response_prefix,
@@ -39,5 +39,6 @@ __all__ = [
     "select_and_verify",
     "talk",
     "verify",
+    "verify_named",
     "wants_menu",
 ]

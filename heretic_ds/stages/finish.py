@@ -14,7 +14,7 @@ from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
 from heretic_ds.export.streaming import weight_writer
 from heretic_ds.export.target import MANIFEST_NAME
-from heretic_ds.model_source import read_json
+from heretic_ds.model_source import is_whole, read_json
 from heretic_ds.report import pareto_table, plot_front
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
@@ -36,9 +36,10 @@ def report_front(run: Run) -> None:
         results["selected"],
     )
     if front:
-        run.console.print(pareto_table(records, front, original, prompts, selected))
+        run.console.print(pareto_table(records, front, original, prompts, selected, run.scorer))
     if run.folder is not None:
-        plot_front(run.folder.front_plot, records, front, original, prompts, selected, run.settings.export.max_kl)
+        max_kl = run.settings.export.max_kl
+        plot_front(run.folder.front_plot, records, front, original, prompts, selected, max_kl, run.scorer)
     run.save()
 
 
@@ -54,6 +55,16 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
     return scores
 
 
+def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialScores:
+    """:func:`verify` the edit of a trial, and show its scores beside those of the search."""
+    scores = verify(run, objective, record.edit)
+    log.info(
+        "trial %d: %g refusals at KL %.3g in the search, %g refusals at KL %.3g on edited weights",
+        record.index, record.refusals, record.kl, scores.refusals, scores.kl,
+    )  # fmt: skip
+    return scores
+
+
 def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
     """Choose a trial and score it again on really edited weights; one whose KL is then too large gives way to the
     next. Raises SearchFailed where none is left, UserError where ``export.trial`` names none."""
@@ -64,11 +75,7 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
         if not choice:
             raise UserError(f"export.trial={wanted}: the search has no finished trial of that number")
     for record in choice:
-        scores = verify(run, objective, record.edit)
-        log.info(
-            "trial %d: %g refusals at KL %.3g in the search, %g refusals at KL %.3g on edited weights",
-            record.index, record.refusals, record.kl, scores.refusals, scores.kl,
-        )  # fmt: skip
+        scores = verify_trial(run, objective, record)
         if scores.kl <= max_kl or wanted is not None:
             run.results["selected"] = record.index
             return record
@@ -130,6 +137,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Write
         baseline_prompts=results["prompts"]["baseline_eval"],
         prompt_sources=_prompt_sources(settings.prompts),
         trial=trial,
+        scorer=run.scorer,
     )
 
 
@@ -145,12 +153,10 @@ def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
 def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
     """Whether the folder was made by a run with this very outcome: one that was killed between export and results."""
     file = target / MANIFEST_NAME
-    if not file.is_file():
+    if not file.is_file() or not is_whole(target):
         return False
-    stored, same = (
-        read_json(file),
-        ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype"),
-    )
+    stored = read_json(file)
+    same = ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype", "run_id")
     return all(stored.get(key) == manifest[key] for key in same)
 
 

@@ -13,7 +13,7 @@ from heretic_ds.model_source import read_json
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.finish import verify
+from heretic_ds.stages.finish import verify, verify_trial
 from heretic_ds.stages.opening import RESULTS_NAME, Run, run_dir
 from heretic_ds.world import World
 
@@ -32,8 +32,8 @@ def fixed_edit(settings: Settings) -> Edit | None:
     return Edit(settings.ablation.direction_index, profiles) if profiles else None
 
 
-def named_edit(settings: Settings, world: World) -> tuple[Edit, int | None]:
-    """The edit to work with, and the index of its trial where ``export.trial`` names one of the run folder.
+def named_edit(settings: Settings, world: World) -> tuple[Edit, TrialRecord | None]:
+    """The edit to work with, and its trial where ``export.trial`` names one of the run folder.
 
     Asked for before anything is loaded or written: it takes a folder's ``results.json`` alone. Raises UserError where
     no edit is named, or the folder has no such trial.
@@ -49,7 +49,7 @@ def named_edit(settings: Settings, world: World) -> tuple[Edit, int | None]:
         raise UserError(f"export.trial={trial}: {folder} holds no trials; give the run.dir of an earlier search")
     for entry in entries:
         if entry["index"] == trial and entry["state"] == COMPLETE:
-            return Edit.from_dict(entry), trial
+            return Edit.from_dict(entry), TrialRecord.from_dict(entry)
     raise UserError(
         f"export.trial={trial}: {folder} has no finished trial of that number; "
         f"its trials are 0 to {max(entry['index'] for entry in entries)}"
@@ -62,9 +62,31 @@ def _trials_in(folder: Path) -> list[dict[str, Any]]:
     return trials
 
 
+def verify_named(run: Run, objective: Objective, edit: Edit, record: TrialRecord | None) -> None:
+    """Score an edit that the user named on really edited weights, which stay edited."""
+    refuse_idle(run, edit)
+    if record is None:
+        scores = verify(run, objective, edit)
+        log.info("on edited weights: %g refusals at KL %.3g", scores.refusals, scores.kl)
+    else:
+        verify_trial(run, objective, record)
+        run.results["trials"] = [record.to_dict()]
+
+
+def refuse_idle(run: Run, edit: Edit) -> None:
+    """Refuse an edit whose profiles reach no layer: nothing would be edited."""
+    if not any(edit.strength(writer.component, writer.block) for writer in run.job.anatomy.writers):
+        raise UserError(
+            "the profiles of ablation.profiles reach no layer of the model, whose layers are "
+            f"0 to {run.job.anatomy.n_blocks - 1}; change max_weight_position or min_weight_distance"
+        )
+
+
 def score_fixed_edit(run: Run, objective: Objective) -> None:
     """Score the edit that ``ablation.*`` gives, or the model as it is without one: the one trial of the results."""
     edit = fixed_edit(run.settings)
+    if edit is not None:
+        refuse_idle(run, edit)
     started = time.perf_counter()
     scores = verify(run, objective, edit)
     record = TrialRecord(

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -96,6 +95,11 @@ def _captured_directions(run: Run) -> Tensor:
         directions_LD = behaviour_directions(target_LD, baseline_LD, direction.orthogonalize)
     if not directions_LD.isfinite().all():
         raise UserError("the residuals of the train prompts are not finite; set model.dtype=float32")
+    if not directions_LD[1:].any():
+        raise UserError(
+            "the target and baseline train prompts leave the same mean residuals, so there is no direction between "
+            "them; change prompts.target.train or prompts.baseline.train"
+        )
     if run.folder is not None:
         tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
         write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": _direction_fingerprint(run)}))
@@ -133,15 +137,13 @@ def _direction_fingerprint(run: Run) -> str:
 
 def _compare_with_known(run: Run, directions_LD: Tensor) -> None:
     """|cosine| of every block's direction with a direction that is known, such as the one planted in the demo model."""
-    if run.settings.direction.compare is None:
+    known_D, file = run.job.known_direction_D, run.settings.direction.compare
+    if known_D is None or file is None:
         return
-    file = Path(run.settings.direction.compare)
-    with safe_open(file, framework="pt") as tensors:
-        known_D = torch.nn.functional.normalize(tensors.get_tensor("direction").double(), dim=0)
     cosine_L = (directions_LD[1:] @ known_D).abs()
     run.results["known_direction_cosine"] = [round(cosine, 6) for cosine in cosine_L.tolist()]
     blocks = "  ".join(f"{block}: {cosine:.2f}" for block, cosine in enumerate(cosine_L.tolist()))
-    log.info("|cosine| with the direction of %s, by block: %s", file.name, blocks)
+    log.info("|cosine| with the direction of %s, by block: %s", Path(file).name, blocks)
 
 
 def measure_original(run: Run) -> Objective:

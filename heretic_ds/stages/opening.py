@@ -22,7 +22,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.job import Job
-from heretic_ds.model_source import read_json
+from heretic_ds.model_source import is_whole, read_json
 from heretic_ds.run_folder import RunFolder, fingerprint, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import PlacementSettings, Settings
@@ -31,7 +31,7 @@ from heretic_ds.world import World
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-RESULTS_NAME, MEASURED_NAME = "results.json", "measured.json"
+RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
 
 def run_dir(settings: Settings) -> Path:
@@ -75,6 +75,8 @@ class Run:
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] | None = None
+    """``results.json`` as an earlier run left it."""
     _ablation: Ablation | None = None
     _engine: Engine | None = None
     _layout: tuple[str, int | None] | None = None
@@ -86,6 +88,11 @@ class Run:
     @property
     def world(self) -> World:
         return self.job.world
+
+    @property
+    def scorer(self) -> str:
+        """Name of the scorer that the search minimises."""
+        return self.job.scorers[0].name
 
     @property
     def path(self) -> Path:
@@ -179,16 +186,31 @@ class Run:
 def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:
     """The results of an earlier run that did all that this command asks for; None where something is left to do."""
     results = world.decide(lambda: finished_results(run_dir(settings), fingerprint(settings), request(settings)))
-    exported = world.decide(lambda: (export_dir(settings) / MANIFEST_NAME).is_file())
-    if results is None or not exported:
+    if results is None or not world.decide(lambda: _holds_own_export(settings)):
         return None
     log.info("%s is finished: see %s; nothing was done", run_dir(settings), run_dir(settings) / RESULTS_NAME)
     return results
 
 
+def _holds_own_export(settings: Settings) -> bool:
+    """Whether the export folder holds a whole model that this run folder's own search wrote."""
+    manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
+    if not (manifest.is_file() and measured.is_file()):
+        return False
+    run_id = read_json(measured).get("run_id")
+    return run_id is not None and read_json(manifest).get("run_id") == run_id and is_whole(manifest.parent)
+
+
 def refuse_used_export_folder(settings: Settings, world: World) -> None:
     """Find out before the search that the model cannot be written after it."""
-    world.decide(lambda: check_export_target(export_dir(settings), may_replace(settings)) and None)
+    world.decide(lambda: _refuse_used_export_folder(settings))
+
+
+def _refuse_used_export_folder(settings: Settings) -> None:
+    target, folder = export_dir(settings).resolve(), run_dir(settings).resolve()
+    if target == folder or target in folder.parents:
+        raise UserError(f"export.dir={target} holds the run folder {folder}; choose another export.dir")
+    check_export_target(target, may_replace(settings))
 
 
 def may_replace(settings: Settings) -> bool:
@@ -210,10 +232,11 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         world.decide(lambda: _refuse_impossible_export(job))
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
-        if not world.decide(lambda: run_dir(settings).exists()):
+        if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
         world.decide(lambda: _take_folder(run, stack))
         run.use_measured(world.decide(lambda: run.folder.measured if run.folder is not None else {}))
+        _add_earlier_timings(run)
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
         try:
             yield run
@@ -224,11 +247,28 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
-    config = OmegaConf.to_yaml(OmegaConf.structured(run.settings))
-    run.folder = stack.enter_context(RunFolder.open(run.path, config, fingerprint(run.settings)))
+    searches = run.settings.task.name in ("abliterate", "evaluate") or not run.path.exists()
+    config = OmegaConf.to_yaml(OmegaConf.structured(run.settings)) if searches else None
+    known = fingerprint(run.settings, **run.job.inputs())
+    run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"))
     if "run_id" not in run.folder.measured:
         run.folder.remember(run_id=uuid4().hex)  # by which the run knows its own export again
+
+
+def earlier_outcome(run: Run) -> dict[str, Any]:
+    """What the folder's latest search run selected and verified, and whether it was finished."""
+    stored = run.earlier or {}
+    return {key: stored[key] for key in ("selected", "verified", "finished") if key in stored}
+
+
+def _add_earlier_timings(run: Run) -> None:
+    """Seconds that a search took before it was interrupted count too."""
+    run.earlier = stored = run.world.decide(lambda: run.folder.load_results() if run.folder is not None else None)
+    if stored is not None and run.settings.task.name == "abliterate":
+        timings = run.results["timings"]
+        for phase, seconds in stored["timings"].items():
+            timings[phase] = round(timings.get(phase, 0.0) + seconds, 3)
 
 
 def _refuse_impossible_export(job: Job) -> None:

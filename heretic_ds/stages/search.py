@@ -65,7 +65,7 @@ def continue_search(run: Run, search: Search | None, objective: Objective) -> No
     trials = run.world.decide(lambda: search.trials if search else 0)
     run.results["trials"] = [record.to_dict() for record in run.records]
     prompts = run.results["prompts"]["target_eval"]
-    with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts) as progress:
+    with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts, run.scorer) as progress:
 
         def on_trials(records: list[TrialRecord]) -> None:
             for record in records:

@@ -23,7 +23,7 @@ from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import export_edited, objective_of, report_front, verify
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
-from heretic_ds.stages.opening import Run, export_dir, opened
+from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
 from heretic_ds.stages.search import continue_search
 from heretic_ds.world import World
 
@@ -41,7 +41,11 @@ def wants_menu(settings: Settings, world: World) -> bool:
 
 
 def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, float] | None:
-    """Let the user choose trials, save them, talk to them, or search on. Returns the scores of what was saved last."""
+    """Let the user choose trials, save them, talk to them, or search on. Returns the scores of what was saved last.
+
+    What an earlier run in the folder chose, verified and finished stays on record until something else is chosen.
+    """
+    run.results.update(earlier_outcome(run))
     report_front(run)
     if search is None or not run.records:
         raise SearchFailed("no trial was finished, so there is nothing to choose from; run the same command again")
@@ -51,10 +55,13 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         return next(record for record in run.records if record.index == index)
 
     def save(index: int, folder: str) -> None:
-        target = check_export_target(Path(folder), run.settings.export.overwrite, source=run.job.opened.source.folder)
+        own = Path(folder).resolve() == export_dir(run.settings).resolve() and may_replace(run.settings)
+        overwrite = run.settings.export.overwrite or own
+        target = check_export_target(Path(folder), overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
         log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
         run.results["selected"] = index
+        run.results.pop("finished", None)
         export_edited(run, by_index(index).edit, index, target)
         report_front(run)
 
@@ -63,6 +70,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         _talk(run.job, run.engine)
 
     def more_trials(count: int) -> tuple[Sequence[TrialRecord], Sequence[int]]:
+        run.results.pop("finished", None)
         search.trials = len(run.records) + count
         continue_search(run, search, objective)
         report_front(run)

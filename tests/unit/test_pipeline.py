@@ -23,7 +23,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Stages that only say that they were there; `told.answers` holds what one of them returns instead of its name."""
     story = SimpleNamespace(names=[], answers={"wants_menu": False, "already_finished": None})
     story.answers |= {
-        "named_edit": ("edit", 3),
+        "named_edit": ("edit", SimpleNamespace(index=3)),
         "select_and_verify": SimpleNamespace(edit="edit", index=3),
         "objective_of": lambda results: (results["verified"]["refusals"] / 8, results["verified"]["kl"]),
     }
@@ -95,7 +95,7 @@ def test_export_names_its_edit_and_checks_its_folder_before_anything_is_loaded(
     assert pipeline.run(compose_settings("task=export", "export.trial=3")) == (0.25, 0.5)
     assert told.names == [
         "named_edit", "refuse_used_export_folder", "opened", "find_response_prefix", "fixed_directions",
-        "measure_original", "verify", "export_edited", "objective_of", "closed",
+        "measure_original", "verify_named", "export_edited", "objective_of", "closed",
     ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_creates_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "model"
     with opened(path) as folder:
         assert folder.config.read_text() == "task: {}\n"
-        assert folder.load_results() is None and not folder.is_finished({"trials": 4})
+        assert folder.load_results() is None
     with RunFolder.open(path, "task: {name: abliterate}\n", HELD) as folder:
         assert folder.config.read_text() == "task: {name: abliterate}\n"
 
@@ -149,11 +149,8 @@ def test_results_are_whole_or_the_old_ones(tmp_path: Path, monkeypatch: pytest.M
             folder.save_results({"schema": 2})
         monkeypatch.undo()
         assert folder.load_results() == {"schema": 1, "trials": [], "finished": {"trials": 4, "export": "x"}}
-        assert folder.is_finished({"export": "x", "trials": 4})
-        assert not folder.is_finished({"export": "x", "trials": 5})
         assert not list(folder.path.glob("*.tmp")) and not list(folder.path.glob(".*.tmp"))
         folder.save_results({"schema": 1})
-        assert not folder.is_finished({"export": "x", "trials": 4})
         folder.results.write_text("{")
         with pytest.raises(UserError, match="not valid JSON"):
             folder.load_results()

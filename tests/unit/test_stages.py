@@ -109,6 +109,8 @@ def test_finished_means_asked_for_the_same_and_exported(
     results = {"finished": opening.request(asked), "verified": None}
     (exported.parent / "results.json").write_text(json.dumps(results))
     (exported.parent / "fingerprint.json").write_text(json.dumps(opening.fingerprint(asked)))
+    assert already_finished(asked, WORLD) is None  # the export has lost its weights
+    monkeypatch.setattr(opening, "is_whole", lambda folder: True)
     assert already_finished(asked, WORLD) == results
     assert already_finished(settings("run.dir=x", "search.trials=5"), WORLD) is None
     assert already_finished(settings("run.dir=x", "search.trials=4", "search.seed=1"), WORLD) is None
@@ -133,7 +135,8 @@ def test_an_edit_by_its_trial(settings: ComposeSettings, tmp_path: Path) -> None
     results = {"trials": [record(0, 3, 0.1).to_dict(), failed, record(2, 1, 0.2).to_dict()]}
     (tmp_path / "x" / "results.json").write_text(json.dumps(results))
     chosen = ["run.dir=x", "task=export"]
-    assert named_edit(settings(*chosen, "export.trial=2"), WORLD) == (record(2, 1, 0.2).edit, 2)
+    wanted = record(2, 1, 0.2)
+    assert named_edit(settings(*chosen, "export.trial=2"), WORLD) == (wanted.edit, wanted)
     for trial in (1, 3):
         with pytest.raises(UserError, match=rf"export\.trial={trial}: x has no finished trial .* are 0 to 2"):
             named_edit(settings(*chosen, f"export.trial={trial}"), WORLD)
@@ -152,7 +155,7 @@ class FakeRun(SimpleNamespace):
     def __init__(self, settings: Settings, records: list[TrialRecord]) -> None:
         super().__init__(
             settings=settings, records=records, folder=None, console=Console(quiet=True), path=Path("x"), saved=[],
-            applied=[], results={
+            applied=[], scorer="refusals", results={
                 "selected": None, "verified": None, "baseline": {"refusals": 8}, "prompts": {"target_eval": 10},
                 "timings": {},
             },
