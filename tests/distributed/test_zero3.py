@@ -60,8 +60,9 @@ def test_nothing_need_stay_gathered(ranks, folder_of):
         assert_same(found, expected)
 
 
-def test_three_ranks_share_seven_prompts(ranks, folder_of):
+def test_three_ranks_share_seven_prompts_and_cut_rows(ranks, folder_of):
     folder = folder_of("mixtral")
+    assert ranks(3).run(zero3_ranks.weights_unlike_the_file, folder=str(folder)) == [[], [], []]
     expected = zero3_ranks.capture_and_answer_whole(folder, COUNTS)
     for found in ranks(3).run(zero3_ranks.capture_and_answer, folder=str(folder), counts=COUNTS):
         assert_same(found, expected)
