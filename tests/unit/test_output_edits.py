@@ -19,8 +19,8 @@ from heretic_ds.engines.weights import WeightEditor
 from tests import families
 from tests.unit.test_resident import EDIT, LENGTHS, ablation_for, engine_for, greedy_alone, prompts, state
 
-ONE_BLOCK = Edit(None, {"attention": Profile(0.8, 0.0, 0.8, 0.5)})
-"""Leaves the MLP, and every block but the first, as they are."""
+ONE_BLOCK = Edit(None, {"attention": Profile(0.8, 1.0, 0.8, 0.5)})
+"""Leaves the MLP, and every block but the second, as they are."""
 STRONG = Edit(0.9, {"attention": Profile(-0.7, 0.3, 1.5, 2.0), "mlp": Profile(1.5, 1.0, 1.2, 1.5)})
 EDITS: tuple[Edit | None, ...] = (EDIT, ONE_BLOCK, None, STRONG)
 PAD = families.PAD
@@ -179,7 +179,7 @@ def test_writers_that_no_edit_touches_are_left_alone():
     outputs = OutputEdits(model, find_anatomy(model), ablation_for(engine_for(model)))
     with outputs.active([ONE_BLOCK, None]):
         hooked = [name for name, module in model.named_modules() if module._forward_hooks]
-    assert hooked == ["model.layers.0.self_attn.o_proj"]
+    assert hooked == ["model.layers.1.self_attn.o_proj"]
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -261,22 +261,28 @@ def test_none_stands_for_the_edit_that_is_applied():
 
 
 def test_rows_that_run_out_of_memory_lose_no_answer():
-    """Half of the answers are there when memory runs out for the first time."""
+    """Some answers are there when memory runs out for the first time, others that began before them are not."""
     model = families.build("llama")
     engine = engine_for(model, batch_size=6)
     engine.prepare(ablation_for(engine))
-    expected = engine.generate(prompts(), EDITS)
-    passes = []
 
-    def full(module, args, kwargs):
-        passes.append(kwargs["input_ids"].shape[0])
-        if len(passes) > 12 and passes[-1] > 2:
-            raise torch.OutOfMemoryError("pretended")
+    def decided(answers):
+        return [answer[0] % 3 > 0 for answer in answers]
 
-    handle = model.get_submodule("model").register_forward_pre_hook(full, with_kwargs=True)
-    assert engine.generate(prompts(), EDITS) == expected
-    assert engine.batch_sizes["generate"] < 3
-    handle.remove()
+    expected = engine.generate(prompts(), EDITS, decided)
+    for allowed in range(5, 12):
+        passes = []
+
+        def full(module, args, kwargs, passes=passes, allowed=allowed):
+            passes.append(kwargs["input_ids"].shape[0])
+            if len(passes) > allowed and passes[-1] > 2:
+                raise torch.OutOfMemoryError("pretended")
+
+        engine.batch_sizes["generate"] = 6
+        handle = model.get_submodule("model").register_forward_pre_hook(full, with_kwargs=True)
+        assert engine.generate(prompts(), EDITS, decided) == expected
+        assert engine.batch_sizes["generate"] < 6
+        handle.remove()
 
 
 def test_early_stop_changes_no_verdict_of_any_trial():
