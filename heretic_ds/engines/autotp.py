@@ -68,11 +68,11 @@ def lay_out(
 
 
 def _inject(model: PreTrainedModel, group: dist.ProcessGroup, degree: int) -> None:
+    start_deepspeed()
     import deepspeed  # slow to import, and needed nowhere else
     from deepspeed.comm import comm
     from deepspeed.inference.engine import InferenceEngine
 
-    start_deepspeed()
     if hasattr(comm.cdb, "shm_vector_kernel_level"):
         comm.cdb.shm_vector_kernel_level = 0  # the shared-memory sum ignores its group and adds up the whole world
     InferenceEngine.inference_mp_group = None  # kept by the class: a second engine would get the first one's group

@@ -1,12 +1,25 @@
-"""Starting DeepSpeed's communication over the ranks that there are."""
+"""Importing DeepSpeed without its chatter, and starting its communication over the ranks that there are."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without messages below warnings: DeepSpeed tries the compiler and logs every command to the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def start_deepspeed() -> None:
@@ -17,7 +30,8 @@ def start_deepspeed() -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning)
-    import deepspeed
+    with quietly():
+        import deepspeed
 
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

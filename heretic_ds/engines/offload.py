@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heretic_ds.engines.deepspeed_start import quietly
 from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
 from heretic_ds.settings import CaptureSettings
@@ -47,11 +48,14 @@ def _check_folder(nvme_path: str) -> None:
 
 def _check_library() -> None:
     """DeepSpeed builds its reader for asynchronous I/O against a system library, at first use."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
+    with quietly():
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        builder = AsyncIOBuilder()
+        found = builder.is_compatible(verbose=False)
 
     hint = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL) on every node, or set another offload"
-    builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
+    if not found:
         raise UserError(f"capture.offload=nvme needs the asynchronous I/O library, which is missing here: {hint}")
     try:
         builder.load(verbose=False)

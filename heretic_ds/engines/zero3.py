@@ -19,7 +19,7 @@ from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
 from heretic_ds.engines.decoding import decode
-from heretic_ds.engines.deepspeed_start import start_deepspeed
+from heretic_ds.engines.deepspeed_start import quietly, start_deepspeed
 from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.memory import is_out_of_memory
 from heretic_ds.engines.offload import check_offload
@@ -72,7 +72,8 @@ def check(job: Job, placement: CaptureSettings, phase: str) -> None:
 def _check_accelerator(device: torch.device) -> None:
     """DeepSpeed settles at its import on one kind of device for the whole process."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    from deepspeed.accelerator import get_accelerator
+    with quietly():
+        from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() != device.type:
         raise UserError(
