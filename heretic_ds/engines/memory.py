@@ -15,9 +15,6 @@ import torch
 from heretic_ds.errors import UserError
 
 log = logging.getLogger(__name__)
-_REPEATS, _ENOUGH_SECONDS = 4, 1.0
-"""Runs of one batch size while sizes are measured: at most so many, and no further one after so long."""
-_SHORTEST_SECONDS = 1e-6
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -117,27 +114,19 @@ def measure_batch_size(
     """
     rates: dict[int, float] = {}
 
-    def seconds(size: int) -> float:
-        """Of the quickest run; short ones are repeated, since other programs' work would decide between sizes."""
-        taken: list[float] = []
-        while not taken or (len(taken) < _REPEATS and sum(taken) < _ENOUGH_SECONDS):
-            started = clock()
-            run(size)
-            taken.append(clock() - started)
-        return max(min(taken), _SHORTEST_SECONDS)
-
     def rate(size: int) -> float:
         if size not in rates:
+            started = clock()
             failed = False
             try:
-                rates[size] = size / seconds(size)
+                run(size)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = True
             if failed:
                 release_memory()
-            rates[size] = same(rates.get(size, 0.0))
+            rates[size] = same(0.0 if failed else size / (clock() - started))
         return rates[size]
 
     run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for

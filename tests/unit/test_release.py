@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,7 +47,19 @@ def test_originals_know_methods_of_every_kind():
     assert (Owner.made(), Owner.plain(), Owner().usual()) == ("class", "static", "method")
 
 
+def in_a_fresh_process(work: Callable[[], None]) -> None:
+    """Run `work` where no other test has left its memory in pieces."""
+    process = multiprocessing.get_context("spawn").Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
 def test_freed_memory_goes_back_to_the_system():
+    in_a_fresh_process(freed_memory_goes_back)
+
+
+def freed_memory_goes_back() -> None:
     """Blocks of a megabyte between others that stay: the C library by itself would keep them."""
     give_back_memory()
     before = resident()
@@ -58,15 +72,16 @@ def test_freed_memory_goes_back_to_the_system():
 
 
 def test_large_blocks_go_back_at_once_where_that_is_asked_for():
+    in_a_fresh_process(large_blocks_go_back_at_once)
+
+
+def large_blocks_go_back_at_once() -> None:
     blocks = [torch.ones(5 * 2**20) for _ in range(4)]  # 20 MiB each: below what is returned by itself
     del blocks
     return_freed_blocks(at_once=True)
-    try:
-        give_back_memory()
-        before = resident()
-        for _ in range(4):
-            held = [torch.ones(5 * 2**20), torch.ones(1)]
-            del held
-        assert resident() - before < 8e6
-    finally:
-        return_freed_blocks(at_once=False)
+    give_back_memory()
+    before = resident()
+    for _ in range(4):
+        held = [torch.ones(5 * 2**20), torch.ones(1)]
+        del held
+    assert resident() - before < 8e6
