@@ -39,7 +39,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
-	$(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
 
 demo-distributed: $(READY) ## The demo on RANKS ranks of the CPU: ZeRO-3 capture, tensor-parallel evaluation
 	DS_ACCELERATOR=cpu PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) experiment=demo run.dir=runs/demo-distributed \
