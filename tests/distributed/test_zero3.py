@@ -168,6 +168,8 @@ def test_a_lack_of_memory_names_the_setting(ranks, folder_of):
         assert said.endswith("set generation.batch_size below 2")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # DeepSpeed compiles its asynchronous I/O at first use
 def test_weights_rest_on_a_disk(ranks, tmp_path):
     """Partitions of more than a megabyte are files while they are not in use, and the files go with the engine."""
     offload = {"offload": "nvme", "nvme_path": str(tmp_path / "disk")}
