@@ -84,6 +84,21 @@ class OpenedModel:
             model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
         return self.ready(model)
 
+    def loaded(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> LoadedModel:
+        """``model``, whole or its skeleton, with what goes with it; ``dtype`` is that of its weights."""
+        return LoadedModel(
+            model=model,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            source=self.source.folder,
+            dtype=dtype or model.dtype,
+            device=self.device,
+            model_name=self.source.name,
+            revision=self.source.revision,
+            is_hub=self.source.is_hub,
+            quantization=self.quantization,
+        )
+
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model in eval mode, without gradients, decoding greedily."""
         model.requires_grad_(False).eval()
@@ -139,20 +154,7 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward is not
     finite. Raises UserError naming the file or tensor at fault.
     """
-    model = opened.ready(_load_in_some_dtype(opened))
-    source = opened.source
-    return LoadedModel(
-        model=model,
-        tokenizer=opened.tokenizer,
-        processor=opened.processor,
-        source=source.folder,
-        dtype=model.dtype,
-        device=opened.device,
-        model_name=source.name,
-        revision=source.revision,
-        is_hub=source.is_hub,
-        quantization=opened.quantization,
-    )
+    return opened.loaded(opened.ready(_load_in_some_dtype(opened)))
 
 
 def load_model(settings: ModelSettings) -> LoadedModel:

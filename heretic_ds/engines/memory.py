@@ -90,17 +90,22 @@ def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
     """Make batches half as large as one that ran out of memory, for the rest of the run."""
     release_memory()
     if rows == 1:
-        raise UserError(
-            f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
-            "generation.max_new_tokens, or a placement that spreads the model"
-        )
+        raise _too_large(phase)
     sizes[phase] = rows // 2
     log.warning("out of memory with %d rows in a batch (%s); going on with %d", rows, phase, sizes[phase])
+
+
+def _too_large(phase: str) -> UserError:
+    return UserError(
+        f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
+        "generation.max_new_tokens, or a placement that spreads the model"
+    )
 
 
 def measure_batch_size(
     run: Callable[[int], object],
     most: int,
+    phase: str,
     same: Callable[[float], float] = lambda value: value,
     gain: float = 1.05,
     clock: Callable[[], float] = time.perf_counter,
@@ -111,6 +116,7 @@ def measure_batch_size(
     ``gain``; then the size between the best and its successor is tried, so that it need not be a power of two.
     On a CPU ``clock`` is the processor's, since other programs' work should not count.
     ``same`` makes one rank's measurement that of all ranks, which have to come to one size.
+    Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
     """
     rates: dict[int, float] = {}
 
@@ -129,7 +135,15 @@ def measure_batch_size(
             rates[size] = same(0.0 if failed else size / (clock() - started))
         return rates[size]
 
-    run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for
+    failed = False
+    try:
+        run(1)  # first calls pay for allocation and lazy initialisation, which no batch size should be blamed for
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = True
+    if same(float(failed)):
+        raise _too_large(phase)
     best, size = 1, 1
     while size < most:
         size = min(2 * size, most)

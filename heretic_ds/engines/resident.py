@@ -293,7 +293,7 @@ class ResidentEngine:
             longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
         most = self._most_rows(longest, work)
         clock = time.process_time if on_cpu else time.perf_counter
-        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, self._same, clock=clock)
+        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, phase, self._same, clock=clock)
 
     def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
         """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""

@@ -23,7 +23,7 @@ from heretic_ds.engines.parallel_layers import SplitByOutputs, split_vocabulary
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.errors import UserError
-from heretic_ds.loading import LoadedModel, OpenedModel
+from heretic_ds.loading import OpenedModel
 from heretic_ds.model_fitness import first_line
 from heretic_ds.settings import PlacementSettings
 from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles, fill, split
@@ -64,7 +64,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         same=world.same,
     )
     if replicas.inside is None:
-        engine.whole = _whole(job.opened, model)
+        engine.whole = job.opened.loaded(model)
     return engine
 
 
@@ -211,19 +211,3 @@ def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, phas
             f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
         ) from error
     world.agree(lambda: parity.check(logits_BV, reference_BV, model.dtype, what, otherwise))
-
-
-def _whole(opened: OpenedModel, model: PreTrainedModel) -> LoadedModel:
-    source = opened.source
-    return LoadedModel(
-        model=model,
-        tokenizer=opened.tokenizer,
-        processor=opened.processor,
-        source=source.folder,
-        dtype=model.dtype,
-        device=opened.device,
-        model_name=source.name,
-        revision=source.revision,
-        is_hub=source.is_hub,
-        quantization=opened.quantization,
-    )

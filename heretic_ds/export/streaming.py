@@ -96,18 +96,8 @@ def weight_writer(
     files = TensorFiles(source.folder, opened.headers)
     checkpoint = Checkpoint.of(skeleton, files, dtype)
     plan = plan_edits(checkpoint, anatomy, ablation, edit)
-    loaded = LoadedModel(
-        model=skeleton,
-        tokenizer=opened.tokenizer,
-        processor=opened.processor,
-        source=source.folder,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        model_name=source.name,
-        revision=source.revision,
-        is_hub=source.is_hub,
-    )
     kept = _kept_dtypes(checkpoint, dtype)
+    loaded = opened.loaded(skeleton, dtype)
     return loaded, lambda folder: _write(folder, source.folder, opened.headers, plan, ablation.row_norm, dtype, kept)
 
 

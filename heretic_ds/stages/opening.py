@@ -139,12 +139,14 @@ class Run:
 
     def _use_measured_batch_sizes(self) -> None:
         if self._engine is not None and not self.settings.generation.batch_size:  # one that the user gives counts
-            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}).get(self._placement, {}))
+            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}).get(self._where, {}))
 
     @property
-    def _placement(self) -> str:
-        """Of the model as it is laid out now."""
-        return self._layout[0] if self._layout is not None else ""
+    def _where(self) -> str:
+        """On what the model lies now: what is a good batch size there is none elsewhere."""
+        if self._engine is None or self._layout is None:
+            return ""
+        return f"{self._layout[0]} on {self._engine.degree} {self.job.opened.device.type}"
 
     def _placed(self) -> dict[str, PlacementSettings]:
         return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
@@ -169,7 +171,7 @@ class Run:
         """Keep what was measured, and the batch sizes, for later runs in this folder."""
         sizes = dict(self.measured.get("batch_sizes", {}))
         if self._engine is not None:
-            sizes[self._placement] = dict(self._engine.batch_sizes)
+            sizes[self._where] = dict(self._engine.batch_sizes)
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)

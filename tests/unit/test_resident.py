@@ -185,15 +185,16 @@ def test_a_batch_that_runs_out_of_memory_is_halved_and_the_numbers_stay():
     handle.remove()
 
 
-def test_a_prompt_that_never_fits_is_a_clear_error():
+@pytest.mark.parametrize("batch_size", [4, 0])
+def test_a_prompt_that_never_fits_is_a_clear_error(batch_size):
     model = families.build("llama")
 
     def full(module, args):
         raise torch.OutOfMemoryError("pretended")
 
     model.get_submodule("model").register_forward_pre_hook(full)
-    with pytest.raises(UserError, match="a single prompt does not fit"):
-        engine_for(model).capture(prompts())
+    with pytest.raises(UserError, match="a single prompt does not fit in memory while capture runs"):
+        engine_for(model, batch_size=batch_size).capture(prompts())
 
 
 def test_batch_sizes_are_measured_and_kept():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from heretic_ds.ablation import Edit, Profile
@@ -239,11 +240,11 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
 
     monkeypatch.setattr(opening, "build_engine", build)
 
-    def run_of(chosen: Settings) -> Run:
-        job = SimpleNamespace(settings=chosen, world=WORLD)
+    def run_of(chosen: Settings, device: str = "cpu") -> Run:
+        job = SimpleNamespace(settings=chosen, world=WORLD, opened=SimpleNamespace(device=torch.device(device)))
         run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
         run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
-        run.measured = {"batch_sizes": {"replicated": {"generate": 7}}}
+        run.measured = {"batch_sizes": {"replicated on 1 cpu": {"generate": 7}}}
         return run
 
     run = run_of(settings())
@@ -256,8 +257,10 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
     run.lay_out("evaluate")
     assert built[1:] == ["capture", "capture closed", "evaluate"]
     assert run.engine.batch_sizes == {}  # sizes measured on one placement say nothing about another
+    elsewhere = run_of(settings(), "meta")
+    assert elsewhere.lay_out("evaluate").batch_sizes == {}  # nor on another device
     given = run_of(settings("generation.batch_size=3"))
-    given.use_measured({"batch_sizes": {"replicated": {"generate": 7}}})
+    given.use_measured({"batch_sizes": {"replicated on 1 cpu": {"generate": 7}}})
     assert given.lay_out("evaluate").batch_sizes == {}  # the size that the user gave is the engine's business
 
 

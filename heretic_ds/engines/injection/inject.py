@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
+from heretic_ds.engines.deepspeed_start import start_deepspeed
 from heretic_ds.engines.injection.adapter import Adapter, InjectedBlock, ResidualSum
 from heretic_ds.engines.injection.families import Family
 from heretic_ds.engines.injection.workspace import Shape, Workspace
@@ -38,6 +39,7 @@ def inject(model: PreTrainedModel, anatomy: Anatomy, family: Family, dtype: torc
 
     Raises UserError where some block was not replaced.
     """
+    start_deepspeed()
     import deepspeed
     from deepspeed.utils import logger
 
