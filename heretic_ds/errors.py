@@ -5,5 +5,9 @@ class UserError(Exception):
     """A mistake in configuration or input that the user can mend: shown as one line, exit status 2."""
 
 
+class NotFinite(UserError):
+    """Weights hold NaN or infinite numbers in the dtype that they were loaded in; another dtype may hold them."""
+
+
 class SearchFailed(Exception):
     """The job ran as asked but reached no usable result: shown as one line, exit status 1."""

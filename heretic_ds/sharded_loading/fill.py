@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic_ds.errors import UserError
+from heretic_ds.errors import NotFinite, UserError
 from heretic_ds.model_fitness import some_names
 from heretic_ds.sharded_loading.files import TensorFiles
 from heretic_ds.sharded_loading.shards import Shard
@@ -77,7 +77,7 @@ class Checkpoint:
         else:
             self.sources[name].read(self.files, shard, part)
         if part.is_floating_point() and part.numel() and not _finite(part):
-            raise UserError(
+            raise NotFinite(
                 f"tensor {name} of the checkpoint holds NaN or infinite numbers in {part.dtype}; the checkpoint is "
                 "damaged, or model.dtype too narrow for it"
             )
