@@ -8,7 +8,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
+
+from heretic_ds.errors import UserError
 
 
 @contextmanager
@@ -20,6 +23,19 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Raise UserError where DeepSpeed, which settles at its import on one kind of device, took another than this."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    with quietly():
+        from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() != device.type:
+        raise UserError(
+            f"model.device={device.type}, but DeepSpeed runs on {get_accelerator().device_name()} here; "
+            f"set DS_ACCELERATOR={device.type} in the environment, or model.device=auto"
+        )
 
 
 def start_deepspeed() -> None:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.decoding import Forward, last_logits
 from heretic_ds.errors import UserError
+from heretic_ds.model_fitness import first_line
 from heretic_ds.prompts import pad_left
 from heretic_ds.sharded_loading import Checkpoint
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +101,30 @@ class _Streamed:
         """Forget them."""
         for owner, attribute, empty, _ in self._empty:
             owner._parameters[attribute] = empty
+
+
+def check_split_model(
+    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str, otherwise: str, turn: int = 0
+) -> None:
+    """Compare with the unsplit model, which rank 0 runs block by block; see :func:`check` for the last arguments.
+
+    All ranks call it. Where each has rows of its own, ``turn`` says by how many places this rank's are turned.
+    """
+    rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size)
+
+    def reference() -> Tensor:
+        return streamed_logits(job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device)
+
+    reference_BV = job.world.decide(reference)
+    order = [(turn + row) % len(rows) for row in range(len(rows))]
+    try:
+        with torch.inference_mode():
+            logits_BV = last_logits(model, [rows[row] for row in order], pad_id=0).float().cpu()
+    except RuntimeError as error:  # shapes that do not fit: on every rank alike
+        raise UserError(
+            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
+        ) from error
+    job.world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
 
 
 def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> None:

@@ -16,21 +16,19 @@ from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines import autotp, hf_plan, parity, sharding
-from heretic_ds.engines.decoding import last_logits
+from heretic_ds.engines import autotp, hf_plan, sharding
+from heretic_ds.engines.dtypes import in_some_dtype
 from heretic_ds.engines.experts import sum_experts_over_ranks
+from heretic_ds.engines.from_files import empty_model, refuse_quantised
 from heretic_ds.engines.parallel_layers import SplitByOutputs, split_vocabulary
+from heretic_ds.engines.parity import check_split_model
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
-from heretic_ds.errors import UserError
-from heretic_ds.loading import OpenedModel
-from heretic_ds.model_fitness import first_line
 from heretic_ds.settings import PlacementSettings
-from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles, fill, split
+from heretic_ds.sharded_loading import Checkpoint, Shard, fill, split
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
-    from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +40,31 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     """
     world, generation = job.world, job.settings.generation
     replicas = world.replicas(placement.degree, f"{phase}.degree")
-    model, checkpoint = world.agree(lambda: _empty_model(job.opened))
-    backend, shards = "none", {}
-    if replicas.inside is not None:
-        backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
-        shards = _lay_out(model, job.anatomy, checkpoint, replicas.inside, backend, phase)
-    world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+    group = replicas.inside
+
+    def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
+        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+        backend, shards = "none", {}
+        if group is not None:
+            backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+            shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+        world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+        return model, checkpoint, backend
+
+    compared = placement.parity_check and group is not None
+    model, checkpoint, backend = in_some_dtype(
+        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
+    )
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
-    if placement.parity_check and replicas.inside is not None:
-        _check_parity(job, model, checkpoint, phase, backend)
+    if compared:
+        check_split_model(
+            job,
+            model,
+            checkpoint,
+            what=f"{phase}.backend={backend}",
+            otherwise=f"choose another {phase}.backend, or {phase}=replicated",
+        )
     checkpoint.files.close()
     engine = ResidentEngine(
         model,
@@ -59,11 +72,11 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         job.anatomy,
         generation.max_new_tokens,
         generation.batch_size,
-        editor=WeightEditor(model, job.anatomy, sum_over(replicas.inside)),
+        editor=WeightEditor(model, job.anatomy, sum_over(group)),
         replicas=replicas,
         same=world.same,
     )
-    if replicas.inside is None:
+    if group is None:
         engine.whole = job.opened.loaded(model)
     return engine
 
@@ -71,11 +84,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
     degree = placement.degree or job.world.size
-    if job.opened.quantization is not None:
-        raise UserError(
-            f"model.path={job.opened.settings.path} is quantised with {job.opened.quantization}, and its parts cannot "
-            f"be read by themselves; use the unquantised original, or set {phase}=replicated"
-        )
+    refuse_quantised(job.opened, phase)
     if degree > 1:
         model = job.opened.skeleton()
         sharding.expert_shards(model, job.anatomy, 0, degree)
@@ -99,13 +108,6 @@ def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
         return tensor
 
     return add_up
-
-
-def _empty_model(opened: OpenedModel) -> tuple[PreTrainedModel, Checkpoint]:
-    """The model without weights, and where they are."""
-    model = opened.skeleton()
-    files = TensorFiles(opened.source.folder, opened.headers)
-    return model, Checkpoint.of(model, files, opened.dtypes[0])
 
 
 def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str) -> sharding.Layout | None:
@@ -191,23 +193,3 @@ def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:
         whole = module.get_parameter(attribute)
         empty = torch.empty(shard.local_shape, dtype=whole.dtype, device="meta")
         module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)
-
-
-def _check_parity(job: Job, model: PreTrainedModel, checkpoint: Checkpoint, phase: str, backend: str) -> None:
-    """Compare with the unsplit model, which rank 0 runs block by block."""
-    world: World = job.world
-    what, otherwise = f"{phase}.backend={backend}", f"choose another {phase}.backend, or {phase}=replicated"
-    rows = parity.sample_rows(model.config.get_text_config(decoder=True).vocab_size)
-
-    def reference() -> Tensor:
-        return parity.streamed_logits(job.opened.skeleton(), job.anatomy, checkpoint, rows, job.opened.device)
-
-    reference_BV = world.decide(reference)
-    try:
-        with torch.inference_mode():
-            logits_BV = last_logits(model, rows, pad_id=0).float().cpu()
-    except RuntimeError as error:  # shapes that do not fit: on every rank alike
-        raise UserError(
-            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
-        ) from error
-    world.agree(lambda: parity.check(logits_BV, reference_BV, model.dtype, what, otherwise))

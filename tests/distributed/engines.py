@@ -101,6 +101,19 @@ def refusal(world: World, folder: str, degree: int, backend: str = "auto", dtype
     return "accepted"
 
 
+def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
+    """The dtype that a placement ends with where it tries float16 first, then float32."""
+    from heretic_ds.engines import build_engine
+    from heretic_ds.loading import OpenedModel
+
+    OpenedModel.dtypes = property(lambda opened: [torch.float16, torch.float32])  # type: ignore[assignment,method-assign]
+    job = job_for(world, folder)
+    getattr(job.settings, phase).placement = placement
+    job.settings.evaluate.backend = "hf_plan"  # DeepSpeed takes no float16 on a CPU
+    with contextlib.closing(build_engine(job, phase)) as engine:
+        return str(engine.dtype)
+
+
 def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
     """:func:`measure` on the placement `replicated`, in this process alone."""
     from heretic_ds.engines import replicated

@@ -1,0 +1,86 @@
+"""An engine whose ranks work on prompts of their own, but cannot run a forward pass without each other.
+
+All ranks run equally many passes: shares of prompts are padded to one length, batches have one size, and answers are
+decoded until no rank has any that goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines.decoding import decode
+from heretic_ds.engines.headroom import rows_that_fit
+from heretic_ds.engines.memory import is_out_of_memory
+from heretic_ds.engines.protocol import Decided, TokenRows
+from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
+
+
+class InStepEngine(ResidentEngine):
+    """Every rank has its own share of the prompts; the model's weights lie over ``degree`` ranks."""
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, anatomy: Anatomy, job: Job, degree: int, editor: WeightEditor
+    ) -> None:
+        """``name`` is the placement's."""
+        generation, world = job.settings.generation, job.world
+        super().__init__(
+            model,
+            job.opened.tokenizer,
+            anatomy,
+            generation.max_new_tokens,
+            generation.batch_size,
+            editor=editor,
+            replicas=world.replicas(1, "degree"),  # of the prompts
+            same=world.same,
+        )
+        self._name, self._world, self._degree = name, world, degree
+
+    @property
+    def degree(self) -> int:
+        return self._degree
+
+    def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
+        with self._in_step(rows):
+            return super()._residuals(decoder, rows)
+
+    def _first_token_logits(self, rows: TokenRows) -> Tensor:
+        with self._in_step(rows):
+            return super()._first_token_logits(rows)
+
+    def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
+        with self._in_step(rows):
+            return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided, self._anyone)
+
+    def _anyone(self, going: bool) -> bool:
+        """Whether any rank's rows go on."""
+        return self._replicas.total(torch.tensor(float(going))).item() > 0
+
+    @contextmanager
+    def _in_step(self, rows: Sequence[Any]) -> Iterator[None]:
+        """A rank that ran out of memory cannot try again by itself: the others wait for its part of the pass."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"memory ran out with {len(rows)} rows in a batch, from which {self._name} cannot recover; "
+                f"set generation.batch_size below {len(rows)}"
+            ) from error
+
+    def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
+        most = super()._most_rows(longest, work)
+        fitting = rows_that_fit(lambda n: work(longest[:n]), most, next(self.model.parameters()).device)
+        return min(self._world.gather(fitting))
