@@ -22,8 +22,8 @@ TASKS = ("abliterate", "evaluate", "export", "chat")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ROW_NORMS = ("none", "pre", "full")
 PLACEMENTS = {
-    "capture": ("replicated", "zero3", "tensor_parallel"),
-    "evaluate": ("replicated", "tensor_parallel", "kernel_inject"),
+    "capture": ("replicated", "zero3", "tensor_parallel", "expert_parallel"),
+    "evaluate": ("replicated", "tensor_parallel", "expert_parallel", "kernel_inject"),
 }
 """Placements by the phase that they can serve."""
 BACKENDS = ("auto", "autotp", "hf_plan")
@@ -131,8 +131,8 @@ class PlacementSettings:
     """Who splits the layers under ``tensor_parallel``: ``autotp`` (DeepSpeed-Inference), ``hf_plan`` (transformers'
     plan of the family), or ``auto``, the one known to be right for the family."""
     parity_check: bool = True
-    """Under ``tensor_parallel``, compare the logits of a few tokens with those of the unsplit model, which one rank
-    computes block by block while it reads the weights once more."""
+    """Under ``tensor_parallel`` and ``expert_parallel``, compare the logits of a few tokens with those of the unsplit
+    model, which one rank computes block by block while it reads the weights once more."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ PLACEMENTS = {
     "replicated": "heretic_ds.engines.replicated",
     "zero3": "heretic_ds.engines.zero3",
     "tensor_parallel": "heretic_ds.engines.tensor_parallel",
+    "expert_parallel": "heretic_ds.engines.expert_parallel",
     "kernel_inject": "heretic_ds.engines.kernel_inject",
 }
 """The module of each placement; its ``build(job, placement, phase)`` gives the engine. It may have a ``check`` of the

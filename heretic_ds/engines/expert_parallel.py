@@ -1,0 +1,64 @@
+"""The placement ``expert_parallel``: every rank holds some of the experts and all else, and tokens travel to experts.
+
+The layers of experts are those of DeepSpeed's AutoEP. Each rank works on prompts of its own, in step with the others,
+since all of them run the experts that any of them needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines import parity
+from heretic_ds.engines.deepspeed_start import check_accelerator
+from heretic_ds.engines.dtypes import in_some_dtype
+from heretic_ds.engines.expert_parallel_layers import ExpertLayers
+from heretic_ds.engines.from_files import empty_model, refuse_quantised
+from heretic_ds.engines.in_step import InStepEngine
+from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.settings import PlacementSettings
+from heretic_ds.sharded_loading import Checkpoint
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
+
+log = logging.getLogger(__name__)
+
+
+def build(job: Job, placement: PlacementSettings, phase: str) -> InStepEngine:
+    """The engine over a model whose experts are shared out over the ranks of a replica.
+
+    Edits are made in the weights, one at a time: a rank's own experts, and its copy of every other writer. Raises
+    UserError, on every rank, where the model cannot be laid out that way.
+    """
+    world, device = job.world, job.opened.device
+    replicas = world.replicas(placement.degree, f"{phase}.degree")
+
+    def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
+        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+        layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase))
+        anatomy = layers.replace(replicas.inside)
+        world.agree(lambda: layers.fill(checkpoint, device))
+        return model, checkpoint, anatomy
+
+    model, checkpoint, anatomy = in_some_dtype(
+        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close()
+    )
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
+    if placement.parity_check:
+        what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
+        parity.check_split_model(job, model, checkpoint, what, otherwise, turn=world.rank)
+    checkpoint.files.close()
+    return InStepEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
+
+
+def check(job: Job, placement: PlacementSettings, phase: str) -> None:
+    """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
+    refuse_quantised(job.opened, phase)
+    check_accelerator(job.opened.device)
+    ExpertLayers(job.opened.skeleton(), job.anatomy, placement.degree or job.world.size, phase)

@@ -1,0 +1,177 @@
+"""What the tests of ``expert_parallel`` run on every rank."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from heretic_ds.engines import build_engine, expert_parallel, replicated
+from heretic_ds.engines.in_step import InStepEngine
+from heretic_ds.engines.release import Originals
+from heretic_ds.errors import UserError
+from heretic_ds.job import Job
+from heretic_ds.settings import CaptureSettings, PlacementSettings
+from heretic_ds.world import World
+from tests.distributed.engines import LENGTHS, job_for, measure, prompts
+from tests.distributed.zero3_ranks import STOPS, status
+
+
+def measure_expert_parallel(world: World, folder: str, degree: int | None, count: int = len(LENGTHS)) -> dict[str, Any]:
+    """:func:`measure` on this placement, and what it leaves behind."""
+    originals = Originals()
+    engine = _engine(world, folder, degree)
+    parts = [weakref.ref(part) for part in (*engine.model.parameters(), *engine.model.modules())]
+    found = measure(engine, count)
+    found["degree"], found["experts"] = engine.degree, _experts(engine)
+    engine.close()
+    del engine
+    gc.collect()
+    found["released"] = all(part() is None for part in parts)
+    found["replaced"] = originals.replaced()
+    return found
+
+
+def _engine(world: World, folder: str, degree: int | None, **options: Any) -> InStepEngine:
+    job = job_for(world, folder, **options)
+    job.settings.evaluate = PlacementSettings("expert_parallel", degree)
+    engine = build_engine(job, "evaluate")
+    assert isinstance(engine, InStepEngine)
+    return engine
+
+
+def _experts(engine: InStepEngine) -> list[int]:
+    """Experts of each block on this rank."""
+    return [len(writer.weight_DK(engine.model)) for writer in engine.anatomy.writers if writer.experts is not None]
+
+
+def refusal(world: World, folder: str, degree: int | None = None, phase: str = "evaluate") -> str:
+    """The message with which the placement refuses a model; "accepted" where it does not."""
+    job = job_for(world, folder)
+    if phase == "evaluate":
+        job.settings.evaluate = PlacementSettings("expert_parallel", degree)
+    else:
+        job.settings.capture = CaptureSettings("expert_parallel", degree)
+    try:
+        build_engine(job, phase).close()
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+def refusal_of(world: World, folder: str, mistake: str) -> str:
+    """The message that a mistake in the exchange of tokens leads to."""
+    from deepspeed.module_inject import auto_ep_layer
+
+    real = auto_ep_layer._AllToAllV.apply
+
+    def wrong(group: Any, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        arrived = real(group, x, sent, received)
+        return torch.zeros_like(arrived) if mistake == "lost" else arrived.flip(0)
+
+    with mock.patch.object(auto_ep_layer._AllToAllV, "apply", wrong):
+        return refusal(world, folder)
+
+
+def weights_unlike_the_file(world: World, folder: str) -> list[str]:
+    """Names of writers' weights that differ from those of a model that transformers loaded."""
+    whole = replicated.build(job_for(World(), folder), PlacementSettings(), "evaluate")
+    engine = _engine(world, folder, None)
+    unlike = []
+    for own, other in zip(engine.anatomy.writers, whole.anatomy.writers, strict=True):
+        weight, expected = own.weight_DK(engine.model), other.weight_DK(whole.model)
+        if own.experts is not None:
+            expected = expected[world.rank * own.experts : (world.rank + 1) * own.experts]
+        if not torch.equal(weight, expected):
+            unlike.append(own.weight)
+    engine.close()
+    return unlike
+
+
+def memory_of_loading(world: World, folder: str, tiny: str) -> dict[str, int]:
+    """Bytes of host memory that loading took at its peak above what was used before, what is held, what stays."""
+    _engine(world, tiny, None).close()  # libraries are loaded, threads started
+    job = job_for(world, folder)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used now
+    before = status("VmHWM")
+    engine = expert_parallel.build(job, PlacementSettings("expert_parallel", parity_check=False), "evaluate")
+    peak = status("VmHWM") - before
+    sizes = [parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()]
+    engine.capture(prompts(2))
+    engine.close()
+    del engine
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return {"peak": peak, "held": sum(sizes), "largest": max(sizes), "left": status("VmRSS") - before}
+
+
+def answers_of_unlike_lengths(world: World, folder: str) -> list[list[int]]:
+    """Answers that end at every length, so that ranks wait for each other."""
+    engine = _engine(world, folder, None, batch_size=2)
+    engine._ends = STOPS
+    answers = engine.generate(prompts(), [None])[0]
+    engine.close()
+    return answers
+
+
+def answers_of_unlike_lengths_whole(folder: Path) -> list[list[int]]:
+    """The same on ``replicated``."""
+    engine = replicated.build(job_for(World(), str(folder), batch_size=2), PlacementSettings(), "evaluate")
+    engine._ends = STOPS
+    answers = engine.generate(prompts(), [None])[0]
+    engine.close()
+    return answers
+
+
+def answers_decided_unequally(world: World, folder: str) -> list[int]:
+    """Lengths of answers of which one rank's are decided at once, and the other's never."""
+    engine = _engine(world, folder, None)
+    engine._ends = frozenset()
+    answers = engine.generate(prompts(), [None], lambda started: [world.rank == 0] * len(started))[0]
+    engine.close()
+    return [len(answer) for answer in answers]
+
+
+def batch_sizes(world: World, folder: str) -> dict[str, int]:
+    """What ranks measure in step."""
+    engine = _engine(world, folder, None, batch_size=0)
+    engine.capture(prompts())
+    engine.kl(prompts(), engine.reference(prompts()), [None])
+    engine.generate(prompts(), [None])
+    engine.close()
+    return engine.batch_sizes
+
+
+def captured(world: World, folder: str) -> Tensor:
+    """Means from the capture phase, whose engine the evaluation shares or not."""
+    job: Job = job_for(world, folder)
+    job.settings.capture = CaptureSettings("expert_parallel")
+    engine = build_engine(job, "capture")
+    means = engine.capture(prompts())
+    engine.close()
+    return means
+
+
+def memory_ran_out(world: World, folder: str) -> str:
+    """What an engine says whose forward pass runs out of memory."""
+    engine = _engine(world, folder, None)
+
+    def full(module: nn.Module, args: Any) -> None:
+        raise torch.OutOfMemoryError("pretended")
+
+    engine.model.register_forward_pre_hook(full)
+    try:
+        engine.reference(prompts(4))
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "nothing"

@@ -1,0 +1,194 @@
+"""Models whose experts lie on several ranks say what the same models say whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import families
+from tests.distributed import engines
+from tests.distributed import expert_parallel_ranks as work
+
+pytestmark = pytest.mark.distributed
+
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "qwen2_moe", "qwen3_5_moe")
+
+
+def _save(family: str, folder: Path) -> Path:
+    """The tiny model of a family; that of DeepSeek-V3 with groups of experts, and the biases that choose among them."""
+    if family != "deepseek_v3":
+        return families.save(family, folder)
+    model = families.build(family)
+    config = model.config
+    config.n_routed_experts, config.n_group, config.topk_group, config.routed_scaling_factor = 8, 4, 2, 2.5
+    model = AutoModelForCausalLM.from_config(config)
+    families.randomise(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    model.save_pretrained(folder)
+    families.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """`saved("mixtral")`: the folder of a tiny model, and what it says whole, in one process."""
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def of_family(family: str) -> tuple[Path, dict[str, Any]]:
+        if family not in known:
+            folder = _save(family, tmp_path_factory.mktemp(family))
+            known[family] = folder, engines.measure_replicated(folder)
+        return known[family]
+
+    return of_family
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    error_L = (found["means"] - expected["means"]).norm(dim=-1) / expected["means"].norm(dim=-1)
+    assert error_L.max() < 1e-5
+    assert found["answers"] == expected["answers"]
+    assert found["kl"].keys() == expected["kl"].keys()
+    for name, kl in expected["kl"].items():
+        assert abs(found["kl"][name] - kl) <= 1e-6 + 1e-4 * kl, name
+        assert name == "original" or kl > 1e-3, "an edit that does nothing shows nothing"
+    assert found["restored"] and found["released"] and found["replaced"] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_say_what_one_says(ranks, saved, family):
+    folder, expected = saved(family)
+    whole = 8 if family == "deepseek_v3" else 4
+    for found in ranks(2).run(work.measure_expert_parallel, folder=str(folder), degree=2):
+        assert_same(found, expected)
+        assert found["degree"] == 2 and set(found["experts"]) == {whole // 2}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_fewer_prompts_than_ranks(ranks, saved, family):
+    folder, _ = saved(family)
+    expected = engines.measure_replicated(folder, count=1)
+    for found in ranks(2).run(work.measure_expert_parallel, folder=str(folder), degree=None, count=1):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_weights_are_those_of_the_file(ranks, saved, family):
+    assert ranks(2).run(work.weights_unlike_the_file, folder=str(saved(family)[0])) == [[], []]
+
+
+def test_capture(ranks, saved):
+    folder, expected = saved("mixtral")
+    for means in ranks(2).run(work.captured, folder=str(folder)):
+        error_L = (means - expected["means"]).norm(dim=-1) / expected["means"].norm(dim=-1)
+        assert error_L.max() < 1e-5
+
+
+def test_answers_of_unlike_lengths_end_together(ranks, saved):
+    folder, _ = saved("qwen3_moe")
+    expected = work.answers_of_unlike_lengths_whole(folder)
+    assert len({len(answer) for answer in expected}) > 1, "answers of one length do not show waiting"
+    assert ranks(2).run(work.answers_of_unlike_lengths, folder=str(folder)) == [expected, expected]
+
+
+def test_a_rank_whose_answers_are_decided_waits_for_the_others(ranks, saved):
+    for lengths in ranks(2).run(work.answers_decided_unequally, folder=str(saved("mixtral")[0])):
+        assert lengths == [4, 6, 4, 6, 4, 6, 4]
+
+
+def test_ranks_measure_one_batch_size(ranks, saved):
+    found = ranks(2).run(work.batch_sizes, folder=str(saved("mixtral")[0]))
+    assert found[0] == found[1] and set(found[0]) == {"capture", "kl", "generate"}
+
+
+def test_a_lack_of_memory_names_the_setting(ranks, saved):
+    for said in ranks(2).run(work.memory_ran_out, folder=str(saved("mixtral")[0])):
+        assert said.endswith("from which expert_parallel cannot recover; set generation.batch_size below 2")
+
+
+@pytest.mark.parametrize(
+    ("family", "phase", "degree", "part"),
+    [
+        ("llama", "evaluate", None, "has no preset for a llama model"),
+        ("gpt_oss", "capture", None, "has no preset for a gpt_oss model"),
+        ("mixtral", "evaluate", 3, "evaluate.degree=3 does not divide the 4 experts of model.layers.0.mlp.experts"),
+        ("mixtral", "evaluate", 4, "evaluate.degree=4 does not divide the world size 2"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_on_every_rank(ranks, tmp_path, family, phase, degree, part):
+    folder = families.save(family, tmp_path)
+    found = ranks(2).run(work.refusal, folder=str(folder), degree=degree, phase=phase)
+    assert found[0] == found[1] and part in found[0] and "\n" not in found[0]
+    assert "world size" in part or found[0].endswith(f"set {phase}=tensor_parallel")
+
+
+def test_a_damaged_file_is_told_on_every_rank(ranks, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = families.save("mixtral", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layers.1" in name and ".3.w2." in name)  # an expert of the second rank
+    tensors[name][-1, -1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = ranks(2).run(work.refusal, folder=str(folder))
+    assert found[0] == found[1] and "model.layers.1.mlp.experts.down_proj" in found[0]
+
+
+@pytest.mark.parametrize("mistake", ["lost", "turned"])
+def test_tokens_that_go_astray_are_noticed(ranks, saved, mistake):
+    for message in ranks(2).run(work.refusal_of, folder=str(saved("mixtral")[0]), mistake=mistake):
+        assert "gives other logits than the unsplit model" in message
+        assert message.endswith("set evaluate=tensor_parallel")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """The folder of a model most of whose 400 MB are experts, and its bytes."""
+    config = families.REQUIRED["mixtral"](layers=4, width=1024)
+    config.intermediate_size, config.vocab_size, config.num_local_experts = 1536, 8_000, 8
+    model = AutoModelForCausalLM.from_config(config)
+    folder = tmp_path_factory.mktemp("large")
+    model.save_pretrained(folder, max_shard_size="150MB")
+    families.tokenizer().save_pretrained(folder)
+    return folder, sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_loading_takes_a_ranks_share_and_little_more(ranks, saved, large):
+    folder, total = large
+    tiny = str(saved("mixtral")[0])
+    for used in ranks(2).run(work.memory_of_loading, folder=str(folder), tiny=tiny):
+        assert used["held"] <= 0.65 * total, "half of the experts, and all that is not experts"
+        assert used["peak"] <= used["held"] + used["largest"] + 48 * 2**20 < total, used
+        assert used["left"] < 32 * 2**20, used
+
+
+# Four ranks come last: ranks of another number are started anew.
+@pytest.mark.parametrize("count", [7, 1])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_two_replicas_of_two_ranks_say_what_one_rank_says(ranks, saved, family, count):
+    folder, expected = saved(family)
+    if count != len(engines.LENGTHS):
+        expected = engines.measure_replicated(folder, count)
+    for found in ranks(4).run(work.measure_expert_parallel, folder=str(folder), degree=2, count=count):
+        assert_same(found, expected)
+        assert found["degree"] == 2
+
+
+def test_four_ranks_hold_an_expert_each(ranks, saved):
+    folder, expected = saved("mixtral")
+    for found in ranks(4).run(work.measure_expert_parallel, folder=str(folder), degree=4):
+        assert_same(found, expected)
+        assert set(found["experts"]) == {1}
+
+
+def test_one_rank_holds_all_experts(ranks, saved):
+    folder, expected = saved("qwen3_moe")
+    [found] = ranks(1).run(work.measure_expert_parallel, folder=str(folder), degree=None)
+    assert_same(found, expected)
