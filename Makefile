@@ -4,19 +4,22 @@
 # VENV    folder of the environment
 # RANKS   how many ranks run-distributed and demo-distributed start
 # TORCH   what pip installs as PyTorch, before all else; may hold pip options, for another build of it
+# HERETIC_VENV  folder of the environment of the tool that bench-against compares this one with
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+HERETIC_VENV ?= .venv-heretic
 TORCH ?= torch==2.13.0
 ARGS ?=
 RANKS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HERETIC_READY := $(HERETIC_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check test lint format docs wheel clean
+.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check bench-setup bench-against test lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -56,6 +59,17 @@ sweep: $(READY) ## One run for every combination; with hydra/launcher=deepspeed 
 
 gpu-check: $(READY) ## On a GPU: parity, then speed of the placements; ARGS="--shape 1b" for a smaller model
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+bench-setup: $(HERETIC_READY) ## Make the environment of heretic-llm, which bench-against needs: some minutes, done once
+
+$(HERETIC_READY): benchmarks/heretic_requirements.txt
+	test -x $(HERETIC_VENV)/bin/python || $(PYTHON) -m venv $(HERETIC_VENV)
+	$(HERETIC_VENV)/bin/python -m pip --disable-pip-version-check install $(TORCH)
+	$(HERETIC_VENV)/bin/python -m pip --disable-pip-version-check install -r $<
+	touch $@
+
+bench-against: $(READY) $(HERETIC_READY) ## Speed, memory and scores beside heretic-llm; ARGS="--shape 8b" on a GPU
+	$(BIN)/python benchmarks/against_heretic.py --heretic-python $(HERETIC_VENV)/bin/python $(ARGS)
 
 test: lint ## Lint, types and tests; ARGS goes to pytest
 	$(BIN)/python -m pytest $(ARGS)
