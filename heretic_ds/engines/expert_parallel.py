@@ -16,9 +16,12 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines import parity
 from heretic_ds.engines.deepspeed_start import check_accelerator
 from heretic_ds.engines.dtypes import in_some_dtype
+from heretic_ds.engines.expert_parallel_edits import ExpertParallelEdits
 from heretic_ds.engines.expert_parallel_layers import ExpertLayers
 from heretic_ds.engines.from_files import empty_model, refuse_quantised
 from heretic_ds.engines.in_step import InStepEngine
+from heretic_ds.engines.protocol import Ablation
+from heretic_ds.engines.resident import MOST_EDITS
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.settings import PlacementSettings
 from heretic_ds.sharded_loading import Checkpoint
@@ -29,11 +32,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> InStepEngine:
+def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelEngine:
     """The engine over a model whose experts are shared out over the ranks of a replica.
 
-    Edits are made in the weights, one at a time: a rank's own experts, and its copy of every other writer. Raises
-    UserError, on every rank, where the model cannot be laid out that way.
+    An edit in the weights is that of a rank's own experts, and of its copy of every other writer. Raises UserError, on
+    every rank, where the model cannot be laid out that way.
     """
     world, device = job.world, job.opened.device
     replicas = world.replicas(placement.degree, f"{phase}.degree")
@@ -54,7 +57,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> InStepEngine:
         what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
         parity.check_split_model(job, model, checkpoint, what, otherwise, turn=world.rank)
     checkpoint.files.close()
-    return InStepEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
+    return ExpertParallelEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
 
 
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:
@@ -62,3 +65,13 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     refuse_quantised(job.opened, phase)
     check_accelerator(job.opened.device)
     ExpertLayers(job.opened.skeleton(), job.anatomy, placement.degree or job.world.size, phase)
+
+
+class ExpertParallelEngine(InStepEngine):
+    """Rows of one batch may belong to different trials, whose edits experts make for the tokens of all ranks."""
+
+    max_edits_per_pass = MOST_EDITS
+
+    def prepare(self, ablation: Ablation) -> None:
+        super().prepare(ablation)
+        self._outputs = ExpertParallelEdits(self.model, self.anatomy, ablation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.decoding import decode
+from heretic_ds.engines.decoding import OnRows, finished_answers
 from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.memory import is_out_of_memory
 from heretic_ds.engines.protocol import Decided, TokenRows
@@ -60,8 +61,35 @@ class InStepEngine(ResidentEngine):
             return super()._first_token_logits(rows)
 
     def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
+        return self._answers(rows, max_new_tokens, decided)
+
+    def _answers(
+        self, rows: TokenRows, max_new_tokens: int, decided: Decided | None, on_rows: OnRows | None = None
+    ) -> list[list[int]]:
+        """Answers to one batch, decoded until no rank has any that goes on."""
+        answers: list[list[int]] = [[] for _ in rows]
         with self._in_step(rows):
-            return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided, self._anyone)
+            for row, answer in finished_answers(
+                self.model, rows, self._pad_id, self._ends, max_new_tokens, decided, self._anyone, on_rows=on_rows
+            ):
+                answers[row] = answer
+        return answers
+
+    def _answers_of_pass(
+        self, rows: TokenRows, trials: int, assign: OnRows, decided: Decided | None
+    ) -> list[list[list[int]]]:
+        pairs, size = self._pairs(rows, trials), self.batch_sizes["generate"]
+        answers: list[list[list[int]]] = [[[] for _ in rows] for _ in range(trials)]
+        for batch in (pairs[start : start + size] for start in range(0, len(pairs), size)):
+            found = self._answers(
+                [rows[index] for _, index in batch],
+                self._max_new_tokens,
+                decided,
+                partial(_assign, assign, [trial for trial, _ in batch]),
+            )
+            for (trial, index), answer in zip(batch, found, strict=True):
+                answers[trial][index] = answer
+        return answers
 
     def _anyone(self, going: bool) -> bool:
         """Whether any rank's rows go on."""
@@ -84,3 +112,8 @@ class InStepEngine(ResidentEngine):
         most = super()._most_rows(longest, work)
         fitting = rows_that_fit(lambda n: work(longest[:n]), most, next(self.model.parameters()).device)
         return min(self._world.gather(fitting))
+
+
+def _assign(assign: OnRows, trials: Sequence[int], rows: Sequence[int]) -> None:
+    """Name the trial of each row that is left of a batch."""
+    assign([trials[row] for row in rows])

@@ -32,7 +32,7 @@ from heretic_ds.world import ALONE, Replicas
 
 log = logging.getLogger(__name__)
 
-_MOST_EDITS = 64
+MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
 _PROBE_TOKENS = 8
 """Answer tokens per row while the batch size for generation is measured."""
@@ -72,7 +72,7 @@ class ResidentEngine:
         self._outputs: OutputEdits | None = None
         self._obstacle = None if self._whole_batches else obstacle(model, anatomy)
         if not self._whole_batches and self._obstacle is None:
-            self.max_edits_per_pass = _MOST_EDITS
+            self.max_edits_per_pass = MOST_EDITS
         self._applied: Edit | None = None
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
@@ -175,10 +175,7 @@ class ResidentEngine:
             self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
         for together in self._passes(edits):
             with self._wearing(together) as assign:
-                if self._whole_batches:
-                    answers = [self._answers_in_batches(rows, decided)]
-                else:
-                    answers = self._answers_of_pass(rows, len(together), assign, decided)
+                answers = self._answers_of_pass(rows, len(together), assign, decided)
             result += [self._replicas.gather(of_trial, len(prompts)) for of_trial in answers]
         return result
 
@@ -195,6 +192,8 @@ class ResidentEngine:
         self, rows: TokenRows, trials: int, assign: Callable[[Sequence[int]], None], decided: Decided | None
     ) -> list[list[list[int]]]:
         """Answers [trial][prompt][token]; where memory runs out, those that are unfinished begin anew."""
+        if self._whole_batches:
+            return [self._answers_in_batches(rows, decided)]
         answers: dict[tuple[int, int], list[int]] = {}
         pairs = self._pairs(rows, trials)
 

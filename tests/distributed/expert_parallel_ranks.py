@@ -19,6 +19,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
+from tests.distributed import output_edits_ranks
 from tests.distributed.engines import LENGTHS, job_for, measure, prompts
 from tests.distributed.zero3_ranks import STOPS, status
 
@@ -35,6 +36,14 @@ def measure_expert_parallel(world: World, folder: str, degree: int | None, count
     gc.collect()
     found["released"] = all(part() is None for part in parts)
     found["replaced"] = originals.replaced()
+    return found
+
+
+def score_together(world: World, folder: str, degree: int | None) -> dict[str, Any]:
+    """KL and answers of several edits in one pass, in every mode."""
+    engine = _engine(world, folder, degree)
+    found = output_edits_ranks.score(engine, together=True)
+    engine.close()
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import families
-from tests.distributed import engines
+from tests.distributed import engines, output_edits_ranks
 from tests.distributed import expert_parallel_ranks as work
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +81,33 @@ def test_fewer_prompts_than_ranks(ranks, saved, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loaded_weights_are_those_of_the_file(ranks, saved, family):
     assert ranks(2).run(work.weights_unlike_the_file, folder=str(saved(family)[0])) == [[], []]
+
+
+@pytest.fixture(scope="module")
+def scored(saved):
+    """`scored("mixtral")`: scores of several edits, one after another in the weights of the whole model."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def of_family(family: str) -> dict[str, Any]:
+        if family not in known:
+            known[family] = output_edits_ranks.score_one_by_one(saved(family)[0])
+        return known[family]
+
+    return of_family
+
+
+def assert_same_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["answers"] == expected["answers"]
+    for row_norm, kls in expected["kl"].items():
+        for kl, other in zip(kls, found["kl"][row_norm], strict=True):
+            assert abs(other - kl) <= 1e-6 + 1e-4 * kl, row_norm
+        assert sum(kl > 1e-3 for kl in kls) >= 2, "edits that do nothing show nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trials_of_one_pass_have_their_own_edits(ranks, saved, scored, family):
+    for found in ranks(2).run(work.score_together, folder=str(saved(family)[0]), degree=2):
+        assert_same_scores(found, scored(family))
 
 
 def test_capture(ranks, saved):
@@ -192,3 +219,10 @@ def test_one_rank_holds_all_experts(ranks, saved):
     folder, expected = saved("qwen3_moe")
     [found] = ranks(1).run(work.measure_expert_parallel, folder=str(folder), degree=None)
     assert_same(found, expected)
+
+
+def test_trials_of_one_pass_on_one_rank_and_on_replicas(ranks, saved, scored):
+    folder = str(saved("mixtral")[0])
+    for size, degree in ((4, 2), (1, None)):
+        for found in ranks(size).run(work.score_together, folder=folder, degree=degree):
+            assert_same_scores(found, scored("mixtral"))
