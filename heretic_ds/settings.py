@@ -72,6 +72,8 @@ class PromptSource:
     source: str = MISSING
     """Hub data set id, folder of a saved data set, or a ``.txt`` (one prompt a line), ``.jsonl``, ``.csv`` or
     ``.parquet`` file."""
+    subset: Optional[str] = None
+    """Configuration of a data set that has several."""
     split: str = "train"
     """Split of a data set; ``train[:400]`` works too, quoted as Hydra's grammar needs."""
     slice: Optional[str] = None

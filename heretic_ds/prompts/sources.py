@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import re
@@ -37,6 +38,8 @@ class _Rows:
     """None: there is one column, without a name."""
     count: int
     read: Callable[[str, range], Sequence[Any]]
+    of_subset: bool = False
+    """Whether the source may have several configurations, of which one was chosen."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class _Source:
     """Override prefix, for messages: ``prompts.target.train``."""
     text: str
     """The source as the user gave it."""
+    subset: str | None
+    """Which of several configurations of a data set."""
 
     def fail(self, problem: str, field: str = "source", cause: Exception | None = None) -> NoReturn:
         raise UserError(f"{self.name}.{field}: {problem}") from cause
@@ -63,11 +68,13 @@ def load_prompts(source: PromptSource, name: str) -> list[str]:
 
     ``name`` is the override prefix that messages name, such as ``prompts.target.train``. Raises UserError.
     """
-    origin = _Source(name, source.source)
+    origin = _Source(name, source.source, source.subset)
     if source.source in (MISSING, ""):
         origin.fail("no source is set; give a data set id, a folder or a file")
     base, within_split = _parse_split(origin, source.split)
     rows = _open(origin, base)
+    if source.subset is not None and not rows.of_subset:
+        origin.fail(f"{origin.text} has no configurations to choose from; leave it null", "subset")
     if not rows.count:
         origin.fail(f"{origin.text} is empty; choose one that holds prompts")
     chosen = _cut(origin, "split", source.split, range(rows.count), within_split)
@@ -192,15 +199,22 @@ def _open_folder(origin: _Source, path: Path, split: str) -> _Rows:
     import datasets
 
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    load = datasets.load_from_disk if saved else datasets.load_dataset
-    return _from_datasets(origin, split, f"the folder {path}", lambda: load(str(path)))
+    kind = f"the folder {path}"
+    if saved:
+        return _from_datasets(origin, split, kind, lambda: datasets.load_from_disk(str(path)))
+    return _of_subset(origin, split, kind, str(path))
 
 
 def _open_hub(origin: _Source, split: str) -> _Rows:
+    kind = f"there is no file or folder {origin.text}, and the data set of that id"
+    return _of_subset(origin, split, kind, origin.text)
+
+
+def _of_subset(origin: _Source, split: str, kind: str, path: str) -> _Rows:
     import datasets
 
-    kind = f"there is no file or folder {origin.text}, and the data set of that id"
-    return _from_datasets(origin, split, kind, lambda: datasets.load_dataset(origin.text))
+    rows = _from_datasets(origin, split, kind, lambda: datasets.load_dataset(path, origin.subset))
+    return dataclasses.replace(rows, of_subset=True)
 
 
 def _from_datasets(origin: _Source, split: str, kind: str, load: Callable[[], Any]) -> _Rows:
@@ -210,6 +224,10 @@ def _from_datasets(origin: _Source, split: str, kind: str, load: Callable[[], An
     # base.
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if "Config name is missing" in reason or f"BuilderConfig {origin.subset!r}" in reason:
+            named = ", ".join(re.findall(r"'([^']+)'", reason.partition("[")[2].partition("]")[0]))
+            given = "null" if origin.subset is None else repr(origin.subset)
+            origin.fail(f"{given} is none of the configurations of {origin.text}: {named}; choose one", "subset", error)
         origin.fail(
             f"{kind} cannot be read: {reason}; check the name and the network, or give a local file",
             cause=error,

@@ -230,6 +230,29 @@ def test_missing_sources(source: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def _configurations(folder: Path) -> Path:
+    for name, prompt in (("herbs", "Which thyme?"), ("trees", "Which oak?")):
+        (folder / f"{name}.csv").write_text(f"text\n{prompt}\n")
+    lines = [f"- config_name: {name}\n  data_files: {name}.csv" for name in ("herbs", "trees")]
+    (folder / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
+    return folder
+
+
+def test_one_of_several_configurations(tmp_path: Path) -> None:
+    source = _configurations(tmp_path)
+    assert _load(source, subset="trees") == ["Which oak?"]
+    for subset, named in ((None, "null"), ("shrubs", "'shrubs'")):
+        message = rf"^{NAME}\.subset: {named} is none of the configurations of .*: herbs, trees; choose one$"
+        with pytest.raises(UserError, match=message):
+            _load(source, subset=subset)
+
+
+def test_a_source_without_configurations(tmp_path: Path) -> None:
+    for make in (_txt, _saved):
+        with pytest.raises(UserError, match=rf"^{NAME}\.subset: .* has no configurations to choose from"):
+            _load(make(tmp_path), subset="trees")
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{NAME}\.source: the folder .* cannot be read"):
         _load(tmp_path)
