@@ -237,6 +237,9 @@ class GenerationSettings:
     """Rows per batch; 0: found by measuring."""
     early_stop: bool = True
     """Stop a row as soon as every scorer has decided on it."""
+    cuda_graphs: bool = True
+    """On CUDA, capture steps of decoding as graphs and replay them, where placement and model allow it; elsewhere steps
+    are launched one operation at a time, and the log says why."""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from heretic_ds.engines.protocol import Engine
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
+
+log = logging.getLogger(__name__)
 
 __all__ = ["PLACEMENTS", "Engine", "build_engine"]
 
@@ -32,4 +35,10 @@ def build_engine(job: Job, phase: str) -> Engine:
         if hasattr(module, "check"):
             job.world.agree(partial(module.check, job, placements[name], name))
     engine: Engine = modules[phase].build(job, placements[phase], phase)
+    decodes = placements[phase].placement == placements["evaluate"].placement
+    wanted = job.settings.generation.cuda_graphs and job.opened.device.type == "cuda"
+    if wanted and decodes and placements[phase].placement != "replicated":
+        log.info(
+            "decoding without CUDA graphs: they are for evaluate=replicated, where ranks do not wait for each other"
+        )
     return engine

@@ -28,7 +28,7 @@ OnRows = Callable[[Sequence[int]], None]
 _DECIDE_EVERY = 4
 """Tokens between two questions to the scorers: turning tokens into text costs about as much as a small model's step."""
 
-_COMPACT_BELOW = 0.75
+COMPACT_BELOW = 0.75
 """Share of live rows in a batch below which the others' rows leave it, or are given to the next prompts."""
 
 
@@ -40,8 +40,10 @@ class Forward:
         parameters = inspect.signature(model.forward).parameters
         takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._optional = {name for name in ("position_ids", "logits_to_keep") if takes_anything or name in parameters}
+        self.takes_positions = "position_ids" in parameters
+        """Whether tokens' positions can be told, instead of following from the mask."""
 
-    def __call__(self, input_ids_BS: Tensor, mask_BS: Tensor, position_ids_BS: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids_BS: Tensor, mask_BS: Any, position_ids_BS: Tensor, **kwargs: Any) -> Tensor:
         """Logits [B, V] of the last position."""
         if "position_ids" in self._optional:
             kwargs["position_ids"] = position_ids_BS
@@ -49,6 +51,40 @@ class Forward:
             kwargs["logits_to_keep"] = 1
         logits: Tensor = self._model(input_ids=input_ids_BS, attention_mask=mask_BS, **kwargs).logits
         return logits[:, -1]
+
+
+class Answers:
+    """The answers to a list of prompts, as far as they have got."""
+
+    def __init__(self, count: int, ends: Collection[int], max_new_tokens: int, decided: Decided | None) -> None:
+        self._ends, self._decided = ends, decided
+        self.limit = max_new_tokens
+        """Tokens of the longest answer."""
+        self.of: list[list[int]] = [[] for _ in range(count)]
+        """By prompt."""
+
+    def note(self, rows: Sequence[int], live: list[bool], tokens: Sequence[int]) -> list[int]:
+        """Note the next token of each row that is live, and in ``live`` those that end with it; gives their prompts."""
+        before, asked = places(live), []
+        for position in before:
+            answer = self.of[rows[position]]
+            if tokens[position] in self._ends:
+                live[position] = False
+                continue
+            answer.append(tokens[position])
+            live[position] = len(answer) < self.limit
+            if live[position] and len(answer) % _DECIDE_EVERY == 0:
+                asked.append(position)
+        if self._decided is not None and asked:
+            verdicts = self._decided([self.of[rows[position]] for position in asked])
+            for position, verdict in zip(asked, verdicts, strict=True):
+                live[position] = not verdict
+        return [rows[position] for position in before if not live[position]]
+
+
+def places(live: Sequence[bool]) -> list[int]:
+    """Positions of what is true."""
+    return [position for position, each in enumerate(live) if each]
 
 
 class _Batch:
@@ -65,7 +101,7 @@ class _Batch:
     @property
     def going(self) -> list[int]:
         """Positions of the rows that go on."""
-        return [position for position, live in enumerate(self.live) if live]
+        return places(self.live)
 
     def take_ended(self) -> list[int]:
         """The prompts whose answers have ended since the last call."""
@@ -108,19 +144,15 @@ class _Decoder:
         model: PreTrainedModel,
         prompts: TokenRows,
         pad_id: int,
-        ends: Collection[int],
-        max_new_tokens: int,
-        decided: Decided | None,
+        answers: Answers,
         on_rows: OnRows | None,
         refills: bool,
     ) -> None:
         self._model, self._forward, self._device = model, Forward(model), next(model.parameters()).device
-        self._prompts, self._pad_id, self._ends = prompts, pad_id, ends
-        self._limit, self._decided, self._on_rows = max_new_tokens, decided, on_rows
+        self._prompts, self._pad_id, self._answers, self._on_rows = prompts, pad_id, answers, on_rows
         self.refills = refills and takes_rows(new_cache(model, roomy=True))
         """Whether rows join a batch in flight."""
         self._announced: list[int] = []
-        self.answers: list[list[int]] = [[] for _ in prompts]
 
     def begin(self, rows: list[int]) -> list[_Batch]:
         """Prompts with the first token of each answer; in several batches where that saves padding."""
@@ -148,7 +180,7 @@ class _Decoder:
             batch.keep(positions)
             return
         rows = [batch.rows[position] for position in positions] + [row for other in added for row in other.rows]
-        width = max(len(self._prompts[row]) + max(len(self.answers[row]), 1) - 1 for row in rows)
+        width = max(len(self._prompts[row]) + max(len(self._answers.of[row]), 1) - 1 for row in rows)
         batch.refill(positions, added, width)
 
     def step(self, batch: _Batch) -> None:
@@ -169,22 +201,7 @@ class _Decoder:
 
     def _note(self, batch: _Batch) -> None:
         """Note each live row's new token in its answer, and which rows end with it."""
-        tokens, before = batch.token_B.tolist(), batch.going
-        asked = []
-        for position in before:
-            answer = self.answers[batch.rows[position]]
-            if tokens[position] in self._ends:
-                batch.live[position] = False
-                continue
-            answer.append(tokens[position])
-            batch.live[position] = len(answer) < self._limit
-            if batch.live[position] and len(answer) % _DECIDE_EVERY == 0:
-                asked.append(position)
-        if self._decided is not None and asked:
-            verdicts = self._decided([self.answers[batch.rows[position]] for position in asked])
-            for position, verdict in zip(asked, verdicts, strict=True):
-                batch.live[position] = not verdict
-        batch.ended += [batch.rows[position] for position in before if not batch.live[position]]
+        batch.ended += self._answers.note(batch.rows, batch.live, batch.token_B.tolist())
 
 
 @torch.inference_mode()
@@ -203,18 +220,18 @@ def finished_answers(
 
     At most ``rows_at_once`` rows (None: all) are in flight. The other arguments are those of :func:`decode`.
     """
-    refills = rows_at_once is not None
-    decoder = _Decoder(model, prompts, pad_id, ends, max_new_tokens, decided, on_rows, refills)
+    answers = Answers(len(prompts), ends, max_new_tokens, decided)
+    decoder = _Decoder(model, prompts, pad_id, answers, on_rows, refills=rows_at_once is not None)
     most, waiting = rows_at_once or len(prompts), list(range(len(prompts)))
     batch: _Batch | None = None
     while True:
         going = [] if batch is None else batch.going
         if batch is not None:
             for row in batch.take_ended():
-                yield row, decoder.answers[row]
+                yield row, answers.of[row]
             if not anyone(bool(going or waiting)):
                 return
-        if waiting and (not going or (decoder.refills and len(going) <= _COMPACT_BELOW * most)):
+        if waiting and (not going or (decoder.refills and len(going) <= COMPACT_BELOW * most)):
             free = most - len(going)
             added, waiting = decoder.begin(waiting[:free]), waiting[free:]
             if batch is None or not going:
@@ -225,7 +242,7 @@ def finished_answers(
             continue
         if batch is None:
             raise ValueError("no prompts were given to answer")
-        if max(len(going), 1) <= _COMPACT_BELOW * len(batch.rows):
+        if max(len(going), 1) <= COMPACT_BELOW * len(batch.rows):
             decoder.keep(batch, going or [0])
         decoder.step(batch)
 

@@ -39,6 +39,10 @@ class ExpertEdit:
         self._norms_ED, self._overlaps_ELD = tables.norms_D, tables.overlaps_LD
         self._directions, self._bias_ED, self._rows = directions, bias_ED, rows
 
+    def retake(self, directions: TrialDirections) -> None:
+        """Become the edits of as many other trials, in the memory of these."""
+        self._directions.copy_(directions)
+
     def __call__(self, output_SD: Tensor, expert_S: Tensor) -> Tensor:
         """Edited outputs [S, D], at least float32, slots of one token side by side."""
         trial_S = self._rows.tokens(len(expert_S))
@@ -72,6 +76,11 @@ def dispatch_edits(model: PreTrainedModel, paths: Sequence[str]) -> None:
         if not chosen.startswith(_PREFIX):
             ALL_EXPERTS_FUNCTIONS.register(_PREFIX + chosen, _edited_by_slot(chosen))
             model.set_experts_implementation(_PREFIX + chosen)
+
+
+def base_implementation(experts: Any) -> str:
+    """The implementation by which a module of experts computes, whatever else happens around it."""
+    return unsummed(str(experts.config._experts_implementation).removeprefix(_PREFIX))
 
 
 @contextmanager

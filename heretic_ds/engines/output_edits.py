@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,11 @@ class TrialDirections:
         share_T2 = self.share_T2.to(table_LD)
         return share_T2[:, :1] * table_LD[self.below_T] + share_T2[:, 1:] * table_LD[self.above_T]
 
+    def copy_(self, other: TrialDirections) -> None:
+        """Take the values of another, in this one's memory."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
 
 class WriterTables:
     """What all edits of a run share about one writer, from its original weight."""
@@ -75,10 +80,19 @@ class WriterTables:
 
     def directions(self, edits: Sequence[Edit | None]) -> TrialDirections | None:
         """What the edits do to this writer; None where none of them does anything."""
-        writer, norms_D = self._writer, self.norms_D
-        strengths = [0.0 if e is None else e.strength(writer.component, writer.block) for e in edits]
-        if not any(strengths):
-            return None
+        strengths = self._strengths(edits)
+        return self._directions(edits, strengths) if any(strengths) else None
+
+    def all_directions(self, edits: Sequence[Edit | None]) -> TrialDirections:
+        """What the edits do to this writer, be it nothing."""
+        return self._directions(edits, self._strengths(edits))
+
+    def _strengths(self, edits: Sequence[Edit | None]) -> list[float]:
+        writer = self._writer
+        return [0.0 if edit is None else edit.strength(writer.component, writer.block) for edit in edits]
+
+    def _directions(self, edits: Sequence[Edit | None], strengths: Sequence[float]) -> TrialDirections:
+        norms_D = self.norms_D
         parts = [self._direction(None if edit is None else edit.direction_index) for edit in edits]
         device = norms_D.device
         return TrialDirections(
@@ -109,9 +123,12 @@ class Rows:
         self.trial_B: Tensor | None = None
         """None: there is one trial alone."""
 
-    def assign(self, trials: Sequence[int], single: bool) -> None:
-        """Take the trial of every row."""
-        self.trial_B = None if single else torch.tensor(trials, device=self._device)
+    def assign(self, trials: Sequence[int], single: bool, into: Tensor | None = None) -> None:
+        """Take the trial of every row, where ``into`` is given in that memory."""
+        if into is not None:
+            self.trial_B = into.copy_(torch.tensor(trials))
+        else:
+            self.trial_B = None if single else torch.tensor(trials, device=self._device)
 
     def tokens(self, count: int) -> Tensor | None:
         """The trial of each of ``count`` tokens that lie flattened, row after row."""
@@ -132,17 +149,24 @@ class DenseEdit:
     def __init__(
         self, tables: WriterTables, directions: TrialDirections, bias_D: Tensor | None, rows: Rows, experts: bool
     ) -> None:
-        norms_D = tables.norms_D[0] if experts else tables.norms_D  # experts alike: all have n = 1
-        overlaps_TD = None if tables.overlaps_LD is None else directions.mixed(tables.overlaps_LD)
-        self._operator = output_operator(norms_D, overlaps_TD, directions.unit_TD, directions.strength_T1)
+        self._tables, self._experts = tables, experts
+        self._operator = self._operator_of(directions)
         self._bias_D, self._rows = bias_D, rows
+
+    def _operator_of(self, directions: TrialDirections) -> OutputOperator:
+        tables = self._tables
+        norms_D = tables.norms_D[0] if self._experts else tables.norms_D  # experts alike: all have n = 1
+        overlaps_TD = None if tables.overlaps_LD is None else directions.mixed(tables.overlaps_LD)
+        return output_operator(norms_D, overlaps_TD, directions.unit_TD, directions.strength_T1)
+
+    def retake(self, directions: TrialDirections) -> None:
+        """Become the edits of as many other trials, in the memory of these."""
+        self._fields_TFD.copy_(_side_by_side(self._operator_of(directions)))
 
     @cached_property
     def _fields_TFD(self) -> Tensor:
         """The operator's vectors side by side, so that one look-up gives those of a row."""
-        operator = self._operator
-        fields = [operator.step_D, operator.probe_D] + ([] if operator.scale_D is None else [operator.scale_D])
-        return torch.stack([field.expand_as(operator.step_D) for field in fields], dim=1)
+        return _side_by_side(self._operator)
 
     def _of_rows(self, trial_B: Tensor | None) -> OutputOperator:
         """The operator with fields [B, 1, D], or [1, D] for one trial."""
@@ -165,6 +189,11 @@ class DenseEdit:
         return value.reshape(output.shape).to(output.dtype)
 
 
+def _side_by_side(operator: OutputOperator) -> Tensor:
+    vectors = [operator.step_D, operator.probe_D] + ([] if operator.scale_D is None else [operator.scale_D])
+    return torch.stack([vector.expand_as(operator.step_D) for vector in vectors], dim=1)
+
+
 def _applied(operator: OutputOperator, value: Tensor) -> Tensor:
     """What calling the operator does, in fewer passes over memory; the value has its dtype."""
     along = value @ operator.probe_D.transpose(-1, -2)
@@ -183,6 +212,11 @@ class OutputEdits:
         self._tables: dict[str, WriterTables] = {}
         self._rows = Rows(next(model.parameters()).device)
         self._count = 0
+        self._steady: dict[str, DenseEdit | ExpertEdit] = {}
+        self._capacity = 0
+        self._moves = 0
+        self.kind = 0
+        """Of the forward passes: 0 without steady edits, else a number that grows when these get other memory."""
         per_expert = [w for w in anatomy.writers if self._edits_experts(w)]
         if per_expert:
             dispatch_edits(model, [writer.module for writer in per_expert])
@@ -192,41 +226,69 @@ class OutputEdits:
         return writer.experts is not None and (self._ablation.row_norm != "none" or writer.bias is not None)
 
     @contextmanager
-    def active(self, edits: Sequence[Edit | None]) -> Iterator[None]:
+    def active(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[None]:
         """While the context lasts, forward passes are those of the edits; None leaves a row as it is.
 
-        Before each pass :meth:`assign` has to name the edit of every row.
+        Before each pass :meth:`assign` has to name the edit of every row. ``steady`` edits, at least two, all do the
+        same work in the same memory, those of one context and those of the next: as long as :attr:`kind` is the same,
+        a pass that was captured during one is right during another.
         """
         self._count = len(edits)
         with ExitStack() as stack:
-            for writer in self._anatomy.writers:
-                tables = self._tables_of(writer)
-                directions = tables.directions(edits)
-                if directions is not None:
-                    stack.enter_context(self._editing(writer, tables, directions))
-            yield
+            for writer, edit in self._steady_edits(edits) if steady else self._edits(edits):
+                stack.enter_context(self._editing(writer, edit))
+            self.kind = self._moves if steady else 0
+            try:
+                yield
+            finally:
+                self.kind = 0
 
-    def assign(self, trials: Sequence[int]) -> None:
-        """For each row of the coming forward passes the position of its edit among the active ones."""
-        self._rows.assign(trials, single=self._count == 1)
+    def _edits(self, edits: Sequence[Edit | None]) -> Iterator[tuple[Writer, DenseEdit | ExpertEdit]]:
+        """Edits of the writers to which any is done."""
+        for writer in self._anatomy.writers:
+            directions = self._tables_of(writer).directions(edits)
+            if directions is not None:
+                yield writer, self._edit(writer, directions)
+
+    def _steady_edits(self, edits: Sequence[Edit | None]) -> Iterator[tuple[Writer, DenseEdit | ExpertEdit]]:
+        """Edits of all writers, of always as many trials."""
+        if len(edits) > self._capacity:
+            self._steady, self._capacity, self._moves = {}, len(edits), self._moves + 1
+        edits = [*edits, *[None] * (self._capacity - len(edits))]
+        for writer in self._anatomy.writers:
+            directions = self._tables_of(writer).all_directions(edits)
+            if writer.weight not in self._steady:
+                self._steady[writer.weight] = self._edit(writer, directions)
+            self._steady[writer.weight].retake(directions)
+            yield writer, self._steady[writer.weight]
+
+    def assign(self, trials: Sequence[int], into: Tensor | None = None) -> None:
+        """For each row of the coming forward passes the position of its edit among the active ones.
+
+        Captured passes read it ``into`` memory that stays where it is.
+        """
+        self._rows.assign(trials, self._count == 1, into)
 
     def _tables_of(self, writer: Writer) -> WriterTables:
         if writer.weight not in self._tables:
             self._tables[writer.weight] = WriterTables(self._model, writer, self._ablation, self._reduce)
         return self._tables[writer.weight]
 
-    @contextmanager
-    def _editing(self, writer: Writer, tables: WriterTables, directions: TrialDirections) -> Iterator[None]:
-        module = self._model.get_submodule(writer.module)
+    def _edit(self, writer: Writer, directions: TrialDirections) -> DenseEdit | ExpertEdit:
+        tables = self._tables_of(writer)
         bias_D = None if writer.bias is None else self._model.get_parameter(writer.bias).detach()
         if self._edits_experts(writer):
-            edit = ExpertEdit(tables, directions, bias_D, self._rows)
+            return ExpertEdit(tables, directions, bias_D, self._rows)
+        return DenseEdit(tables, directions, bias_D, self._rows, writer.experts is not None)
+
+    @contextmanager
+    def _editing(self, writer: Writer, edit: DenseEdit | ExpertEdit) -> Iterator[None]:
+        module = self._model.get_submodule(writer.module)
+        if isinstance(edit, ExpertEdit):
             with edit_experts(module, edit):
                 yield
             return
-        handle = module.register_forward_hook(
-            DenseEdit(tables, directions, bias_D, self._rows, writer.experts is not None)
-        )
+        handle = module.register_forward_hook(edit)
         try:
             yield
         finally:

@@ -25,6 +25,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         generation.batch_size,
         replicas=replicas,
         same=world.same,
+        cuda_graphs=generation.cuda_graphs,
     )
     engine.whole = loaded
     return engine

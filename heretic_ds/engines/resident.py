@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
-from heretic_ds.engines.decoding import decode, end_tokens, finished_answers, last_logits
+from heretic_ds.engines.decoding import decode, end_tokens, last_logits
 from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
+from heretic_ds.engines.replays import Replays
+from heretic_ds.engines.slot_decoding import OnRows
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.loading import LoadedModel
 from heretic_ds.prompts import pad_left
@@ -56,11 +58,13 @@ class ResidentEngine:
         editor: WeightEditor | None = None,
         replicas: Replicas = ALONE,
         same: Callable[[float], float] = lambda value: value,
+        cuda_graphs: bool = False,
     ) -> None:
         """Rows per batch are ``batch_size``, or for 0 what is measured, unless :attr:`batch_sizes` is given them.
 
         ``editor`` is the placement's way to edit its weights; by default they lie whole in this process. ``replicas``
-        says which prompts are this one's work, ``same`` makes one rank's number that of all ranks.
+        says which prompts are this one's work, ``same`` makes one rank's number that of all ranks. With ``cuda_graphs``
+        steps of decoding are replayed where the device and the model allow it; the placement must have no collectives.
         """
         self.model, self.anatomy = model, anatomy
         self.whole: LoadedModel | None = None
@@ -74,6 +78,7 @@ class ResidentEngine:
         if not self._whole_batches and self._obstacle is None:
             self.max_edits_per_pass = MOST_EDITS
         self._applied: Edit | None = None
+        self._replays = Replays(model, anatomy, wanted=cuda_graphs)
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )
@@ -112,6 +117,7 @@ class ResidentEngine:
 
     def prepare(self, ablation: Ablation) -> None:
         self._applied = None
+        self._replays.forget()
         self._editor.prepare(ablation)
         if self._whole_batches:
             return
@@ -145,9 +151,7 @@ class ResidentEngine:
             result += [math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts) for kl_N in kl_TN]
         return result
 
-    def _kl_of_pass(
-        self, rows: TokenRows, reference: Tensor, trials: int, assign: Callable[[Sequence[int]], None]
-    ) -> list[list[float]]:
+    def _kl_of_pass(self, rows: TokenRows, reference: Tensor, trials: int, assign: OnRows) -> list[list[float]]:
         """KL divergences [trial][prompt]."""
         pairs = self._pairs(rows, trials)
         kl_TN = [[0.0] * len(rows) for _ in range(trials)]
@@ -174,7 +178,7 @@ class ResidentEngine:
             self._editor.wear(self._applied)
             self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
         for together in self._passes(edits):
-            with self._wearing(together) as assign:
+            with self._wearing(together, steady=self._replays.steps() is not None) as assign:
                 answers = self._answers_of_pass(rows, len(together), assign, decided)
             result += [self._replicas.gather(of_trial, len(prompts)) for of_trial in answers]
         return result
@@ -189,7 +193,7 @@ class ResidentEngine:
         return answers
 
     def _answers_of_pass(
-        self, rows: TokenRows, trials: int, assign: Callable[[Sequence[int]], None], decided: Decided | None
+        self, rows: TokenRows, trials: int, assign: OnRows, decided: Decided | None
     ) -> list[list[list[int]]]:
         """Answers [trial][prompt][token]; where memory runs out, those that are unfinished begin anew."""
         if self._whole_batches:
@@ -197,17 +201,19 @@ class ResidentEngine:
         answers: dict[tuple[int, int], list[int]] = {}
         pairs = self._pairs(rows, trials)
 
+        kind = 0 if self._outputs is None else self._outputs.kind
+
         def go_on(most: int) -> None:
             left = [pair for pair in pairs if pair not in answers]
-            for position, answer in finished_answers(
-                self.model,
+            for position, answer in self._replays.finished_answers(
                 [rows[index] for _, index in left],
                 self._pad_id,
                 self._ends,
                 self._max_new_tokens,
                 decided,
                 rows_at_once=most,
-                on_rows=lambda positions: assign([left[position][0] for position in positions]),
+                on_rows=lambda positions, into=None: assign([left[position][0] for position in positions], into),
+                kind=kind,
             ):
                 answers[left[position]] = answer
 
@@ -220,19 +226,20 @@ class ResidentEngine:
         return [edits[start : start + most] for start in range(0, len(edits), most)]
 
     @contextmanager
-    def _wearing(self, edits: Sequence[Edit | None]) -> Iterator[Callable[[Sequence[int]], None]]:
+    def _wearing(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[OnRows]:
         """Edit the weights, or the outputs where there are several edits, while the context lasts.
 
-        Gives the function to be told, before each forward pass, which of the edits each row has.
+        Gives the function to be told, before each forward pass, which of the edits each row has. Passes that are
+        captured need ``steady`` edits.
         """
         if len(edits) == 1 or not any(edits):
             self._editor.wear(edits[0] or self._applied)
-            yield lambda trials: None
+            yield lambda rows, into=None: None
             return
         if self._outputs is None:
             raise RuntimeError("several edits were asked for where outputs cannot be edited")
         self._editor.wear(None)
-        with torch.inference_mode(), self._outputs.active([edit or self._applied for edit in edits]):
+        with torch.inference_mode(), self._outputs.active([edit or self._applied for edit in edits], steady):
             yield self._outputs.assign
 
     @staticmethod
@@ -250,7 +257,8 @@ class ResidentEngine:
         self._applied = None
 
     def close(self) -> None:
-        del self.model, self._editor, self._outputs
+        self._replays.close()
+        del self.model, self._editor, self._outputs, self._replays
         self.whole = None
         release_memory()
 

@@ -1,0 +1,227 @@
+"""Whether an engine's steps of decoding are replayed: what stands in the way is said once, and eager steps go on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from heretic_ds.anatomy import Anatomy, has_expert_dispatch
+from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.decoding import finished_answers as eager_answers
+from heretic_ds.engines.expert_edits import base_implementation
+from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, ReplayedSteps
+from heretic_ds.engines.memory import is_out_of_memory, release_memory
+from heretic_ds.engines.protocol import Decided, TokenRows
+from heretic_ds.engines.slot_decoding import OnRows, replayed_answers
+from heretic_ds.engines.slots import SERVED_LAYERS, Slots
+from heretic_ds.model_fitness import first_line
+from heretic_ds.prompts import pad_left
+
+log = logging.getLogger(__name__)
+
+_MASKED_ATTENTION = frozenset({"eager", "sdpa"})
+"""Implementations of attention that take a mask of what each row sees."""
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+_STEADY_EXPERTS = frozenset({"batched_mm", "grouped_mm"})
+"""Implementations of experts that do the same work whatever the tokens are."""
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+_PROBE_LENGTHS = (11, 5, 8)
+_TOLERANCE, _TIMES_ROUNDING = 1e-4, 4.0
+"""How far a trial step may be off, as a part of the logits' spread: at least, and in multiples of rounding."""
+
+
+class Replays:
+    """Replayed steps of one engine, from the first time they are asked for until they fail or are no longer wanted."""
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, wanted: bool) -> None:
+        self._model, self._anatomy = model, anatomy
+        self._steps: ReplayedSteps | None = None
+        self._over = not wanted
+
+    def steps(self) -> ReplayedSteps | None:
+        """Steps to decode with; None where they have to be eager."""
+        if self._steps is None and not self._over:
+            self._begin()
+        return self._steps
+
+    def finished_answers(
+        self,
+        prompts: TokenRows,
+        pad_id: int,
+        ends: Collection[int],
+        max_new_tokens: int,
+        decided: Decided | None,
+        rows_at_once: int,
+        on_rows: OnRows,
+        kind: int = 0,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """What :func:`heretic_ds.engines.decoding.finished_answers` gives, by replayed steps as long as they work.
+
+        ``kind`` is that of :meth:`ReplayedSteps.step`.
+        """
+        left, limits = dict.fromkeys(range(len(prompts))), (pad_id, ends, max_new_tokens, decided)
+        steps, reason = self.steps(), ""
+        if steps is not None:
+            steps.forget(below=kind)
+            try:
+                for row, answer in replayed_answers(self._model, steps, prompts, *limits, rows_at_once, on_rows, kind):
+                    del left[row]
+                    yield row, answer
+                return
+            except CannotReplay as failure:
+                reason = str(failure)
+        if reason:  # outside the handler, where the traceback no longer holds tensors
+            self.give_up(reason)
+        rest = list(left)
+        for position, answer in eager_answers(
+            self._model,
+            [prompts[row] for row in rest],
+            *limits,
+            rows_at_once=rows_at_once,
+            on_rows=lambda positions: on_rows([rest[position] for position in positions]),
+        ):
+            yield rest[position], answer
+
+    def _begin(self) -> None:
+        device = next(self._model.parameters()).device
+        if maker_for(device) is None:  # nothing was to be expected there
+            self._over = True
+            return
+        found = obstacle(self._model, self._anatomy) or self._difference()
+        if found is not None:
+            self.give_up(found)
+            return
+        self._steps = ReplayedSteps(self._model, lambda: _maker(device))
+
+    def _difference(self) -> str | None:
+        """What a step over slots does otherwise than one over the model's own cache; None where it does the same."""
+        try:
+            error, rounding = probe(self._model)
+        except Exception as failure:  # of the model's own code, which was not written for such a cache or mask
+            if is_out_of_memory(failure):
+                raise
+            return f"a trial step failed ({first_line(failure)})"
+        if not error <= max(_TOLERANCE, _TIMES_ROUNDING * rounding):
+            return f"a trial step gave other logits (off by {error:.2g} of their spread)"
+        return None
+
+    def give_up(self, reason: str) -> None:
+        """Go on without, and say why; memory is given back."""
+        log.warning("decoding without CUDA graphs: %s", reason)
+        self.close()
+
+    def forget(self) -> None:
+        """Drop what was captured: the edits that it refers to are no longer there."""
+        if self._steps is not None:
+            self._steps.forget()
+
+    def close(self) -> None:
+        """Give back all memory; steps are eager from now on."""
+        self._over = True
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+            release_memory()
+
+
+def maker_for(device: torch.device) -> MakeGraph | None:
+    """What makes graphs on a device; None where there are none."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+def _maker(device: torch.device) -> MakeGraph:
+    maker = maker_for(device)
+    if maker is None:
+        raise RuntimeError(f"{device} has no graphs")
+    return maker
+
+
+def obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
+    """Why the steps of a model cannot be replayed; None where nothing is known against it."""
+    config: Any = model.config.get_text_config(decoder=True)
+    layers = {type(layer) for layer in DynamicCache(config=config).layers} - set(SERVED_LAYERS)
+    if layers:
+        return f"the model's cache has layers with a state of their own ({_names(kind.__name__ for kind in layers)})"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        return f"the model has layers of {_names(kinds)}"
+    if not Forward(model).takes_positions:
+        return "the model takes positions from the mask alone"
+    if config._attn_implementation not in _MASKED_ATTENTION:
+        return f"the attention {config._attn_implementation} takes no mask of what each row sees"
+    if _rope_types(getattr(config, "rope_parameters", None)) & _LENGTH_DEPENDENT_ROPE:
+        return "the model's rotary frequencies depend on the longest row"
+    for writer in anatomy.writers:
+        if writer.experts is not None or "*" in writer.path.split("."):
+            experts = model.get_submodule(writer.module)
+            chosen = base_implementation(experts) if has_expert_dispatch(experts) else "eager"
+            if chosen not in _STEADY_EXPERTS:
+                return f"which experts run depends on the tokens (experts implementation {chosen})"
+    return None
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """All types of rotary positions in a configuration, which may have one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = (_rope_types(value) for value in parameters.values())
+    return set.union({str(parameters.get("rope_type", "default"))}, *nested)
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel) -> tuple[float, float]:
+    """How far the logits of one step over slots are from those over the model's own cache, as a part of their spread;
+    and how far those are from the same with more padding, which is rounding alone.
+
+    Three rows of unlike lengths, each with columns behind it that are not its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    config = model.config.get_text_config(decoder=True)
+    rows = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in _PROBE_LENGTHS]
+    cache = DynamicCache(config=config)
+    begun = _Begun(model, rows, cache)
+    expected_BV = begun.step(begun.token_B, cache)
+    cache = DynamicCache(config=config)
+    padded_BV = _Begun(model, [*rows, rows[0] + rows[1]], cache).step(begun.token_B, cache)[: len(rows)]
+    slots, order = Slots(model, len(rows) + 1, 2 * max(_PROBE_LENGTHS)), [2, 0, 1]
+    cache = slots.prompt_cache()
+    _Begun(model, rows, cache)
+    slots.join(cache, _PROBE_LENGTHS, begun.token_B, order)
+    found_BV = slots.logits(slots.rows, slots.columns)[order]
+    return _distance(found_BV, expected_BV), _distance(padded_BV, expected_BV)
+
+
+class _Begun:
+    """Prompts that are in a cache of growing layers."""
+
+    def __init__(self, model: PreTrainedModel, rows: TokenRows, cache: DynamicCache) -> None:
+        self._forward = Forward(model)
+        self._batch = batch = pad_left(rows, pad_id=0).to(next(model.parameters()).device)
+        self.token_B = self._forward(
+            batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, past_key_values=cache, use_cache=True
+        ).argmax(dim=-1)
+        """The first token of each answer."""
+
+    def step(self, token_B: Tensor, cache: DynamicCache) -> Tensor:
+        """Logits [B, V] after one more token; rows for which none is given get the first one."""
+        batch = self._batch
+        token_B = torch.cat([token_B, token_B[:1].expand(len(self.token_B) - len(token_B))])
+        mask_BS = torch.nn.functional.pad(batch.attention_mask_BS, (0, 1), value=1)
+        return self._forward(
+            token_B[:, None], mask_BS, batch.position_ids_BS[:, -1:] + 1, past_key_values=cache, use_cache=True
+        )
+
+
+def _distance(found_BV: Tensor, expected_BV: Tensor) -> float:
+    expected_BV = expected_BV.double()
+    spread = (expected_BV - expected_BV.mean(-1, keepdim=True)).norm()
+    return ((found_BV.double() - expected_BV).norm() / spread).item()

@@ -1,0 +1,221 @@
+"""Engines with replayed steps: what `generation.cuda_graphs=false` gives, and why they are given up.
+
+Graphs are stand-ins that do recorded operations again on the same memory, with none of the model's Python.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.anatomy import find_anatomy
+from heretic_ds.engines import graphs, replays, slots
+from heretic_ds.engines.replays import Replays, obstacle
+from heretic_ds.engines.resident import ResidentEngine
+from tests import families
+from tests.recorded_graphs import Recorder
+from tests.unit.test_decoding import prompts, stop_some
+from tests.unit.test_resident import ablation_for
+
+NEW_TOKENS = 9
+
+
+def edit(strength: float, index: float | None = 0.4) -> Edit:
+    return Edit(index, {"attention": Profile(strength, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 0.5)})
+
+
+EDITS = [[edit(1.1), None, edit(0.7, None)], [edit(0.2), edit(1.4, 0.9)], [edit(1.3)], [edit(0.1), edit(1.4), None]]
+"""Of several passes: other edits, fewer of them, one alone (which edits weights), and the first number again."""
+
+
+def engine_of(model, cuda_graphs, batch_size=7):
+    return ResidentEngine(
+        model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, cuda_graphs=cuda_graphs
+    )
+
+
+def answers_and_kl(model, trials, cuda_graphs, row_norm="full"):
+    """Of all passes of `EDITS`, with as many edits each at most."""
+    engine = engine_of(model, cuda_graphs)
+    engine.prepare(ablation_for(engine, row_norm))
+    reference, found = engine.reference(prompts()), []
+    answers = []
+    for edits in EDITS:
+        found += engine.kl(prompts(), reference, edits[:trials])
+        answers.append(engine.generate(prompts(), edits[:trials], stop_some))
+    engine.restore()
+    return answers, found
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Stand-ins for graphs, in sizes that tiny batches need several of."""
+    recorder = Recorder()
+    monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
+    monkeypatch.setattr(graphs, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 8)
+    return recorder
+
+
+@pytest.mark.parametrize("row_norm", ROW_NORMS)
+@pytest.mark.parametrize("trials", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+def test_answers_and_kl_are_those_of_eager_steps(family, trials, row_norm, recorder):
+    model = families.build(family)
+    answers, kl = answers_and_kl(model, trials, True, row_norm)
+    assert recorder.replayed > 20
+    replayed = recorder.replayed
+    expected, expected_kl = answers_and_kl(model, trials, False, row_norm)
+    assert recorder.replayed == replayed
+    assert answers == expected
+    assert kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-6)
+    flat = {tuple(map(tuple, of_trial)) for of_pass in answers for of_trial in of_pass}
+    assert len(flat) > trials  # edits make a difference
+
+
+def test_new_edits_are_seen_by_what_was_captured_before(recorder, monkeypatch):
+    """In outputs and in weights; but not where directions are new, or more trials than there is memory for."""
+    monkeypatch.setattr(graphs, "_FEWEST_ROWS", 8)
+    monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 64)  # one size of graphs
+    model = families.build("qwen3_moe")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    first = engine.generate(prompts(), [edit(1.1), edit(0.6), None])
+    alone = engine.generate(prompts(), [edit(1.1)])
+    assert recorder.made == 2
+    for edits in ([edit(0.3), None, edit(1.4)], [edit(0.5), edit(1.0)], [edit(0.8)], [None], [edit(1.1)]):
+        engine.generate(prompts(), edits)
+    assert engine.generate(prompts(), [edit(1.1), edit(0.6), None]) == first
+    assert engine.generate(prompts(), [edit(1.1)]) == alone
+    assert recorder.made == 2
+    engine.generate(prompts(), [edit(0.1 * number) for number in range(1, 5)])
+    assert recorder.made == 3
+    engine.prepare(ablation_for(engine, "none"))
+    engine.generate(prompts(), [edit(1.1), edit(0.6)])
+    assert recorder.made == 4
+
+
+def test_trials_without_any_edit_do_not_get_those_of_a_pass_before(recorder):
+    model = families.build("llama")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    original = engine.generate(prompts(), [None])[0]
+    engine.generate(prompts(), [edit(1.1), edit(0.6)])
+    assert engine.generate(prompts(), [None, None]) == [original, original]
+
+
+def test_memory_that_runs_out_while_capturing_is_said_once_and_steps_go_on_eagerly(monkeypatch, caplog):
+    recorder = Recorder((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much"),))
+    monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
+    model = families.build("llama")
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        answers, kl = answers_and_kl(model, 3, True)
+    said = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+    assert said == ["decoding without CUDA graphs: memory ran out while a step was captured"]
+    assert (answers, kl) == answers_and_kl(model, 3, False) and recorder.replayed == 0
+
+
+def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, caplog):
+    """Answers that have ended are kept; the others begin anew, each row with its own trial's edit."""
+    model = families.build("llama")
+    expected = answers_and_kl(model, 3, False)
+    step, count = graphs.ReplayedSteps.step, [0]
+
+    def failing(self, *arguments):
+        count[0] += 1
+        if count[0] == 11:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(graphs.ReplayedSteps, "step", failing)
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        answers, kl = answers_and_kl(model, 3, True)
+    assert (answers, kl) == expected
+    assert "memory ran out beside" in caplog.text and count == [11]
+
+
+def test_memory_is_given_back_at_the_end(recorder):
+    model = families.build("llama")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    engine.generate(prompts(), [None])
+    steps = engine._replays.steps()
+    assert steps is not None and steps.slots.rows == 7
+    engine.close()
+    assert steps._graphs == {} and steps._slots is None
+
+
+def test_on_a_device_without_graphs_nothing_is_said(caplog):
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert Replays(families.build("llama"), find_anatomy(families.build("llama")), wanted=True).steps() is None
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen3_next", "state of their own (LinearAttentionLayer)"),
+        ("lfm2", "state of their own (LinearAttentionLayer)"),
+        ("bloom", "positions from the mask alone"),
+        ("llama4", "layers of chunked_attention"),
+    ],
+)
+def test_models_whose_steps_cannot_be_replayed(family, reason, recorder, caplog):
+    model = families.build(family)
+    given = Replays(model, find_anatomy(model), wanted=True)
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert given.steps() is None and given.steps() is None
+    assert caplog.text.count("decoding without CUDA graphs: ") == 1 and reason in caplog.text
+
+
+def test_other_reasons_against_it(recorder):
+    moe, llama = families.build("mixtral"), families.build("llama")
+    assert obstacle(moe, find_anatomy(moe)) is None
+    moe.set_experts_implementation("eager")
+    assert "experts implementation eager" in str(obstacle(moe, find_anatomy(moe)))
+    anatomy = find_anatomy(llama)
+    llama.config.rope_parameters = {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4}}
+    assert "longest row" in str(obstacle(llama, anatomy))
+    llama.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    assert obstacle(llama, anatomy) is None
+    llama.config._attn_implementation = "flash_attention_2"
+    assert "flash_attention_2 takes no mask" in str(obstacle(llama, anatomy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_for_which_slots_are_something_else_is_found_out(dtype, recorder, caplog, monkeypatch):
+    """By comparing a step: here one more position is hidden than should be."""
+    model = families.build("llama", dtype=dtype)
+    assert Replays(model, find_anatomy(model), wanted=True).steps() is not None
+    mask = slots.Slots._mask
+    monkeypatch.setattr(slots.Slots, "_mask", lambda self, seen_BC: mask(self, seen_BC & (seen_BC.cumsum(-1) > 1)))
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert Replays(model, find_anatomy(model), wanted=True).steps() is None
+    assert "a trial step gave other logits" in caplog.text
+    monkeypatch.setattr(nn.Module, "__call__", lambda *_, **__: (_ for _ in ()).throw(TypeError("no such\nargument")))
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert Replays(model, find_anatomy(model), wanted=True).steps() is None
+    assert "a trial step failed (no such)" in caplog.text
+
+
+def test_the_setting_reaches_the_engine(compose_settings, tmp_path):
+    from heretic_ds.engines import build_engine
+    from heretic_ds.job import Job
+    from heretic_ds.world import World
+
+    families.save("llama", tmp_path)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    sources = [
+        f"prompts.{kind}.{part}.source={tmp_path}/prompts.txt"
+        for kind in ("target", "baseline")
+        for part in ("train", "eval")
+    ]
+    for words, over in ((["generation.cuda_graphs=false"], True), ([], False)):
+        job = Job.check(compose_settings(*sources, *words, model=tmp_path), World.join())
+        engine = build_engine(job, "evaluate")
+        assert engine._replays._over is over
+        engine.close()
