@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from heretic_ds.engines.deepspeed_start import quietly
+from heretic_ds.engines.op_building import load_op
 from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
 from heretic_ds.settings import CaptureSettings
 
+_LIBRARY = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL) on every node, or set another offload"
 _SPARE_BUFFERS = 4
 """Buffers beyond those that one module needs, for what is read ahead."""
 
@@ -47,21 +49,26 @@ def _check_folder(nvme_path: str) -> None:
 
 
 def _check_library() -> None:
-    """DeepSpeed builds its reader for asynchronous I/O against a system library, at first use."""
     with quietly():
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
-        builder = AsyncIOBuilder()
-        found = builder.is_compatible(verbose=False)
-
-    hint = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL) on every node, or set another offload"
+        found = AsyncIOBuilder().is_compatible(verbose=False)
     if not found:
-        raise UserError(f"capture.offload=nvme needs the asynchronous I/O library, which is missing here: {hint}")
+        raise UserError(f"capture.offload=nvme needs the asynchronous I/O library, which is missing here: {_LIBRARY}")
+
+
+def load_reader(capture: CaptureSettings) -> None:
+    """Have DeepSpeed's reader for asynchronous I/O ready where it is needed: it is built against a system library at
+    first use, which takes minutes. Raises UserError where it cannot be built."""
+    if capture.offload != "nvme":
+        return
+    with quietly():
+        from deepspeed.ops.op_builder import AsyncIOBuilder
     try:
-        builder.load(verbose=False)
+        load_op(AsyncIOBuilder())
     except (RuntimeError, ImportError, OSError) as error:
         raise UserError(
-            f"capture.offload=nvme: DeepSpeed could not build its asynchronous I/O ({first_line(error)}): {hint}"
+            f"capture.offload=nvme: DeepSpeed could not build its asynchronous I/O ({first_line(error)}): {_LIBRARY}"
         ) from error
 
 

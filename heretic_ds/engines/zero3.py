@@ -17,7 +17,7 @@ from heretic_ds.engines.deepspeed_start import check_accelerator, start_deepspee
 from heretic_ds.engines.dtypes import in_some_dtype
 from heretic_ds.engines.from_files import refuse_quantised
 from heretic_ds.engines.in_step import InStepEngine
-from heretic_ds.engines.offload import check_offload
+from heretic_ds.engines.offload import check_offload, load_reader
 from heretic_ds.engines.protocol import Ablation, TokenRows
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.engines.zero3_partitions import Partitions
@@ -38,6 +38,7 @@ def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Engine:
     Raises UserError, on every rank, where a weight file is at fault on any of them.
     """
     start_deepspeed()
+    job.world.agree(lambda: load_reader(placement))
 
     def load(dtype: torch.dtype) -> Partitions:
         partitions = Partitions(job.opened, dtype, job.anatomy, placement, job.world)

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from heretic_ds.engines.offload import check_offload
+from heretic_ds.engines.offload import check_offload, load_reader
 from heretic_ds.errors import UserError
 from heretic_ds.settings import CaptureSettings
 from tests import families
@@ -178,6 +178,7 @@ def test_weights_rest_on_a_disk(ranks, tmp_path):
         check_offload(CaptureSettings(**offload), torch.device("cpu"))
     except UserError as error:
         pytest.skip(str(error))
+    load_reader(CaptureSettings(**offload))  # here, where a slow compiler is waited for
     folder = families.save("llama", tmp_path / "model", width=768)
     expected = zero3_ranks.capture_and_answer_whole(folder, COUNTS)
     for found in ranks(2).run(zero3_ranks.capture_and_answer, folder=str(folder), counts=COUNTS, **offload):

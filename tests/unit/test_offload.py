@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from heretic_ds.engines.offload import check_offload, offload_section
+from heretic_ds.engines.offload import check_offload, load_reader, offload_section
 from heretic_ds.engines.zero3_partitions import deepspeed_config, gathered_at_once
 from heretic_ds.errors import UserError
 from heretic_ds.settings import CaptureSettings, validate
@@ -112,5 +112,8 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     monkeypatch.setattr(AsyncIOBuilder, "load", broken)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)), CPU)  # builds nothing
+    load_reader(CaptureSettings())
     with pytest.raises(UserError, match=r"\(no compiler\)"):
-        check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)), CPU)
+        load_reader(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from heretic_ds.engines.op_building import load_op
 from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
 
@@ -32,9 +33,7 @@ def load_kernels() -> None:
     try:
         if built and _NAME not in OpBuilder._loaded_ops:
             OpBuilder._loaded_ops[_NAME] = _module(Path(built))
-        if _NAME not in OpBuilder._loaded_ops:
-            log.info("loading DeepSpeed's inference kernels; their first build takes some minutes")
-        InferenceBuilder().load()
+        load_op(InferenceBuilder())
     except (*_FAILURES, CUDAMismatchException, MissingCUDAException) as error:
         raise UserError(
             f"evaluate=kernel_inject: DeepSpeed's inference kernels cannot be had here ({first_line(error)}); install "
