@@ -19,7 +19,7 @@ HERETIC_READY := $(HERETIC_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check bench-setup bench-against test lint format docs wheel clean
+.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -59,6 +59,12 @@ sweep: $(READY) ## One run for every combination; with hydra/launcher=deepspeed 
 
 gpu-check: $(READY) ## On a GPU: parity, then speed of the placements; ARGS="--shape 1b" for a smaller model
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+gpu-bench: $(READY) ## On a GPU: trials an hour, steps beside the device's limit, and beside heretic-llm after make bench-setup
+	$(BIN)/python benchmarks/gpu_bench.py $(ARGS)
+	@if test -e $(HERETIC_READY); then \
+		$(BIN)/python benchmarks/against_heretic.py --shape 8b --heretic-python $(HERETIC_VENV)/bin/python; \
+	else echo "not compared with heretic-llm, which has no environment yet: make bench-setup, then make bench-against ARGS='--shape 8b'"; fi
 
 bench-setup: $(HERETIC_READY) ## Make the environment of heretic-llm, which bench-against needs: some minutes, done once
 

@@ -106,6 +106,18 @@ def make_model(folder: Path, shape: str, device: str) -> None:
     (folder / "prompts.txt").write_text("\n".join(lines) + "\n")
 
 
+def model_in(folder: Path, shape: str) -> Path:
+    """The folder of the model of a shape, which is written where it is not there yet."""
+    import torch
+
+    model = folder.resolve() / shape
+    if not (model / "prompts.txt").is_file():
+        model.mkdir(parents=True, exist_ok=True)
+        make_model(model, shape, "cuda")
+        torch.cuda.empty_cache()
+    return model
+
+
 def engine_of(folder: Path, placement: str, dtype: str, phase: str, *overrides: str) -> tuple[Any, list[list[int]]]:
     """The engine of a placement as a run would build it, and the prompts."""
     from heretic_ds.cli import compose
@@ -221,9 +233,9 @@ def _memory(torch: Any) -> dict[str, Any]:
     return {"peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
 
 
-def run_apart(stage: Stage, folder: Path) -> dict[str, Any]:
-    """The numbers of one measurement, or ``{"error": ...}`` with the last line that its process left."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--stage", stage.kind, stage.placement, stage.dtype]
+def run_apart(stage: Stage, folder: Path, script: str = __file__) -> dict[str, Any]:
+    """The numbers of one measurement of a script, or ``{"error": ...}`` with the last line that its process left."""
+    command = [sys.executable, script, "--folder", str(folder), "--stage", stage.kind, stage.placement, stage.dtype]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     taken = {"seconds_in_all": round(time.perf_counter() - started, 1)}
@@ -286,11 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device, and this machine has none that PyTorch can use", file=sys.stderr)
         return 2
-    folder = options.folder.resolve() / options.shape
-    if not (folder / "prompts.txt").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        make_model(folder, options.shape, "cuda")
-        torch.cuda.empty_cache()
+    folder = model_in(options.folder, options.shape)
     failed = []
     for stage in stages(options.only):
         if stage.kind == "speed" and any(name.split()[1] == stage.placement for name in failed):
