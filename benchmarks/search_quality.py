@@ -9,9 +9,10 @@ Needs: the package alone. Takes some minutes on two cores. Leaves ``benchmarks/r
 The project's own study asks and is told, 80 trials with ``search.startup_trials=10``, on objectives that cost nothing
 (``search_objectives.py``): one recorded from the demo model, one analytic. For every seed the front of T = 1 is
 compared with that of each other T on the same objective, each the mean of some studies, whose samplers have seeds of
-their own; "1 again" is T = 1 with yet other seeds of the sampler, which shows how much of a difference is chance. The measure is the hypervolume of refusals (share of the original's) and KL
-up to a fixed reference point, (1, 1 nat); once with KL as it is, once with its logarithm, in which small KL counts as
-much as large. A KL below ``search.kl_target`` counts as that, since a search does not chase it further.
+their own; "1 again" is T = 1 with yet other seeds of the sampler, which shows how much of a difference is chance. The
+measure is the hypervolume of refusals (share of the original's) and KL up to a fixed reference point, (1, 1 nat); once
+with KL as it is, once with its logarithm, in which small KL counts as much as large. A KL below ``search.kl_target``
+counts as that, since a search does not chase it further.
 """
 
 from __future__ import annotations
