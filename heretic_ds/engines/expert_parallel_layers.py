@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _GROUPED_ALIGNMENT = 16
 """Bytes of which the rows of a grouped matrix product have to be a multiple."""
+
+FLOAT32_ROUTERS = frozenset({"deepseek_v2", "deepseek_v3"})
+"""Presets of families that compute a router's logits in float32 whatever the weights are in; AutoEP's layers do not."""
 
 
 class ExpertLayers:
@@ -108,6 +111,8 @@ class ExpertLayers:
         ``group`` are the ranks that share the experts; None for one rank.
         """
         start_deepspeed()
+        with quietly():
+            import deepspeed.moe.ep_kernels  # noqa: F401 - which says what it lacks, in the first forward otherwise
         member = 0 if group is None else dist.get_rank(group)
         said = io.StringIO()
         with parameters_on_meta(), contextlib.redirect_stdout(said):
@@ -117,6 +122,8 @@ class ExpertLayers:
             layer.ep_group = group  # DeepSpeed's own groups are made once a process, for one layout of the world
             if getattr(layer, spec.router_name, None) is layer.router:
                 delattr(layer, spec.router_name)  # a second name, under which all of it would be found again
+            if spec.model_family in FLOAT32_ROUTERS:
+                layer.router.gate = _InFloat32(layer.router.gate)
         self._model.eval()
         return replace(self._anatomy, writers=tuple(self._moved(writer) for writer in self._anatomy.writers))
 
@@ -197,6 +204,18 @@ class ExpertLayers:
             gate_EKD[place], up_EKD[place] = one[0, :inner], one[0, inner:]
         for name, weight in {"w1": gate_EKD, "w2": down_EDK, "w3": up_EKD}.items():
             setattr(layer.experts, name, nn.Parameter(weight, requires_grad=False))
+
+
+class _InFloat32(nn.Linear):
+    """A router's projection that computes in float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 def renamed(name: str, renamings: Mapping[str, str]) -> str:

@@ -103,6 +103,23 @@ def weights_unlike_the_file(world: World, folder: str) -> list[str]:
     return unlike
 
 
+def tokens_sent_elsewhere(world: World, folder: str) -> list[float]:
+    """For each block of experts the share of tokens whose experts are others than in the model that transformers
+    loads, both in bfloat16."""
+    whole = replicated.build(job_for(World(), folder, dtype="bfloat16"), PlacementSettings(), "evaluate")
+    engine = _engine(world, folder, None, dtype="bfloat16")
+    generator, found = torch.Generator().manual_seed(0), []
+    for name, layer in engine.model.named_modules():
+        if hasattr(layer, "tokens_per_expert"):
+            hidden_ND = torch.randn(2000, engine.anatomy.width, generator=generator).bfloat16()
+            _, expert_NC, _ = layer.router(hidden_ND)
+            _, _, expected_NC = whole.model.get_submodule(name).gate(hidden_ND)
+            same_N = (expert_NC.sort().values == expected_NC.sort().values).all(-1)
+            found.append(1 - same_N.float().mean().item())
+    engine.close()
+    return found
+
+
 def memory_of_loading(world: World, folder: str, tiny: str) -> dict[str, int]:
     """Bytes of host memory that loading took at its peak above what was used before, what is held, what stays."""
     _engine(world, tiny, None).close()  # libraries are loaded, threads started

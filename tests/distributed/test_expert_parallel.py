@@ -83,6 +83,12 @@ def test_loaded_weights_are_those_of_the_file(ranks, saved, family):
     assert ranks(2).run(work.weights_unlike_the_file, folder=str(saved(family)[0])) == [[], []]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sixteen_bits_send_tokens_to_the_same_experts(ranks, saved, family):
+    for shares in ranks(2).run(work.tokens_sent_elsewhere, folder=str(saved(family)[0])):
+        assert shares and max(shares) == 0
+
+
 @pytest.fixture(scope="module")
 def scored(saved):
     """`scored("mixtral")`: scores of several edits, one after another in the weights of the whole model."""
