@@ -52,19 +52,19 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._aside = torch.cuda.Stream(device)  # libraries keep working memory for every stream that they have seen
         self._pool: Any = None
 
     def __call__(self, step: Callable[[], None]) -> Graph:
         with torch.cuda.device(self._device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
+            self._aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._aside):
                 for _ in range(_WARM_UPS):
                     step()
-            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.current_stream().wait_stream(self._aside)
             graph = torch.cuda.CUDAGraph()
             # Of this thread alone: what other libraries' threads ask of the device has nothing to do with the graph.
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                 step()
             self._pool = self._pool or graph.pool()
         captured: Graph = graph
@@ -126,7 +126,9 @@ class ReplayedSteps:
         try:
             graph = self._make(lambda: slots.answer(rows, columns))
         except RuntimeError as error:  # of CUDA, of a library on top of it, or a lack of memory
-            reason = "memory ran out while a step was captured" if is_out_of_memory(error) else first_line(error)
+            first = _first(error)
+            reason = "memory ran out while a step was captured" if is_out_of_memory(first) else first_line(first)
+            del first
         if reason:  # outside the handler, where the traceback no longer holds tensors
             raise CannotReplay(reason)
         log.debug("captured a step of %d rows and %d columns", rows, columns)
@@ -137,14 +139,22 @@ class ReplayedSteps:
         self._keep(lambda kind: kind == 0 or kind >= below)
 
     def _keep(self, wanted: Callable[[int], bool]) -> None:
-        self._graphs = {key: graph for key, graph in self._graphs.items() if wanted(key[0])}
-        if not self._graphs:
+        kept = {key: graph for key, graph in self._graphs.items() if wanted(key[0])}
+        if self._graphs and not kept:
             self._make = self._new_maker()  # the memory that graphs share goes with the last of them
+        self._graphs = kept
 
     def close(self) -> None:
         """Drop all graphs and the memory of the slots."""
         self._keep(lambda kind: False)
         self._slots = None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that came first: ending a capture that has failed fails too, and says nothing of the cause."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def row_buckets(most: int) -> list[int]:

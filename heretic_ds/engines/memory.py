@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -18,6 +19,18 @@ log = logging.getLogger(__name__)
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Spare(Protocol):
+    """Somebody who holds memory that can be done without."""
+
+    def give_back(self) -> bool:
+        """Free it; whether there was any."""
+        ...
+
+
+spares: WeakSet[Spare] = WeakSet()
+"""Who is asked for memory where it runs out, before batches get smaller."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -87,8 +100,10 @@ def with_fewer_rows(
 
 
 def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
-    """Make batches half as large as one that ran out of memory, for the rest of the run."""
+    """Make batches half as large as one that ran out of memory, for the rest of the run, unless some can be had."""
     release_memory()
+    if any([spare.give_back() for spare in list(spares)]):
+        return
     if rows == 1:
         raise _too_large(phase)
     sizes[phase] = rows // 2

@@ -15,7 +15,7 @@ from heretic_ds.engines.decoding import Forward
 from heretic_ds.engines.decoding import finished_answers as eager_answers
 from heretic_ds.engines.expert_edits import base_implementation
 from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, ReplayedSteps
-from heretic_ds.engines.memory import is_out_of_memory, release_memory
+from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.engines.slot_decoding import OnRows, replayed_answers
 from heretic_ds.engines.slots import SERVED_LAYERS, Slots
@@ -42,6 +42,8 @@ class Replays:
         self._model, self._anatomy = model, anatomy
         self._steps: ReplayedSteps | None = None
         self._over = not wanted
+        if wanted:
+            spares.add(self)
 
     def steps(self) -> ReplayedSteps | None:
         """Steps to decode with; None where they have to be eager."""
@@ -114,6 +116,13 @@ class Replays:
         """Go on without, and say why; memory is given back."""
         log.warning("decoding without CUDA graphs: %s", reason)
         self.close()
+
+    def give_back(self) -> bool:
+        """Go on without, where memory has run out; whether that frees any."""
+        if self._steps is None:
+            return False
+        self.give_up("memory ran out beside what replayed steps keep")
+        return True
 
     def forget(self) -> None:
         """Drop what was captured: the edits that it refers to are no longer there."""

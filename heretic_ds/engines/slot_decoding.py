@@ -175,4 +175,4 @@ def replayed_answers(
             raise
         failed = True
     if failed:  # outside the handler, where the traceback no longer holds tensors
-        raise CannotReplay("memory ran out beside the memory that replayed steps keep")
+        raise CannotReplay("memory ran out beside what replayed steps keep")

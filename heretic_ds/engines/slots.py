@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from heretic_ds.engines.decoding import Forward
 from heretic_ds.engines.grouped_attention import attention_per_key_head
@@ -36,10 +36,8 @@ class _Part:
     """Where each row's new key and value go."""
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(DynamicLayer):
     """Keys and values [R, H, C, K] of one layer."""
-
-    is_sliding = False
 
     def __init__(self, slots: int, columns: int, part: _Part) -> None:
         super().__init__()
@@ -82,9 +80,6 @@ class SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._part.columns, 0
-
-    def get_max_length(self) -> int:
-        return self._columns
 
 
 class Slots:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -115,6 +119,46 @@ def test_tokens_are_those_of_the_time_of_asking():
     assert later() == [3, 4]
 
 
+def test_a_step_warms_up_aside_before_it_is_captured_there(monkeypatch):
+    """On stand-ins for CUDA with its signatures: the order of things, and one pool of memory for all graphs."""
+    events: list[str] = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        events.append(f"on {stream.name}")
+        yield
+        events.append(f"off {stream.name}")
+
+    @contextlib.contextmanager
+    def capture(cuda_graph, pool, stream, capture_error_mode):
+        inspect.signature(torch_graph).bind(cuda_graph, pool, stream, capture_error_mode)
+        events.append(f"capture on {stream.name} into {pool}, {capture_error_mode}")
+        yield
+        events.append("captured")
+
+    torch_graph, graph = torch.cuda.graph, SimpleNamespace(pool=lambda: "pool")
+    for name, value in {
+        "Stream": lambda device: Stream("aside"), "current_stream": lambda: Stream("main"), "stream": on,
+        "graph": capture, "CUDAGraph": lambda: graph, "device": lambda device: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    make = CudaGraphs(torch.device("cuda:1"))
+    assert make(lambda: events.append("step")) is graph
+    assert events == [
+        "aside waits for main", "on aside", *["step"] * graphs._WARM_UPS, "off aside", "main waits for aside",
+        "capture on aside into None, thread_local", "step", "captured",
+    ]  # fmt: skip
+    make(lambda: None)
+    assert "capture on aside into pool, thread_local" in events
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="needs a CUDA device; on a machine with one: python -m pytest tests/unit/test_graphs.py",
@@ -140,8 +184,13 @@ class TestOnCuda:
         monkeypatch.setattr(graphs, "_FEWEST_ROWS", 2)
         monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 8)
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        (answers, kl), (expected, expected_kl) = (
-            answers_and_kl(families.build(family).cuda(), trials, cuda_graphs) for cuda_graphs in (True, False)
-        )
+        replayed, step = [], ReplayedSteps.step
+        monkeypatch.setattr(ReplayedSteps, "step", lambda *given: replayed.append(given[1:]) or step(*given))
+        model = families.build(family).cuda()
+        if family in families.DISPATCHED_EXPERTS:
+            model.set_experts_implementation("batched_mm")  # grouped products of float32 ask the host
+        answers, kl = answers_and_kl(model, trials, True)
+        assert len(replayed) > 20
+        expected, expected_kl = answers_and_kl(model, trials, False)
         assert answers == expected
         assert kl == pytest.approx(expected_kl, rel=1e-4, abs=1e-6)

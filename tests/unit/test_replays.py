@@ -138,6 +138,32 @@ def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, capl
     assert "memory ran out beside" in caplog.text and count == [11]
 
 
+def test_memory_that_other_phases_lack_is_given_back_before_their_batches_get_smaller(recorder, monkeypatch, caplog):
+    model = families.build("llama")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    reference = engine.reference(prompts())
+    expected = engine.kl(prompts(), reference, [edit(1.1)])
+    answers = engine.generate(prompts(), [edit(1.1)])
+    logits, failures = engine._first_token_logits, [torch.OutOfMemoryError("CUDA out of memory")]
+    monkeypatch.setattr(
+        engine, "_first_token_logits", lambda rows: _raise(failures.pop()) if failures else logits(rows)
+    )
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert engine.kl(prompts(), reference, [edit(1.1)]) == expected
+    assert engine.batch_sizes["kl"] == 7 and "rows in a batch" not in caplog.text
+    assert caplog.text.count("memory ran out beside what replayed steps keep") == 1
+    replayed = recorder.replayed
+    assert engine.generate(prompts(), [edit(1.1)]) == answers and recorder.replayed == replayed
+    failures.append(torch.OutOfMemoryError("CUDA out of memory"))
+    engine.kl(prompts(), reference, [edit(1.1)])
+    assert engine.batch_sizes["kl"] == 3
+
+
+def _raise(error):
+    raise error
+
+
 def test_memory_is_given_back_at_the_end(recorder):
     model = families.build("llama")
     engine = engine_of(model, True)

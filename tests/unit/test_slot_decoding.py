@@ -154,7 +154,10 @@ def test_a_second_run_needs_no_further_graphs_and_a_larger_one_does():
 
 def test_what_cannot_be_captured_and_memory_that_runs_out_are_told_apart_from_mistakes():
     model = families.build("llama")
+    second = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    second.__context__ = torch.OutOfMemoryError("CUDA out of memory")
     for failure, said in (
+        (second, "memory ran out while a step was captured"),
         (RuntimeError("operation not permitted when stream is capturing\nmore"), "^operation not .* capturing$"),
         (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out while a step was captured"),
     ):
