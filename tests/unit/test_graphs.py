@@ -183,7 +183,6 @@ class TestOnCuda:
 
         monkeypatch.setattr(graphs, "_FEWEST_ROWS", 2)
         monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 8)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
         replayed, step = [], ReplayedSteps.step
         monkeypatch.setattr(ReplayedSteps, "step", lambda *given: replayed.append(given[1:]) or step(*given))
         model = families.build(family).cuda()
