@@ -104,17 +104,22 @@ class World:
         """Whether this rank asks the study, writes files and speaks; the others follow."""
         return self.rank == 0
 
-    def replicas(self, degree: int | None, setting: str) -> Replicas:
-        """The layout of a phase; ``degree`` None takes the whole world for one replica.
-
-        Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
-        """
+    def degree(self, degree: int | None, setting: str) -> int:
+        """Ranks of one replica; see :meth:`replicas`."""
         degree = self.size if degree is None else degree
         if degree < 1 or self.size % degree:
             raise UserError(
                 f"{setting}={degree} does not divide the world size {self.size}: world size = data parallel size x "
                 f"{setting}; choose a divisor of {self.size}, or start another number of ranks"
             )
+        return degree
+
+    def replicas(self, degree: int | None, setting: str) -> Replicas:
+        """The layout of a phase; ``degree`` None takes the whole world for one replica.
+
+        Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
+        """
+        degree = self.degree(degree, setting)
         count = self.size // degree
         index, member = divmod(self.rank, degree)
         inside = across = None

@@ -64,7 +64,8 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
     refuse_quantised(job.opened, phase)
     check_accelerator(job.opened.device)
-    ExpertLayers(job.opened.skeleton(), job.anatomy, placement.degree or job.world.size, phase)
+    degree = job.world.degree(placement.degree, f"{phase}.degree")
+    ExpertLayers(job.opened.skeleton(), job.anatomy, degree, phase)
 
 
 class ExpertParallelEngine(InStepEngine):

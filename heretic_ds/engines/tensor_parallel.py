@@ -83,7 +83,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
 
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
-    degree = placement.degree or job.world.size
+    degree = job.world.degree(placement.degree, f"{phase}.degree")
     refuse_quantised(job.opened, phase)
     if degree > 1:
         model = job.opened.skeleton()

@@ -150,7 +150,7 @@ def test_a_lack_of_memory_names_the_setting(ranks, saved):
     [
         ("llama", "evaluate", None, "has no preset for a llama model"),
         ("gpt_oss", "capture", None, "has no preset for a gpt_oss model"),
-        ("mixtral", "evaluate", 3, "evaluate.degree=3 does not divide the 4 experts of model.layers.0.mlp.experts"),
+        ("mixtral", "evaluate", 3, "evaluate.degree=3 does not divide the world size 2"),
         ("mixtral", "evaluate", 4, "evaluate.degree=4 does not divide the world size 2"),
     ],
 )
@@ -159,6 +159,17 @@ def test_what_cannot_be_served_is_refused_on_every_rank(ranks, tmp_path, family,
     found = ranks(2).run(work.refusal, folder=str(folder), degree=degree, phase=phase)
     assert found[0] == found[1] and part in found[0] and "\n" not in found[0]
     assert "world size" in part or found[0].endswith(f"set {phase}=tensor_parallel")
+
+
+def test_experts_that_the_ranks_do_not_divide_are_refused(ranks, tmp_path):
+    config = families.REQUIRED["mixtral"]()
+    config.num_local_experts = 3
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    families.tokenizer().save_pretrained(tmp_path)
+    found = ranks(2).run(work.refusal, folder=str(tmp_path))
+    assert found[0] == found[1] and "\n" not in found[0]
+    assert "evaluate.degree=2 does not divide the 3 experts of model.layers.0.mlp.experts" in found[0]
+    assert found[0].endswith("choose a divisor of 3, or set evaluate=tensor_parallel")
 
 
 def test_a_damaged_file_is_told_on_every_rank(ranks, tmp_path):
@@ -182,7 +193,7 @@ def test_tokens_that_go_astray_are_noticed(ranks, saved, mistake):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """The folder of a model most of whose 400 MB are experts, and its bytes."""
+    """The folder of a model most of whose 690 MB are experts, and its bytes."""
     config = families.REQUIRED["mixtral"](layers=4, width=1024)
     config.intermediate_size, config.vocab_size, config.num_local_experts = 1536, 8_000, 8
     model = AutoModelForCausalLM.from_config(config)
