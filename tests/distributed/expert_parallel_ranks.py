@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from heretic_ds.engines import build_engine, expert_parallel, replicated
@@ -78,11 +79,20 @@ def refusal_of(world: World, folder: str, mistake: str) -> str:
     """The message that a mistake in the exchange of tokens leads to."""
     from deepspeed.module_inject import auto_ep_layer
 
-    real = auto_ep_layer._AllToAllV.apply
+    real, calls = auto_ep_layer._AllToAllV.apply, []
 
     def wrong(group: Any, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         arrived = real(group, x, sent, received)
-        return torch.zeros_like(arrived) if mistake == "lost" else arrived.flip(0)
+        calls.append(arrived)
+        if mistake == "lost":
+            return torch.zeros_like(arrived)
+        if mistake == "turned":
+            return arrived.flip(0)
+        if len(calls) % 2:
+            return arrived
+        everyone = [torch.empty_like(arrived) for _ in range(world.size)]  # answers, of equally many tokens
+        dist.all_gather(everyone, arrived, group=group)
+        return everyone[world.rank - 1]
 
     with mock.patch.object(auto_ep_layer._AllToAllV, "apply", wrong):
         return refusal(world, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from tests import families
 from tests.distributed import engines, output_edits_ranks
@@ -15,22 +15,35 @@ from tests.distributed import expert_parallel_ranks as work
 
 pytestmark = pytest.mark.distributed
 
-FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "qwen2_moe", "qwen3_5_moe")
+FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v2", "qwen2_moe", "qwen3_5_moe", "minimax_m3")
+_BIASED = ("deepseek_v3", "minimax_m3")
+"""Families in which biases choose experts, but do not weigh them."""
+
+
+def _config(family: str) -> PreTrainedConfig:
+    if family == "minimax_m3":
+        special = dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))
+        return AutoConfig.for_model(
+            "minimax_m3_vl_text", **special, vocab_size=len(families.VOCABULARY), hidden_size=32, intermediate_size=24,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rotary_dim=4,
+            num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=40, max_position_embeddings=256,
+        )  # fmt: skip
+    config = families.REQUIRED["deepseek_v3"]()
+    config.n_routed_experts, config.n_group, config.topk_group, config.routed_scaling_factor = 8, 4, 2, 2.5
+    return config
 
 
 def _save(family: str, folder: Path) -> Path:
-    """The tiny model of a family; that of DeepSeek-V3 with groups of experts, and the biases that choose among them."""
-    if family != "deepseek_v3":
+    """The tiny model of a family; with groups of experts and biases that choose among them where it knows them."""
+    if family not in _BIASED:
         return families.save(family, folder)
-    model = families.build(family)
-    config = model.config
-    config.n_routed_experts, config.n_group, config.topk_group, config.routed_scaling_factor = 8, 4, 2, 2.5
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(_config(family))
     families.randomise(model)
     generator = torch.Generator().manual_seed(0)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(torch.rand(buffer.shape, generator=generator))
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases
+    for bias_E in biases:
+        bias_E.copy_(torch.rand(bias_E.shape, generator=generator))
     model.save_pretrained(folder)
     families.tokenizer().save_pretrained(folder)
     return folder
@@ -184,7 +197,7 @@ def test_a_damaged_file_is_told_on_every_rank(ranks, tmp_path):
     assert found[0] == found[1] and "model.layers.1.mlp.experts.down_proj" in found[0]
 
 
-@pytest.mark.parametrize("mistake", ["lost", "turned"])
+@pytest.mark.parametrize("mistake", ["lost", "turned", "swapped between ranks"])
 def test_tokens_that_go_astray_are_noticed(ranks, saved, mistake):
     for message in ranks(2).run(work.refusal_of, folder=str(saved("mixtral")[0]), mistake=mistake):
         assert "gives other logits than the unsplit model" in message
