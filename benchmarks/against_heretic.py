@@ -93,6 +93,10 @@ class Pair:
                     asked = {"told": self._told, "row_norm": self._cell.row_norm, "threads": self._threads}
                     asked["batch_size"] = rows[tool]
                 self.stages[tool][stage] = worker.ask(stage, **asked)
+        told = [self._told["counts"][f"{kind}_eval"] for kind in ("target", "baseline")]
+        for tool, stages in self.stages.items():
+            if (read := stages["original"]["result"]["prompts"]) != told:
+                raise RuntimeError(f"{tool} evaluates {read} target and baseline prompts, not {told}")
         self.together: int = self.stages[OURS]["original"]["result"]["together"]
         return {
             THEIRS: self._best_batch() if own else given,

@@ -37,7 +37,11 @@ class Ours:
 
         case, world = told["case"], World.join()
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-        sources = [f"prompts.{name}.source={place['file']}" for name, place in told["prompts"].items()]
+        sources = [
+            word
+            for name, place in told["prompts"].items()
+            for word in (f"prompts.{name}.source={place['file']}", f"prompts.{name}.slice=null")
+        ]
         settings = compose(
             [
                 told["model"], *sources, f"model.dtype={case['dtype']}", f"model.device={case['device']}",
@@ -76,6 +80,7 @@ class Ours:
             setattr(owner, name, self.parts.timed(part, getattr(owner, name)))
         return {
             "refusals": self.objectives[False].original.refusals,
+            "prompts": [len(self.run.job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")],
             "together": trials_per_pass(self.run),
             "batch_sizes": dict(engine.batch_sizes),
         }

@@ -15,30 +15,34 @@ COLUMNS = (
     "model", "edits, batches", "tool", "s/trial", "edit", "KL", "answers", "processor s", "trials/h", "ratio",
     "capture s", "load s", "peak MiB",
 )  # fmt: skip
+RATIOS = {OURS: "same_tokens_clock", STOPPING: "early_stop_clock"}
 SAME_KL = 1e-4
 """Nats between the two tools' KL of one edit, up to which they agree."""
 
 
 def summary(replies: Sequence[dict[str, Any]], together: int) -> dict[str, Any]:
-    """Seconds per trial from the replies to requests of ``together`` edits each."""
-    trials = together * len(replies)
-    per_trial = [reply["seconds"] / together for reply in replies]
-    clock = sum(reply["seconds"] for reply in replies) / trials
+    """Seconds per trial from the replies to requests of ``together`` edits each: medians over the turns, since what
+    else a machine does comes in bursts."""
+
+    def median(values: Sequence[float]) -> float:
+        return round(statistics.median(values) / together, 4)
+
+    clock, processor = ([reply[key] for reply in replies] for key in ("seconds", "processor_seconds"))
     parts = {
         part: {
-            kind: round(sum(reply["result"][name].get(part, 0.0) for reply in replies) / trials, 4)
+            kind: median([reply["result"][name].get(part, 0.0) for reply in replies])
             for kind, name in (("clock", "parts"), ("processor", "processor_parts"))
         }
         for part in PARTS
     }
     return {
-        "seconds_per_trial": round(clock, 4),
-        "median_seconds": round(statistics.median(per_trial), 4),
-        "processor_seconds_per_trial": round(sum(reply["processor_seconds"] for reply in replies) / trials, 4),
+        "seconds_per_trial": median(clock),
+        "processor_seconds_per_trial": median(processor),
         "parts": parts,
-        "trials_per_hour": round(3600 / clock, 1),
-        "trials": trials,
-        "seconds": [round(seconds, 4) for seconds in per_trial],
+        "trials_per_hour": round(3600 * together / statistics.median(clock), 1),
+        "trials": together * len(replies),
+        "seconds": [round(seconds / together, 4) for seconds in clock],
+        "processor_seconds": [round(seconds / together, 4) for seconds in processor],
     }
 
 
@@ -64,13 +68,15 @@ def agreement(found: dict[str, list[dict[str, float]]], row_norm: str) -> dict[s
 
 
 def ratios(cell: dict[str, Any]) -> dict[str, float]:
-    """How many times as many trials an hour, by the clock and by the processor's time, and how much of the memory."""
+    """How many times as many trials an hour, by the clock and by the processor's time (the median over turns), and how
+    much of the memory."""
     theirs = cell["tools"][THEIRS]
     found = {}
     for tool, name in ((OURS, "same_tokens"), (STOPPING, "early_stop")):
         ours = cell["tools"][tool]
-        for key, kind in (("seconds_per_trial", "clock"), ("processor_seconds_per_trial", "processor")):
-            found[f"{name}_{kind}"] = round(theirs[key] / ours[key], 2)
+        for key, kind in (("seconds", "clock"), ("processor_seconds", "processor")):
+            turns = [a / b for a, b in zip(theirs[key], ours[key], strict=True)]
+            found[f"{name}_{kind}"] = round(statistics.median(turns), 2)
     found["peak_memory"] = round(cell["peak_bytes"][OURS] / cell["peak_bytes"][THEIRS], 3)
     return found
 
@@ -100,11 +106,11 @@ def table(cases: dict[str, dict[str, Any]]) -> str:
             for tool in TOOLS:
                 figures, owner = cell["tools"][tool], THEIRS if tool == THEIRS else OURS
                 parts = " | ".join(f"{figures['parts'][part]['clock']:.3f}" for part in PARTS)
-                ratio = cell["tools"][THEIRS]["seconds_per_trial"] / figures["seconds_per_trial"]
+                ratio = "" if tool == THEIRS else f"{cell['ratios'][RATIOS[tool]]:.2f}"
                 stages = " | ".join(f"{cell['stages'][owner][stage]['seconds']:.1f}" for stage in ("capture", "open"))
                 lines.append(
                     f"| {case} | {name} | {tool} | {figures['seconds_per_trial']:.3f} | {parts} | "
-                    f"{figures['processor_seconds_per_trial']:.3f} | {figures['trials_per_hour']:.0f} | {ratio:.2f} | "
+                    f"{figures['processor_seconds_per_trial']:.3f} | {figures['trials_per_hour']:.0f} | {ratio} | "
                     f"{stages} | {cell['peak_bytes'][owner] / 2**20:.0f} |"
                 )
     return "\n".join(lines)
@@ -136,8 +142,8 @@ def plot(cases: dict[str, dict[str, Any]], target: Path) -> None:
 
 
 def write(result: Path, found: dict[str, dict[str, Any]], order: list[str]) -> dict[str, dict[str, Any]]:
-    """Keep what was found; models that were not measured anew stay as they were. Returns all,
-    in order."""
+    """Keep what was found; models that were not measured anew stay as they were. Returns all, in
+    order."""
     earlier = json.loads(result.read_text()) if result.is_file() else {}
     kept: dict[str, dict[str, Any]] = earlier.get("cases", {}) | found
     report = {

@@ -82,14 +82,15 @@ class Heretic:
         direction_LD = direction_LD - (direction_LD * unit_LD).sum(-1, keepdim=True) * unit_LD
         self.directions_LD = functional.normalize(direction_LD, dim=-1).float()
 
-    def original(self) -> dict[str, float]:
+    def original(self) -> dict[str, Any]:
         """What the original model is scored, which every trial is compared with."""
         from heretic.evaluator import Evaluator
 
         self.evaluator = Evaluator(self.settings, self.model)
         for name, part in PARTS.items():
             setattr(self.model, name, self.parts.timed(part, getattr(self.model, name)))
-        return {"refusals": self.evaluator.base_refusals}
+        prompts = [len(self.evaluator.bad_prompts), len(self.evaluator.good_prompts)]
+        return {"refusals": self.evaluator.base_refusals, "prompts": prompts}
 
     def batches(self, rows: int) -> None:
         """Take batches of that many rows from now on."""
