@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from heretic_ds.engines.memory import release_memory
 from heretic_ds.errors import NotFinite, UserError
 from heretic_ds.model_fitness import dtype_name, forward_problem
 
@@ -30,15 +31,16 @@ def in_some_dtype(
 ) -> Loaded:
     """What ``load`` gives in the first dtype in which weights and a first forward are finite, on every rank.
 
-    ``load`` raises :class:`NotFinite`, on every rank alike, for weights that the dtype cannot hold, and releases what
-    it had of them. Every rank has to call this: the first forward may hold collectives. A caller that goes on to
-    compare logits says so by ``compared``, and gets the last dtype without a forward. Raises UserError where no dtype
-    serves.
+    ``load`` raises :class:`NotFinite`, on every rank alike, for weights that the dtype cannot hold, and closes what it
+    opened; their memory is free before the next dtype is tried. Every rank has to call this: the first forward may hold
+    collectives. A caller that goes on to compare logits says so by ``compared``, and gets the last dtype without a
+    forward. Raises UserError where no dtype serves.
     """
     problem = ""
     for dtype in opened.dtypes:
         if problem:
             log.warning("%s; loading it in %s instead", problem, dtype_name(dtype))
+            release_memory()  # the error that told of it held, in circles, on to what was loaded
         try:
             loaded = load(dtype)
         except NotFinite as error:

@@ -18,7 +18,7 @@ from heretic_ds.engines.deepspeed_start import check_accelerator
 from heretic_ds.engines.dtypes import in_some_dtype
 from heretic_ds.engines.expert_parallel_edits import ExpertParallelEdits
 from heretic_ds.engines.expert_parallel_layers import ExpertLayers
-from heretic_ds.engines.from_files import empty_model, refuse_quantised
+from heretic_ds.engines.from_files import closed_on_error, empty_model, refuse_quantised
 from heretic_ds.engines.in_step import InStepEngine
 from heretic_ds.engines.protocol import Ablation
 from heretic_ds.engines.resident import MOST_EDITS
@@ -43,9 +43,10 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelE
 
     def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
         model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
-        layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase))
-        anatomy = layers.replace(replicas.inside)
-        world.agree(lambda: layers.fill(checkpoint, device))
+        with closed_on_error(checkpoint):
+            layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
+            anatomy = layers.replace(replicas.inside)
+            world.agree(lambda: layers.fill(checkpoint, device))
         return model, checkpoint, anatomy
 
     model, checkpoint, anatomy = in_some_dtype(
@@ -55,7 +56,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelE
     log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
     if placement.parity_check:
         what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
-        parity.check_split_model(job, model, checkpoint, what, otherwise, turn=world.rank)
+        parity.check_split_model(job, model, checkpoint, what, otherwise, replicas.member, replicas.degree)
     checkpoint.files.close()
     return ExpertParallelEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
 
@@ -65,7 +66,7 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     refuse_quantised(job.opened, phase)
     check_accelerator(job.opened.device)
     degree = job.world.degree(placement.degree, f"{phase}.degree")
-    ExpertLayers(job.opened.skeleton(), job.anatomy, degree, phase)
+    ExpertLayers(job.opened.skeleton(), job.anatomy, degree, phase, job.opened.device)
 
 
 class ExpertParallelEngine(InStepEngine):

@@ -40,13 +40,13 @@ FLOAT32_ROUTERS = frozenset({"deepseek_v2", "deepseek_v3"})
 class ExpertLayers:
     """What AutoEP makes of one model's blocks of experts, over ``degree`` ranks."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, degree: int, phase: str) -> None:
-        """Look at an empty model, and leave it as it is.
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, degree: int, phase: str, device: torch.device) -> None:
+        """Look at an empty model that is to run on ``device``, and leave it as it is.
 
         Raises UserError, naming the settings of ``phase``, where AutoEP does not know its family, or its experts
         cannot be divided.
         """
-        self._model, self._anatomy, self._degree = model, anatomy, degree
+        self._model, self._anatomy, self._degree, self._device = model, anatomy, degree, device
         self._otherwise = f"set {phase}=tensor_parallel"
         self._parser, self._specs = self._detect(phase)
         self._check_experts(phase)
@@ -82,7 +82,7 @@ class ExpertLayers:
         """Whether experts run in one grouped product, which takes bfloat16 rows of certain sizes on CUDA devices."""
         rows = [writer.weight_DK(self._model).shape[-2:] for writer in self._expert_writers()]
         aligned = all(size * self._model.dtype.itemsize % _GROUPED_ALIGNMENT == 0 for row in rows for size in row)
-        wanted = torch.cuda.is_available() and self._model.dtype == torch.bfloat16
+        wanted = self._device.type == "cuda" and self._model.dtype == torch.bfloat16
         return wanted and aligned and hasattr(torch, "_grouped_mm")
 
     def _expert_writers(self) -> list[Writer]:

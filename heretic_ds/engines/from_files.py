@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +20,16 @@ def refuse_quantised(opened: OpenedModel, phase: str) -> None:
             f"model.path={opened.settings.path} is quantised with {opened.quantization}, and its parts cannot be read "
             f"by themselves; use the unquantised original, or set {phase}=replicated"
         )
+
+
+@contextmanager
+def closed_on_error(checkpoint: Checkpoint) -> Iterator[None]:
+    """Close the files of a checkpoint that turns out not to be of use."""
+    try:
+        yield
+    except UserError:
+        checkpoint.files.close()
+        raise
 
 
 def empty_model(opened: OpenedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint]:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.decoding import OnRows, finished_answers
 from heretic_ds.engines.headroom import rows_that_fit
-from heretic_ds.engines.memory import is_out_of_memory
+from heretic_ds.engines.memory import is_out_of_memory, too_large
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 class InStepEngine(ResidentEngine):
     """Every rank has its own share of the prompts; the model's weights lie over ``degree`` ranks."""
+
+    _retries = False
 
     def __init__(
         self, name: str, model: PreTrainedModel, anatomy: Anatomy, job: Job, degree: int, editor: WeightEditor
@@ -52,12 +55,24 @@ class InStepEngine(ResidentEngine):
     def degree(self) -> int:
         return self._degree
 
+    def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
+        with self._in_step("capture"):
+            return super().capture(prompts, winsorize_quantile)
+
+    def reference(self, prompts: TokenRows) -> Tensor:
+        with self._in_step("kl"):
+            return super().reference(prompts)
+
+    def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
+        with self._in_step("kl"):
+            return super().kl(prompts, reference, edits)
+
     def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
-        with self._in_step(rows):
+        with self._in_step("capture", len(rows)):
             return super()._residuals(decoder, rows)
 
     def _first_token_logits(self, rows: TokenRows) -> Tensor:
-        with self._in_step(rows):
+        with self._in_step("kl", len(rows)):
             return super()._first_token_logits(rows)
 
     def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
@@ -68,7 +83,7 @@ class InStepEngine(ResidentEngine):
     ) -> list[list[int]]:
         """Answers to one batch, decoded until no rank has any that goes on."""
         answers: list[list[int]] = [[] for _ in rows]
-        with self._in_step(rows):
+        with self._in_step("generate", len(rows)):
             for row, answer in finished_answers(
                 self.model, rows, self._pad_id, self._ends, max_new_tokens, decided, self._anyone, on_rows=on_rows
             ):
@@ -96,16 +111,22 @@ class InStepEngine(ResidentEngine):
         return self._replicas.total(torch.tensor(float(going))).item() > 0
 
     @contextmanager
-    def _in_step(self, rows: Sequence[Any]) -> Iterator[None]:
-        """A rank that ran out of memory cannot try again by itself: the others wait for its part of the pass."""
+    def _in_step(self, phase: str, rows: int | None = None) -> Iterator[None]:
+        """A rank that ran out of memory cannot try again by itself: the others wait for its part of the pass.
+
+        ``rows`` are those of the batch; by default as many as batches of the phase have.
+        """
         try:
             yield
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            rows = rows or self.batch_sizes.get(phase, 1)
+            if rows == 1:
+                raise too_large(phase) from error
             raise UserError(
-                f"memory ran out with {len(rows)} rows in a batch, from which {self._name} cannot recover; "
-                f"set generation.batch_size below {len(rows)}"
+                f"memory ran out with {rows} rows in a batch ({phase}), from which {self._name} cannot recover; "
+                f"set generation.batch_size below {rows}"
             ) from error
 
     def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:

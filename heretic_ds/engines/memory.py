@@ -53,11 +53,13 @@ def in_batches(
     phase: str,
     work: Callable[[Sequence[Item]], Result],
     cut: Callable[[Sequence[Item]], int] = len,
+    retries: bool = True,
 ) -> Iterator[tuple[int, Result]]:
     """Run ``work`` over consecutive batches of ``sizes[phase]`` items, yielding (start, result).
 
     ``cut`` says how many of the first items that would make up a batch had better be one by themselves.
-    A batch that runs out of memory is halved and tried again, and the smaller size is kept for the rest of the run.
+    A batch that runs out of memory is halved and tried again, and the smaller size is kept for the rest of the run;
+    not so without ``retries``, for work that this rank cannot do again by itself.
     Raises :class:`UserError` where even one item does not fit.
     """
     start = 0
@@ -68,7 +70,7 @@ def in_batches(
         try:
             result = work(batch)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not (retries and is_out_of_memory(error)):
                 raise
             failed = True
         if failed:  # outside the handler, where the traceback no longer holds the batch's tensors
@@ -105,12 +107,13 @@ def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
     if any([spare.give_back() for spare in list(spares)]):
         return
     if rows == 1:
-        raise _too_large(phase)
+        raise too_large(phase)
     sizes[phase] = rows // 2
     log.warning("out of memory with %d rows in a batch (%s); going on with %d", rows, phase, sizes[phase])
 
 
-def _too_large(phase: str) -> UserError:
+def too_large(phase: str) -> UserError:
+    """What to say where memory does not hold a batch of one."""
     return UserError(
         f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
         "generation.max_new_tokens, or a placement that spreads the model"
@@ -158,7 +161,7 @@ def measure_batch_size(
             raise
         failed = True
     if same(float(failed)):
-        raise _too_large(phase)
+        raise too_large(phase)
     best, size = 1, 1
     while size < most:
         size = min(2 * size, most)

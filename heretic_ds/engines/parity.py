@@ -6,6 +6,7 @@ The reference needs no rank that holds the whole model: one block at a time gets
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.decoding import Forward, last_logits
 from heretic_ds.errors import UserError
-from heretic_ds.model_fitness import first_line
+from heretic_ds.model_fitness import dtype_name, first_line
 from heretic_ds.prompts import pad_left
 from heretic_ds.sharded_loading import Checkpoint
 
@@ -33,10 +34,11 @@ _LOW_PRECISION = 0.15
 design differs by half and more."""
 
 
-def sample_rows(vocabulary: int) -> list[list[int]]:
+def sample_rows(vocabulary: int, count: int = len(_LENGTHS)) -> list[list[int]]:
     """A few rows of tokens from all over the vocabulary, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in _LENGTHS]
+    lengths = [_LENGTHS[row % len(_LENGTHS)] for row in range(count)]
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
 @torch.inference_mode()
@@ -104,13 +106,16 @@ class _Streamed:
 
 
 def check_split_model(
-    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str, otherwise: str, turn: int = 0
+    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str, otherwise: str, turn: int = 0, turns: int = 1
 ) -> None:
-    """Compare with the unsplit model, which rank 0 runs block by block; see :func:`check` for the last arguments.
+    """Compare with the unsplit model, which rank 0 runs block by block.
 
-    All ranks call it. Where each has rows of its own, ``turn`` says by how many places this rank's are turned.
+    All ranks call it; ``what`` and ``otherwise`` are :func:`check`'s. Where each rank of a replica has rows of its own,
+    this one's are in the ``turn``-th of as many orders as there are ``turns``: what comes back to another rank's row is
+    noticed.
     """
-    rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size)
+    count = max(len(_LENGTHS), turns)
+    rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size, count)
 
     def reference() -> Tensor:
         return streamed_logits(job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device)
@@ -133,6 +138,11 @@ def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str
     ``what`` names the choice that split it, ``otherwise`` says what to choose instead.
     """
     reference_BV = reference_BV.double()
+    if reference_BV.isnan().any() or (reference_BV == math.inf).any():
+        raise UserError(
+            f"the unsplit model gives logits that are not finite in {dtype_name(dtype)}; set another model.dtype "
+            "(float32 is the safest)"
+        )
     spread = (reference_BV - reference_BV.mean(-1, keepdim=True)).norm()
     error = ((logits_BV.double().cpu() - reference_BV).norm() / spread).item()
     if not error <= _TOLERANCES.get(dtype, _LOW_PRECISION):

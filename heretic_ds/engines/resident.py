@@ -47,6 +47,8 @@ class ResidentEngine:
 
     max_edits_per_pass = 1
     """As many as rows of one batch may have where outputs can be edited."""
+    _retries = True
+    """Whether a batch that ran out of memory can be tried again here, whatever other ranks do."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class ResidentEngine:
         def cut(batch: Sequence[tuple[int, int]]) -> int:
             return self._cut([rows[index] for _, index in batch])
 
-        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences, cut):
+        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences, cut, self._retries):
             for (trial, index), kl in zip(pairs[start:], kl_B, strict=False):
                 kl_TN[trial][index] = kl
         return kl_TN
@@ -285,7 +287,8 @@ class ResidentEngine:
     def _sorted_batches(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> Any:
         """Run ``work`` on batches of prompts of like length, yielding (indices of the batch's prompts, result)."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
-        for start, result in in_batches([prompts[i] for i in order], self.batch_sizes, phase, work, self._cut):
+        in_order = [prompts[i] for i in order]
+        for start, result in in_batches(in_order, self.batch_sizes, phase, work, self._cut, self._retries):
             yield order[start : start + len(result)], result
 
     def _cut(self, batch: TokenRows) -> int:

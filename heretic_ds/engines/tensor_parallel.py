@@ -19,7 +19,7 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines import autotp, hf_plan, sharding
 from heretic_ds.engines.dtypes import in_some_dtype
 from heretic_ds.engines.experts import sum_experts_over_ranks
-from heretic_ds.engines.from_files import empty_model, refuse_quantised
+from heretic_ds.engines.from_files import closed_on_error, empty_model, refuse_quantised
 from heretic_ds.engines.parallel_layers import SplitByOutputs, split_vocabulary
 from heretic_ds.engines.parity import check_split_model
 from heretic_ds.engines.resident import ResidentEngine
@@ -45,10 +45,11 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
         model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
         backend, shards = "none", {}
-        if group is not None:
-            backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
-            shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
-        world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+        with closed_on_error(checkpoint):
+            if group is not None:
+                backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+                shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
         return model, checkpoint, backend
 
     compared = placement.parity_check and group is not None

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from omegaconf import MISSING
 
 from heretic_ds.errors import UserError
+from heretic_ds.model_fitness import some_names
 from heretic_ds.settings import PromptSource
 
 log = logging.getLogger(__name__)
@@ -223,13 +224,13 @@ def _from_datasets(origin: _Source, split: str, kind: str, load: Callable[[], An
     # Builders, file readers, the hub's client and its transport raise exceptions of their own, with no common
     # base.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         if "Config name is missing" in reason or f"BuilderConfig {origin.subset!r}" in reason:
-            named = ", ".join(re.findall(r"'([^']+)'", reason.partition("[")[2].partition("]")[0]))
+            named = some_names(re.findall(r"'([^']+)'", reason.partition("[")[2].partition("]")[0]), shown=20)
             given = "null" if origin.subset is None else repr(origin.subset)
             origin.fail(f"{given} is none of the configurations of {origin.text}: {named}; choose one", "subset", error)
         origin.fail(
-            f"{kind} cannot be read: {reason}; check the name and the network, or give a local file",
+            f"{kind} cannot be read: {reason[:300]}; check the name and the network, or give a local file",
             cause=error,
         )
     if isinstance(loaded, dict):

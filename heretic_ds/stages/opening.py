@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -71,7 +72,8 @@ class Run:
     console: Console
     folder: RunFolder | None = None
     measured: dict[str, Any] = field(default_factory=dict)
-    """What earlier runs in this folder found by measuring: batch sizes by placement and phase, response prefix."""
+    """What earlier runs in this folder found by measuring: batch sizes by phase and by where the model lay, response
+    prefix, trials per pass."""
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -146,7 +148,9 @@ class Run:
         """On what the model lies now: what is a good batch size there is none elsewhere."""
         if self._engine is None or self._layout is None:
             return ""
-        return f"{self._layout[0]} on {self._engine.degree} {self.job.opened.device.type}"
+        device = self.job.opened.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return f"{self._layout[0]}, {self._engine.degree} of {self.world.size} ranks, {name}"
 
     def _placed(self) -> dict[str, PlacementSettings]:
         return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}

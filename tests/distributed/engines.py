@@ -8,6 +8,7 @@ import gc
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -106,11 +107,13 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
     from heretic_ds.engines import build_engine
     from heretic_ds.loading import OpenedModel
 
-    OpenedModel.dtypes = property(lambda opened: [torch.float16, torch.float32])  # type: ignore[assignment,method-assign]
     job = job_for(world, folder)
     getattr(job.settings, phase).placement = placement
     job.settings.evaluate.backend = "hf_plan"  # DeepSpeed takes no float16 on a CPU
-    with contextlib.closing(build_engine(job, phase)) as engine:
+    with (
+        mock.patch.object(OpenedModel, "dtypes", [torch.float16, torch.float32]),
+        contextlib.closing(build_engine(job, phase)) as engine,
+    ):
         return str(engine.dtype)
 
 

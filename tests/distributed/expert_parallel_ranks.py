@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from heretic_ds.engines import build_engine, expert_parallel, replicated
+from heretic_ds.engines import build_engine, expert_parallel, replicated, resident
 from heretic_ds.engines.in_step import InStepEngine
 from heretic_ds.engines.release import Originals
 from heretic_ds.errors import UserError
@@ -21,7 +21,7 @@ from heretic_ds.job import Job
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed import output_edits_ranks
-from tests.distributed.engines import LENGTHS, job_for, measure, prompts
+from tests.distributed.engines import EDIT, LENGTHS, ablation_for, job_for, measure, prompts
 from tests.distributed.zero3_ranks import STOPS, status
 
 
@@ -206,6 +206,22 @@ def memory_ran_out(world: World, folder: str) -> str:
     engine.model.register_forward_pre_hook(full)
     try:
         engine.reference(prompts(4))
+    except UserError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "nothing"
+
+
+def memory_ran_out_behind_a_pass(world: World, folder: str) -> str:
+    """What an engine says whose comparison of distributions runs out of memory once."""
+    engine = _engine(world, folder, None)
+    engine.prepare(ablation_for(engine, "full"))
+    reference = engine.reference(prompts(4))
+    full = torch.OutOfMemoryError("pretended")
+    try:
+        with mock.patch.object(resident, "first_token_kl", side_effect=[full, *[torch.zeros(1)] * 9]):
+            engine.kl(prompts(4), reference, [EDIT])
     except UserError as error:
         return str(error)
     finally:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tests import families
 from tests.distributed import engines
 
+pytestmark = pytest.mark.distributed
+
 
 def scaled(folder: Path, name: str, factor: float) -> Path:
     """A saved llama with one tensor made larger."""

@@ -75,7 +75,8 @@ def test_the_whole_job(heretic: Heretic, material: Material, tmp_path: Path) -> 
 
     more = heretic(*words, "generation.batch_size=4", "capture.degree=1", "search.trials=9")
     assert more.status == 0, more.err
-    assert set(json.loads((run / "measured.json").read_text())["batch_sizes"]["replicated on 1 cpu"].values()) == {4}
+    sizes = json.loads((run / "measured.json").read_text())["batch_sizes"]["replicated, 1 of 1 ranks, cpu"]
+    assert set(sizes.values()) == {4}
     longer = read_results(run)
     check_contract(longer, "abliterate", model, trials=9)
     assert outcome_of(longer["trials"][:6]) == outcome_of(results["trials"])

@@ -22,14 +22,14 @@ SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "de
 
 def _layers(family: str, degree: int = 2, phase: str = "evaluate") -> ExpertLayers:
     model = families.build(family)
-    return ExpertLayers(model, find_anatomy(model), degree, phase)
+    return ExpertLayers(model, find_anatomy(model), degree, phase, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", SERVED)
 def test_looking_at_a_model_leaves_it_as_it_is(family):
     model = families.build(family)
     before = [(name, id(module)) for name, module in model.named_modules()]
-    ExpertLayers(model, find_anatomy(model), 2, "evaluate")
+    ExpertLayers(model, find_anatomy(model), 2, "evaluate", torch.device("cpu"))
     assert [(name, id(module)) for name, module in model.named_modules()] == before
 
 
@@ -51,7 +51,7 @@ def test_a_family_with_a_preset_but_no_experts_is_refused():
     config.mlp_only_layers = [0, 1]
     model = families.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match=r"cannot serve this qwen2_moe model.*; set evaluate=tensor_parallel$") as error:
-        ExpertLayers(model, find_anatomy(model), 2, "evaluate")
+        ExpertLayers(model, find_anatomy(model), 2, "evaluate", torch.device("cpu"))
     assert "\n" not in str(error.value)
 
 

@@ -4,7 +4,7 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,21 +230,27 @@ def test_missing_sources(source: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def _configurations(folder: Path) -> Path:
-    for name, prompt in (("herbs", "Which thyme?"), ("trees", "Which oak?")):
-        (folder / f"{name}.csv").write_text(f"text\n{prompt}\n")
-    lines = [f"- config_name: {name}\n  data_files: {name}.csv" for name in ("herbs", "trees")]
+def _configurations(folder: Path, names: Sequence[str] = ("herbs", "trees")) -> Path:
+    for name in names:
+        (folder / f"{name}.csv").write_text(f"text\nWhich of the {name}?\n")
+    lines = [f"- config_name: {name}\n  data_files: {name}.csv" for name in names]
     (folder / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
     return folder
 
 
 def test_one_of_several_configurations(tmp_path: Path) -> None:
     source = _configurations(tmp_path)
-    assert _load(source, subset="trees") == ["Which oak?"]
+    assert _load(source, subset="trees") == ["Which of the trees?"]
     for subset, named in ((None, "null"), ("shrubs", "'shrubs'")):
         message = rf"^{NAME}\.subset: {named} is none of the configurations of .*: herbs, trees; choose one$"
         with pytest.raises(UserError, match=message):
             _load(source, subset=subset)
+
+
+def test_many_configurations_are_counted(tmp_path: Path) -> None:
+    source = _configurations(tmp_path, [f"bed_{number:02}" for number in range(30)])
+    with pytest.raises(UserError, match=r"bed_00, .*, bed_19 and 10 more; choose one$"):
+        _load(source)
 
 
 def test_a_source_without_configurations(tmp_path: Path) -> None:

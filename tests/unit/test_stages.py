@@ -244,7 +244,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
         job = SimpleNamespace(settings=chosen, world=WORLD, opened=SimpleNamespace(device=torch.device(device)))
         run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
         run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
-        run.measured = {"batch_sizes": {"replicated on 1 cpu": {"generate": 7}}}
+        run.measured = {"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}}
         return run
 
     run = run_of(settings())
@@ -260,7 +260,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
     elsewhere = run_of(settings(), "meta")
     assert elsewhere.lay_out("evaluate").batch_sizes == {}  # nor on another device
     given = run_of(settings("generation.batch_size=3"))
-    given.use_measured({"batch_sizes": {"replicated on 1 cpu": {"generate": 7}}})
+    given.use_measured({"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}})
     assert given.lay_out("evaluate").batch_sizes == {}  # the size that the user gave is the engine's business
 
 
