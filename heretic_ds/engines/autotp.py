@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heretic_ds.engines.deepspeed_start import start_deepspeed
-from heretic_ds.errors import UserError
+from heretic_ds.engines.sharding import CannotSplit
 from heretic_ds.model_fitness import first_line
 from heretic_ds.sharded_loading import Shard
 
@@ -49,7 +49,7 @@ def lay_out(
     """Let DeepSpeed replace the layers of an empty model, and say which parts of its parameters are this rank's.
 
     ``shapes`` are those of the whole parameters. Experts, and whatever else is a rank's part already, are left alone.
-    Parameters of the model are uninitialised afterwards, on this rank's device. Raises UserError where DeepSpeed
+    Parameters of the model are uninitialised afterwards, on this rank's device. Raises CannotSplit where DeepSpeed
     cannot serve the model.
     """
     before = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -57,10 +57,7 @@ def lay_out(
     try:
         _inject(model, group, degree)
     except (AssertionError, ValueError, AttributeError, TypeError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"DeepSpeed's AutoTP cannot split {type(model).__name__} ({first_line(error)}); "
-            "set evaluate.backend=hf_plan or evaluate=replicated"
-        ) from error
+        raise CannotSplit(f"DeepSpeed's AutoTP cannot split {type(model).__name__} ({first_line(error)})") from error
     for module, held in buffers:  # DeepSpeed converted them to the weights' dtype, or gave them memory without numbers
         module._buffers.update(held)
     untouched = {name for name, shape in before.items() if shape != shapes[name]}
@@ -104,9 +101,8 @@ def _shards(
             continue
         sizes = [each[name][dims[0]] for each in everyone]
         if len(dims) != 1 or sum(sizes) != whole[dims[0]]:
-            raise UserError(
-                f"DeepSpeed's AutoTP split {name} {list(whole)} into parts of {sizes}, which do not make it "
-                "up; set evaluate.backend=hf_plan or evaluate=replicated"
+            raise CannotSplit(
+                f"DeepSpeed's AutoTP split {name} {list(whole)} into parts of {sizes}, which do not make it up"
             )
         layer, member = model.get_submodule(name.rpartition(".")[0]), dist.get_rank(group)
         shards[name] = Shard(whole, dims[0], _ranges(name, layer, sizes, member))
@@ -120,10 +116,7 @@ def _ranges(name: str, layer: nn.Module, sizes: list[int], member: int) -> tuple
         return ((start, start + sizes[member]),)
     widths, parts = getattr(layer, "_subparam_shard_widths", None), getattr(layer, "_subparam_sizes", None)
     if widths is None or parts is None:
-        raise UserError(
-            f"DeepSpeed's AutoTP splits {name} in a way that it does not describe; "
-            "set evaluate.backend=hf_plan or evaluate=replicated"
-        )
+        raise CannotSplit(f"DeepSpeed's AutoTP splits {name} in a way that it does not describe")
     ranges, first = [], 0
     for part, width in zip(parts, widths, strict=True):
         start = first + sum(width[:member])

@@ -16,6 +16,11 @@ from heretic_ds.anatomy import Anatomy, has_expert_dispatch
 from heretic_ds.errors import UserError
 from heretic_ds.sharded_loading import Shard, split
 
+
+class CannotSplit(UserError):
+    """Why a model cannot be split that way; the placement adds what to choose instead."""
+
+
 FAMILY_BACKENDS: dict[str, str] = {
     "llama": "autotp",
     "mistral": "autotp",
@@ -93,7 +98,7 @@ STYLES: dict[str, LinearSplit] = {
 def choose_backend(model: nn.Module, model_type: str, wanted: str) -> str:
     """The backend that serves a model: `wanted`, or for ``auto`` the family's row.
 
-    A family without a row is tried with transformers' plan where it has one. Raises UserError where nothing serves it.
+    A family without a row is tried with transformers' plan where it has one. Raises CannotSplit where nothing does.
     """
     if wanted != "auto":
         return wanted
@@ -101,9 +106,9 @@ def choose_backend(model: nn.Module, model_type: str, wanted: str) -> str:
         return FAMILY_BACKENDS[model_type]
     if plan_of(model, model_type):
         return "hf_plan"
-    raise UserError(
-        f"evaluate=tensor_parallel does not know how to split a {model_type} model: it is no family of "
-        "DeepSpeed's AutoTP that was shown right, and transformers has no plan for it; set evaluate=replicated"
+    raise CannotSplit(
+        f"it is not known how to split a {model_type} model: it is no family of DeepSpeed's AutoTP that was shown "
+        "right, and transformers has no plan for it"
     )
 
 
@@ -131,13 +136,10 @@ def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> La
     """The linear layers and lone parameters that `plan` splits; experts and embedding are not among them.
 
     A writer whose outputs a plan splits, or that it leaves whole, is split by its inputs instead, which are whole
-    there: so one form of edit serves every writer. Raises UserError for a style that is not known, and without a plan.
+    there: so one form of edit serves every writer. Raises CannotSplit for a style that is not known, or no plan.
     """
     if not plan:
-        raise UserError(
-            f"transformers has no parallel plan for {type(model).__name__}; set evaluate.backend=autotp, or "
-            "evaluate=replicated"
-        )
+        raise CannotSplit(f"transformers has no parallel plan for {type(model).__name__}")
     writers = {writer.module for writer in anatomy.writers if writer.experts is None}
     experts = tuple(writer.module for writer in anatomy.writers if writer.experts is not None)
     modules = {path: model.get_submodule(path) for path in writers}
@@ -153,9 +155,9 @@ def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> La
                 split_ = STYLES["rowwise_split_input"]
             linears[path] = split_
         else:
-            raise UserError(
+            raise CannotSplit(
                 f"the parallel plan of {type(model).__name__} splits {path}, a {type(module).__name__}, in the style "
-                f"{style!r}; expected one of {', '.join(STYLES)} for a Linear; set evaluate=replicated"
+                f"{style!r}; expected one of {', '.join(STYLES)} for a Linear"
             )
     for name, parameter in model.named_parameters():
         style = style_of(plan, name)
@@ -182,7 +184,7 @@ def expert_shards(model: nn.Module, anatomy: Anatomy, member: int, degree: int) 
     """This rank's part of all fused experts: of every expert an equal part of its inner width K.
 
     A gate and an up projection that lie side by side are split each; where they alternate, a contiguous part holds
-    pairs of both. The output bias is one rank's alone, because outputs are summed. Raises UserError for experts whose
+    pairs of both. The output bias is one rank's alone, because outputs are summed. Raises CannotSplit for experts whose
     forward cannot be told that its outputs are partial sums.
     """
     shards: dict[str, Shard] = {}
@@ -191,9 +193,8 @@ def expert_shards(model: nn.Module, anatomy: Anatomy, member: int, degree: int) 
             continue
         experts = model.get_submodule(writer.module)
         if not has_expert_dispatch(experts):
-            raise UserError(
-                f"{writer.module} ({type(experts).__name__}) holds experts that cannot be split over ranks; "
-                "set evaluate=replicated"
+            raise CannotSplit(
+                f"{writer.module} ({type(experts).__name__}) holds experts that cannot be split over ranks"
             )
         transposed = writer.layout == "EKD"
         packed, grain = 1, 1
@@ -216,10 +217,7 @@ def check_heads(model_type: str, config: object, degree: int, setting: str) -> N
     for field in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, field, None)
         if isinstance(heads, int) and heads % degree:
-            raise UserError(
-                f"{setting}={degree} does not divide the {heads} {field} of this {model_type} model; choose a "
-                "divisor of it, or set evaluate=replicated"
-            )
+            raise CannotSplit(f"{setting}={degree} does not divide the {heads} {field} of this {model_type} model")
 
 
 def check_degree(anatomy: Anatomy, shards: Mapping[str, Shard], degree: int, widths: Sequence[Sequence[int]]) -> None:
@@ -231,7 +229,4 @@ def check_degree(anatomy: Anatomy, shards: Mapping[str, Shard], degree: int, wid
         shard, inner = shards.get(writer.weight), {"DK": 1, "KD": 0, "EDK": 2, "EKD": 1}[writer.layout]
         whole = shard is None or shard.ranges is None or shard.dim != inner
         if shard is None or whole or sum(parts) != shard.shape[inner] or len(parts) != degree:
-            raise UserError(
-                f"{writer.weight} could not be split over the {degree} ranks of a replica; choose another "
-                "evaluate.backend, or evaluate=replicated"
-            )
+            raise CannotSplit(f"{writer.weight} could not be split over the {degree} ranks of a replica")

@@ -6,7 +6,8 @@ Parts are read from the weight files directly; no rank ever holds the whole mode
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from heretic_ds.engines.parallel_layers import SplitByOutputs, split_vocabulary
 from heretic_ds.engines.parity import check_split_model
 from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.errors import UserError
 from heretic_ds.settings import PlacementSettings
 from heretic_ds.sharded_loading import Checkpoint, Shard, fill, split
 
@@ -45,7 +47,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
         model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
         backend, shards = "none", {}
-        with closed_on_error(checkpoint):
+        with closed_on_error(checkpoint), _advising(phase):
             if group is not None:
                 backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
                 shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
@@ -86,16 +88,24 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
     degree = job.world.degree(placement.degree, f"{phase}.degree")
     refuse_quantised(job.opened, phase)
-    if degree > 1:
-        model = job.opened.skeleton()
+    if degree == 1:
+        return
+    model = job.opened.skeleton()
+    with _advising(phase):
         sharding.expert_shards(model, job.anatomy, 0, degree)
-        _plan(
-            model,
-            job.anatomy,
-            sharding.choose_backend(model, model.config.model_type, placement.backend),
-            degree,
-            phase,
-        )
+        backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+        _plan(model, job.anatomy, backend, degree, phase)
+
+
+@contextmanager
+def _advising(phase: str) -> Iterator[None]:
+    """Add to a reason why the model cannot be split what to set instead."""
+    try:
+        yield
+    except sharding.CannotSplit as error:
+        raise UserError(
+            f"{error}; choose another {phase}.backend or {phase}.degree, or set {phase}=replicated"
+        ) from error
 
 
 def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:

@@ -153,7 +153,7 @@ def test_every_parameter_of_experts_is_split_and_outputs_add_up(family):
 
 def test_experts_without_a_dispatched_forward_are_refused():
     model = empty("llama4")
-    with pytest.raises(UserError, match="evaluate=replicated"):
+    with pytest.raises(UserError, match="cannot be split over ranks"):
         sharding.expert_shards(model, find_anatomy(model), 0, 2)
 
 
@@ -188,7 +188,7 @@ def test_backends_are_chosen_by_table_and_unserved_families_refused():
     assert sharding.choose_backend(empty("llama"), "llama", "auto") == "autotp"
     assert sharding.choose_backend(empty("phi3"), "phi3", "auto") == "hf_plan"
     assert sharding.choose_backend(empty("starcoder2"), "starcoder2", "auto") == "hf_plan"
-    with pytest.raises(UserError, match=r"gpt2.*evaluate=replicated"):
+    with pytest.raises(UserError, match="how to split a gpt2 model"):
         sharding.choose_backend(empty("gpt2"), "gpt2", "auto")
 
 
