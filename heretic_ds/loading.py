@@ -131,17 +131,21 @@ class LoadedModel:
 def open_model(settings: ModelSettings) -> OpenedModel:
     """Find the model that `settings` name and check all that its configuration and file headers can tell.
 
+    Its device becomes the current one of this process.
     Raises UserError for anything wrong with the model or the settings, naming the file or tensor.
     """
     source = resolve_source(settings.path, settings.revision)
     raw = read_config(source.folder)
     headers = read_headers(source.folder)
+    device = choose_device(settings.device)
+    if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
+        torch.cuda.set_device(device)
     return OpenedModel(
         settings=settings,
         source=source,
         config=_load_config(settings, source, raw),
         headers=headers,
-        device=choose_device(settings.device),
+        device=device,
         tokenizer=load_tokenizer(settings, source),
         processor=load_processor(settings, source),
         quantization=_quantization(raw),

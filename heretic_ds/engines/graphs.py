@@ -12,27 +12,34 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from heretic_ds.engines.memory import is_out_of_memory
+from heretic_ds.engines.memory import is_out_of_memory, note_failed_capture
 from heretic_ds.engines.slots import Slots
 from heretic_ds.model_fitness import first_line
 
 log = logging.getLogger(__name__)
 
 _WARM_UPS = 2
-"""Times that a step runs before it is captured: libraries take their working memory and choose their kernels then."""
+"""Times that a step runs before it is captured: libraries take their working memory and choose their kernels then, and
+the last time shows whether the host would wait."""
 _FEWEST_ROWS = 8
 _FEWEST_COLUMNS = 64
 
 
 class CannotReplay(Exception):
     """Why steps cannot be replayed, in a few words."""
+
+
+class NoRoom(CannotReplay):
+    """Memory ran out: fewer rows may fit."""
 
 
 class Graph(Protocol):
@@ -57,18 +64,48 @@ class CudaGraphs:
 
     def __call__(self, step: Callable[[], None]) -> Graph:
         with torch.cuda.device(self._device):
-            self._aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._aside):
-                for _ in range(_WARM_UPS):
-                    step()
-            torch.cuda.current_stream().wait_stream(self._aside)
+            self._warm_up(step)
             graph = torch.cuda.CUDAGraph()
-            # Of this thread alone: what other libraries' threads ask of the device has nothing to do with the graph.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
-                step()
+            try:
+                # The outer context because PyTorch's own does not go back to the stream before where ending a capture
+                # fails. Of this thread alone: what other libraries' threads ask of the device is not the graph's.
+                with (
+                    torch.cuda.stream(self._aside),
+                    torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"),
+                ):
+                    step()
+            except BaseException:
+                note_failed_capture()
+                raise
             self._pool = self._pool or graph.pool()
         captured: Graph = graph
         return captured
+
+    def _warm_up(self, step: Callable[[], None]) -> None:
+        current = torch.cuda.current_stream()
+        self._aside.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._aside):
+                for _ in range(_WARM_UPS - 1):
+                    step()
+                with _waiting_refused():
+                    step()
+        finally:  # whoever goes on after a failure must not be given memory that is still being written to
+            current.wait_stream(self._aside)
+
+
+@contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError, as in a capture, but breaks nothing: a capture
+    that fails may leave PyTorch's allocator and random generators believing that it goes on."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch says, once, that not everything is noticed
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class ReplayedSteps:
@@ -112,7 +149,8 @@ class ReplayedSteps:
 
         ``kind`` tells apart steps that do different work: 0 without edits of their rows, else a number that grows when
         these get other memory.
-        Raises :class:`CannotReplay` where the step cannot be captured; what was in flight is lost then.
+        Raises :class:`CannotReplay` where the step cannot be captured, for whatever reason: steps that are not replayed
+        tell the user of mistakes in the model's own code, if it has any. What was in flight is lost then.
         """
         slots, key = self.slots, (kind, rows, columns)
         if key not in self._graphs:
@@ -122,15 +160,13 @@ class ReplayedSteps:
         return slots.next_R[:rows]
 
     def _captured(self, rows: int, columns: int) -> Graph:
-        slots, reason = self.slots, ""
+        slots, failure = self.slots, None
         try:
             graph = self._make(lambda: slots.answer(rows, columns))
-        except RuntimeError as error:  # of CUDA, of a library on top of it, or a lack of memory
-            first = _first(error)
-            reason = "memory ran out while a step was captured" if is_out_of_memory(first) else first_line(first)
-            del first
-        if reason:  # outside the handler, where the traceback no longer holds tensors
-            raise CannotReplay(reason)
+        except Exception as error:  # of CUDA, of a library on top of it, of the model's own code, or a lack of memory
+            failure = _why(error)
+        if failure is not None:  # outside the handler, where the traceback no longer holds tensors
+            raise failure
         log.debug("captured a step of %d rows and %d columns", rows, columns)
         return graph
 
@@ -150,11 +186,13 @@ class ReplayedSteps:
         self._slots = None
 
 
-def _first(error: BaseException) -> BaseException:
-    """The error that came first: ending a capture that has failed fails too, and says nothing of the cause."""
+def _why(error: BaseException) -> CannotReplay:
+    """By the error that came first: ending a capture that has failed fails too, and says nothing of the cause."""
     while error.__context__ is not None:
         error = error.__context__
-    return error
+    if is_out_of_memory(error):
+        return NoRoom("memory ran out while a step was captured")
+    return CannotReplay(f"a step cannot be captured ({type(error).__name__}: {first_line(error)})")
 
 
 def row_buckets(most: int) -> list[int]:
@@ -185,7 +223,7 @@ def read_later(token_B: Tensor) -> Callable[[], list[int]]:
     host_B = torch.empty(token_B.shape, dtype=token_B.dtype, pin_memory=True)
     host_B.copy_(token_B, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(token_B.device))  # where the copy is; another device may be current
 
     def tokens() -> list[int]:
         copied.synchronize()

@@ -16,6 +16,7 @@ import torch
 from heretic_ds.errors import UserError
 
 log = logging.getLogger(__name__)
+_captures = {"failed": False}
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,6 +27,10 @@ class Spare(Protocol):
 
     def give_back(self) -> bool:
         """Free it; whether there was any."""
+        ...
+
+    def lend(self) -> None:
+        """Free it for the moment: it is taken again when it is needed."""
         ...
 
 
@@ -43,8 +48,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Give cached memory back to the device."""
     gc.collect()
-    if torch.cuda.is_available():
+    if not torch.cuda.is_available():
+        return
+    try:
         torch.cuda.empty_cache()
+    except RuntimeError:
+        if not _captures["failed"]:
+            raise
+        # Some versions of PyTorch's allocator then assert that no capture goes on. What is cached is still used again.
+        log.debug("cached memory stays with this process: a CUDA graph could not be captured")
+
+
+def note_failed_capture() -> None:
+    """Remember that the capture of a CUDA graph has failed, which the allocator may take for one that goes on."""
+    _captures["failed"] = True
 
 
 def in_batches(
@@ -136,6 +153,8 @@ def measure_batch_size(
     ``same`` makes one rank's measurement that of all ranks, which have to come to one size.
     Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
     """
+    for spare in list(spares):  # else a batch would be measured in what they leave, and stay small when they are gone
+        spare.lend()
     rates: dict[int, float] = {}
 
     def rate(size: int) -> float:

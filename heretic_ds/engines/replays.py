@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from heretic_ds.anatomy import Anatomy, has_expert_dispatch
 from heretic_ds.engines.decoding import Forward
 from heretic_ds.engines.decoding import finished_answers as eager_answers
 from heretic_ds.engines.expert_edits import base_implementation
-from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, ReplayedSteps
+from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, NoRoom, ReplayedSteps
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.engines.slot_decoding import OnRows, replayed_answers
@@ -29,7 +30,12 @@ _MASKED_ATTENTION = frozenset({"eager", "sdpa"})
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 _STEADY_EXPERTS = frozenset({"batched_mm", "grouped_mm"})
 """Implementations of experts that do the same work whatever the tokens are."""
+_GROUPED_PRODUCTS = (torch.bfloat16, (9, 0))
+"""The dtype, and the least compute capability, of grouped products that PyTorch computes in one kernel. Others are
+loops over the groups, whose sizes the host has to know."""
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+_HALVINGS = 2
+"""Times that fewer rows are tried where memory runs out, before steps are eager."""
 _PROBE_LENGTHS = (11, 5, 8)
 _TOLERANCE, _TIMES_ROUNDING = 1e-4, 4.0
 """How far a trial step may be off, as a part of the logits' spread: at least, and in multiples of rounding."""
@@ -42,6 +48,8 @@ class Replays:
         self._model, self._anatomy = model, anatomy
         self._steps: ReplayedSteps | None = None
         self._over = not wanted
+        self._most, self._halvings = sys.maxsize, _HALVINGS
+        """Rows at most, and how often they may still be halved."""
         if wanted:
             spares.add(self)
 
@@ -67,27 +75,36 @@ class Replays:
         ``kind`` is that of :meth:`ReplayedSteps.step`.
         """
         left, limits = dict.fromkeys(range(len(prompts))), (pad_id, ends, max_new_tokens, decided)
-        steps, reason = self.steps(), ""
-        if steps is not None:
+
+        def begun_anew() -> tuple[list[int], list[Sequence[int]], OnRows]:
+            rest = list(left)
+            return rest, [prompts[row] for row in rest], lambda at, into=None: on_rows([rest[p] for p in at], into)
+
+        while left and (steps := self.steps()) is not None:
+            rest, rows, on_rest = begun_anew()
+            most, failure = min(rows_at_once, self._most, len(rest)), None
             steps.forget(below=kind)
             try:
-                for row, answer in replayed_answers(self._model, steps, prompts, *limits, rows_at_once, on_rows, kind):
-                    del left[row]
-                    yield row, answer
+                for position, answer in replayed_answers(self._model, steps, rows, *limits, most, on_rest, kind):
+                    del left[rest[position]]
+                    yield rest[position], answer
+            except CannotReplay as caught:
+                failure = caught.with_traceback(None)
+            if failure is None:
                 return
-            except CannotReplay as failure:
-                reason = str(failure)
-        if reason:  # outside the handler, where the traceback no longer holds tensors
-            self.give_up(reason)
-        rest = list(left)
-        for position, answer in eager_answers(
-            self._model,
-            [prompts[row] for row in rest],
-            *limits,
-            rows_at_once=rows_at_once,
-            on_rows=lambda positions: on_rows([rest[position] for position in positions]),
-        ):
+            self._after(failure, most)  # outside the handler, where the traceback no longer holds tensors
+        rest, rows, on_rest = begun_anew()
+        for position, answer in eager_answers(self._model, rows, *limits, rows_at_once=rows_at_once, on_rows=on_rest):
             yield rest[position], answer
+
+    def _after(self, failure: CannotReplay, rows: int) -> None:
+        """Go on with half as many rows, where that may help and has not been tried often; else without."""
+        if not isinstance(failure, NoRoom) or rows == 1 or not self._halvings:
+            self.give_up(str(failure))
+            return
+        self._halvings, self._most = self._halvings - 1, rows // 2
+        self.lend()
+        log.info("CUDA graphs of %d rows: %s; going on with %d", rows, failure, self._most)
 
     def _begin(self) -> None:
         device = next(self._model.parameters()).device
@@ -102,12 +119,16 @@ class Replays:
 
     def _difference(self) -> str | None:
         """What a step over slots does otherwise than one over the model's own cache; None where it does the same."""
+        failed = None
         try:
             error, rounding = probe(self._model)
         except Exception as failure:  # of the model's own code, which was not written for such a cache or mask
+            failed = f"a trial step failed ({type(failure).__name__}: {first_line(failure)})"
             if is_out_of_memory(failure):
-                raise
-            return f"a trial step failed ({first_line(failure)})"
+                failed = "memory ran out in a trial step"
+        if failed is not None:  # outside the handler, where the traceback no longer holds tensors
+            release_memory()
+            return failed
         if not error <= max(_TOLERANCE, _TIMES_ROUNDING * rounding):
             return f"a trial step gave other logits (off by {error:.2g} of their spread)"
         return None
@@ -123,6 +144,12 @@ class Replays:
             return False
         self.give_up("memory ran out beside what replayed steps keep")
         return True
+
+    def lend(self) -> None:
+        """Free slots and graphs, which are made anew when rows come; for when none are in flight."""
+        if self._steps is not None:
+            self._steps.close()
+            release_memory()
 
     def forget(self) -> None:
         """Drop what was captured: the edits that it refers to are no longer there."""
@@ -171,7 +198,16 @@ def obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
             chosen = base_implementation(experts) if has_expert_dispatch(experts) else "eager"
             if chosen not in _STEADY_EXPERTS:
                 return f"which experts run depends on the tokens (experts implementation {chosen})"
+            weight = next(experts.parameters())
+            if chosen == "grouped_mm" and waits_for_groups(weight.device, weight.dtype):
+                return f"the host waits for the sizes of grouped products of {weight.dtype} on this device"
     return None
+
+
+def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped products are known to make the host wait for a device; a warm-up finds out about the others."""
+    one_kernel, capability = _GROUPED_PRODUCTS
+    return device.type == "cuda" and (dtype != one_kernel or torch.cuda.get_device_capability(device) < capability)
 
 
 def _names(names: Any) -> str:

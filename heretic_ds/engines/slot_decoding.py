@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from heretic_ds.engines.decoding import COMPACT_BELOW, Answers, Forward, places
-from heretic_ds.engines.graphs import CannotReplay, ReplayedSteps, read_later
+from heretic_ds.engines.graphs import NoRoom, ReplayedSteps, read_later
 from heretic_ds.engines.memory import is_out_of_memory
 from heretic_ds.engines.padding import batches_of
 from heretic_ds.engines.protocol import Decided, TokenRows
@@ -161,7 +161,8 @@ def replayed_answers(
     """Greedy answers (index of the prompt, tokens without the end token) in the order in which they end.
 
     What :func:`heretic_ds.engines.decoding.finished_answers` gives, with its arguments; ``kind`` is that of
-    :meth:`ReplayedSteps.step`. Raises :class:`CannotReplay` where a step cannot be captured, or memory runs out.
+    :meth:`ReplayedSteps.step`. Raises :class:`CannotReplay` where a step cannot be captured, and of that
+    :class:`NoRoom` where memory runs out.
     """
     answers = Answers(len(prompts), ends, max_new_tokens, decided)
     failed = False
@@ -175,4 +176,4 @@ def replayed_answers(
             raise
         failed = True
     if failed:  # outside the handler, where the traceback no longer holds tensors
-        raise CannotReplay("memory ran out beside what replayed steps keep")
+        raise NoRoom("memory ran out beside what replayed steps keep")

@@ -160,9 +160,13 @@ class Slots:
         self.position_R[:rows].add_(1)
 
     def _masks(self, column_C: Tensor, position_B1: Tensor) -> Any:
-        """Which columns each row sees, [B, 1, 1, C]; by kind of layer where the kinds see different ones."""
+        """Which columns each row sees, [B, 1, 1, C]; by kind of layer where the kinds see different ones.
+
+        The same kind of thing for any number of columns, also where no window leaves anything out: a model that cannot
+        take it shows that at its first step.
+        """
         seen_BC = column_C <= position_B1
-        if self._window is None or not any(self._slides) or self._window >= len(column_C):
+        if self._window is None or not any(self._slides):
             return self._mask(seen_BC)
         near_BC = seen_BC & (column_C > position_B1 - self._window)
         if all(self._slides):

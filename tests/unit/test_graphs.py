@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from heretic_ds.engines import graphs
+from heretic_ds.engines import graphs, memory
 from heretic_ds.engines.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
+from heretic_ds.engines.slots import Slots
 from tests import families
 from tests.recorded_graphs import RecordedGraph, Recorder
 
@@ -119,44 +120,144 @@ def test_tokens_are_those_of_the_time_of_asking():
     assert later() == [3, 4]
 
 
-def test_a_step_warms_up_aside_before_it_is_captured_there(monkeypatch):
-    """On stand-ins for CUDA with its signatures: the order of things, and one pool of memory for all graphs."""
-    events: list[str] = []
+class Cuda:
+    """Stand-ins for what :class:`CudaGraphs` needs of CUDA, on which PyTorch's own context of a capture runs; and what
+    happens to them."""
 
-    class Stream:
-        def __init__(self, name):
-            self.name = name
+    def __init__(self, monkeypatch):
+        self.events: list[str] = []
+        self.current, self.mode, self.error_at_end, self.warned = "main", 0, "", False
+        cuda = self
 
-        def wait_stream(self, other):
-            events.append(f"{self.name} waits for {other.name}")
+        class Stream:
+            def __init__(self, name):
+                self.name = name
 
-    @contextlib.contextmanager
-    def on(stream):
-        events.append(f"on {stream.name}")
-        yield
-        events.append(f"off {stream.name}")
+            def wait_stream(self, other):
+                cuda.events.append(f"{self.name} waits for {other.name}")
 
-    @contextlib.contextmanager
-    def capture(cuda_graph, pool, stream, capture_error_mode):
-        inspect.signature(torch_graph).bind(cuda_graph, pool, stream, capture_error_mode)
-        events.append(f"capture on {stream.name} into {pool}, {capture_error_mode}")
-        yield
-        events.append("captured")
+        class On:
+            def __init__(self, stream):
+                self.stream = stream
 
-    torch_graph, graph = torch.cuda.graph, SimpleNamespace(pool=lambda: "pool")
-    for name, value in {
-        "Stream": lambda device: Stream("aside"), "current_stream": lambda: Stream("main"), "stream": on,
-        "graph": capture, "CUDAGraph": lambda: graph, "device": lambda device: contextlib.nullcontext(),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
+            def __enter__(self):
+                self.before, cuda.current = cuda.current, self.stream.name
+
+            def __exit__(self, *error):
+                cuda.current = self.before
+
+        class CUDAGraph:
+            def capture_begin(self, pool=None, **options):
+                assert options["capture_error_mode"] == "thread_local"
+                cuda.events.append(f"capture on {cuda.current} into {pool}")
+
+            def capture_end(self):
+                if cuda.error_at_end:
+                    raise RuntimeError(cuda.error_at_end)
+                cuda.events.append("captured")
+
+            def pool(self):
+                return "pool"
+
+        for name, value in {
+            "Stream": lambda device: Stream("aside"), "current_stream": lambda: Stream(cuda.current), "stream": On,
+            "CUDAGraph": CUDAGraph, "device": lambda device: contextlib.nullcontext(), "synchronize": lambda: None,
+            "empty_cache": lambda: None, "get_sync_debug_mode": lambda: cuda.mode, "set_sync_debug_mode": self.set_mode,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(memory, "_captures", {"failed": False})
+
+    def set_mode(self, mode):
+        if not self.warned:  # as PyTorch does
+            warnings.warn("a prototype feature", stacklevel=1)
+        self.warned = True
+        self.mode = {"error": 2}.get(mode, mode)
+
+    def step(self):
+        self.events.append(f"step on {self.current}, mode {self.mode}")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+@pytest.mark.filterwarnings("error:a prototype feature")
+@pytest.mark.parametrize("mode", [0, 1])
+def test_a_step_warms_up_aside_before_it_is_captured_there(cuda, mode):
+    """The order of things, the last warm-up without waiting, and one pool of memory for all graphs."""
+    cuda.mode = mode
     make = CudaGraphs(torch.device("cuda:1"))
-    assert make(lambda: events.append("step")) is graph
-    assert events == [
-        "aside waits for main", "on aside", *["step"] * graphs._WARM_UPS, "off aside", "main waits for aside",
-        "capture on aside into None, thread_local", "step", "captured",
+    assert isinstance(make(cuda.step), torch.cuda.CUDAGraph)
+    assert cuda.events == [
+        "aside waits for main", f"step on aside, mode {mode}", "step on aside, mode 2", "main waits for aside",
+        "capture on aside into None", f"step on aside, mode {mode}", "captured",
     ]  # fmt: skip
     make(lambda: None)
-    assert "capture on aside into pool, thread_local" in events
+    assert "capture on aside into pool" in cuda.events
+    assert (cuda.current, cuda.mode, memory._captures["failed"]) == ("main", mode, False)
+
+
+def test_a_host_that_would_wait_is_found_out_before_anything_is_captured(cuda):
+    def waits():
+        cuda.step()
+        if cuda.mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        CudaGraphs(torch.device("cuda:1"))(waits)
+    assert cuda.events[-1] == "main waits for aside" and not any("capture" in event for event in cuda.events)
+    assert (cuda.current, cuda.mode, memory._captures["failed"]) == ("main", 0, False)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("not permitted"), KeyError("mask"), KeyboardInterrupt()])
+def test_after_a_capture_that_fails_the_stream_is_the_one_before(cuda, failure, monkeypatch):
+    """Although PyTorch's own context does not get that far; and an allocator that gives nothing back is no error."""
+    cuda.error_at_end = "operation failed due to a previous error during capture"
+    calls = []
+
+    def step():
+        calls.append(None)
+        if len(calls) > graphs._WARM_UPS:
+            raise failure
+
+    def refused():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    make = CudaGraphs(torch.device("cuda:1"))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="ASSERT"):
+        patch.setattr(torch.cuda, "empty_cache", refused)
+        memory.release_memory()  # nothing has failed yet
+    with pytest.raises(RuntimeError, match="previous error") as raised:
+        make(step)
+    assert raised.value.__context__ is failure
+    assert cuda.current == "main" and memory._captures["failed"]
+    monkeypatch.setattr(torch.cuda, "empty_cache", refused)
+    memory.release_memory()
+
+
+def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
+    """Which need not be the current one, whose streams may have nothing to do."""
+    done = []
+
+    class Event:
+        def record(self, stream=None):
+            done.append(f"recorded on {stream}")
+
+        def synchronize(self):
+            done.append("waited")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory, **options: empty(*sizes, **options))
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other, non_blocking: self.fill_(7))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
+    tokens = SimpleNamespace(device=torch.device("cuda:1"), shape=(2,), dtype=torch.int64)
+    later = read_later(tokens)  # type: ignore[arg-type]
+    assert done == ["recorded on the stream of cuda:1"]
+    assert later() == [7, 7] and done[1:] == ["waited"]
 
 
 @pytest.mark.skipif(
@@ -175,6 +276,40 @@ class TestOnCuda:
         for graph, expected in ((captured[0], 17), (captured[1], 12), (captured[0], 17)):
             graph.replay()
             assert read_later(out)() == [expected] * 3
+
+    @pytest.mark.parametrize("call", range(1, graphs._WARM_UPS + 2))
+    def test_a_host_that_waits_within_a_step_leaves_eager_steps_as_they_were(self, call, monkeypatch, caplog):
+        """In any but the last warm-up it may; in the last it is refused; and in the capture itself it breaks that."""
+        from tests.unit.test_replays import answers_and_kl
+
+        model, calls = families.build("llama").cuda(), [0]
+        expected = answers_and_kl(model, 3, False)
+        stream, answer = torch.cuda.current_stream(), Slots.answer
+
+        def waits(slots, *sizes):
+            answer(slots, *sizes)
+            calls[0] += 1
+            if calls[0] == call:
+                slots.next_R.sum().item()
+
+        monkeypatch.setattr(Slots, "answer", waits)
+        with caplog.at_level("WARNING", logger="heretic_ds"):
+            answers, kl = answers_and_kl(model, 3, True)
+        assert answers == expected[0] and kl == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+        assert ("a step cannot be captured" in caplog.text) is (call >= graphs._WARM_UPS)
+        assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+        assert torch.cuda.get_sync_debug_mode() == 0
+        memory.release_memory()
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices; the command is the same")
+    @torch.inference_mode()
+    def test_tokens_of_a_device_that_is_not_the_current_one(self):
+        device = torch.device("cuda", (torch.cuda.current_device() + 1) % torch.cuda.device_count())
+        square, tokens = torch.ones(4096, 4096, device=device), torch.zeros(3, dtype=torch.int64, device=device)
+        for _ in range(50):
+            square = square @ square / 4096
+        tokens.copy_(square[0, :3] + 4)
+        assert read_later(tokens)() == [5, 5, 5]
 
     @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt_oss"])
     @pytest.mark.parametrize("trials", [1, 3])

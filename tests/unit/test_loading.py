@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from heretic_ds import loading, model_fitness
 from heretic_ds.errors import UserError
-from heretic_ds.loading import LoadedModel, load_model
+from heretic_ds.loading import LoadedModel, load_model, open_model
 from heretic_ds.model_fitness import choose_device, dtype_candidates, first_non_finite
 from heretic_ds.model_source import read_headers, resolve_source
 from heretic_ds.settings import ModelSettings
@@ -200,6 +200,17 @@ def test_missing_tensors_are_named_and_never_left_random(copy: Path) -> None:
     edit_weights(copy, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = refusal(copy)
     assert "model.layers.1.mlp.up_proj.weight" in message and "LlamaForCausalLM" in message
+
+
+def test_the_models_device_becomes_the_current_one(copy: Path, monkeypatch) -> None:
+    """Once it is known that there is a model: kernels that are no operators of PyTorch run on the current device."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    open_model(ModelSettings(path=str(copy), device="cpu"))
+    assert chosen == []
+    monkeypatch.setattr(loading, "choose_device", lambda name: torch.device(name))
+    assert open_model(ModelSettings(path=str(copy), device="cuda:1")).device == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
 
 
 def test_tied_embeddings_are_not_missing(tmp_path: Path) -> None:

@@ -108,19 +108,69 @@ def test_trials_without_any_edit_do_not_get_those_of_a_pass_before(recorder):
     assert engine.generate(prompts(), [None, None]) == [original, original]
 
 
-def test_memory_that_runs_out_while_capturing_is_said_once_and_steps_go_on_eagerly(monkeypatch, caplog):
-    recorder = Recorder((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much"),))
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_memory_that_runs_out_while_capturing_halves_rows_twice_before_steps_are_eager(failures, monkeypatch, caplog):
+    recorder = Recorder((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much"),) * failures)
     monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
-    model = families.build("llama")
+    model, slots_of = families.build("llama"), []
+    reserve = graphs.ReplayedSteps.reserve
+    monkeypatch.setattr(
+        graphs.ReplayedSteps, "reserve", lambda self, rows, *more: slots_of.append(rows) or reserve(self, rows, *more)
+    )
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
         answers, kl = answers_and_kl(model, 3, True)
     said = [record.message for record in caplog.records if "CUDA graphs" in record.message]
-    assert said == ["decoding without CUDA graphs: memory ran out while a step was captured"]
-    assert (answers, kl) == answers_and_kl(model, 3, False) and recorder.replayed == 0
+    assert (
+        said
+        == [
+            "CUDA graphs of 7 rows: memory ran out while a step was captured; going on with 3",
+            "CUDA graphs of 3 rows: memory ran out while a step was captured; going on with 1",
+            "decoding without CUDA graphs: memory ran out while a step was captured",
+        ][:failures]
+    )
+    assert slots_of[: failures + 1] == [7, 3, 1][: failures + 1] and max(slots_of[failures:], default=0) <= 3
+    assert (answers, kl) == answers_and_kl(model, 3, False) and (recorder.replayed > 20) is (failures < 3)
+
+
+def test_a_step_that_cannot_be_captured_is_not_tried_with_fewer_rows(monkeypatch, caplog):
+    """Whatever the model's own code raised."""
+    monkeypatch.setattr(replays, "maker_for", lambda device: Recorder((KeyError("full_attention"),)))
+    model = families.build("llama")
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        found = answers_and_kl(model, 3, True)
+    assert caplog.text.count("CUDA graphs") == 1
+    assert "without CUDA graphs: a step cannot be captured (KeyError: 'full_attention')" in caplog.text
+    assert found == answers_and_kl(model, 3, False)
+
+
+def test_memory_that_a_trial_step_lacks_leaves_eager_steps(recorder, monkeypatch, caplog):
+    model = families.build("llama")
+    expected = answers_and_kl(model, 3, False)
+    monkeypatch.setattr(replays, "probe", lambda model: _raise(torch.OutOfMemoryError("CUDA out of memory")))
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert answers_and_kl(model, 3, True) == expected
+    assert caplog.text.count("without CUDA graphs: memory ran out in a trial step") == 1 and recorder.made == 0
+
+
+def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder):
+    """What slots hold is given back before, and taken again afterwards."""
+    model = families.build("llama")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    answers = engine.generate(prompts(), [edit(1.1)])
+    steps, logits, held = engine._replays.steps(), engine._first_token_logits, []
+    assert steps is not None and steps._slots is not None
+    engine._first_token_logits = lambda rows: held.append(steps._slots) or logits(rows)
+    del engine.batch_sizes["kl"]
+    engine.reference(prompts())
+    assert held and set(held) == {None} and engine.batch_sizes["kl"] >= 1
+    replayed = recorder.replayed
+    assert engine.generate(prompts(), [edit(1.1)]) == answers
+    assert recorder.replayed > replayed and engine._replays.steps() is steps and steps._slots is not None
 
 
 def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, caplog):
-    """Answers that have ended are kept; the others begin anew, each row with its own trial's edit."""
+    """Answers that have ended are kept; the others begin anew, fewer at a time, each row with its own trial's edit."""
     model = families.build("llama")
     expected = answers_and_kl(model, 3, False)
     step, count = graphs.ReplayedSteps.step, [0]
@@ -135,7 +185,8 @@ def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, capl
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
         answers, kl = answers_and_kl(model, 3, True)
     assert (answers, kl) == expected
-    assert "memory ran out beside" in caplog.text and count == [11]
+    assert caplog.text.count("memory ran out beside what replayed steps keep; going on with 3") == 1
+    assert count[0] > 30 and "without" not in caplog.text
 
 
 def test_memory_that_other_phases_lack_is_given_back_before_their_batches_get_smaller(recorder, monkeypatch, caplog):
@@ -203,6 +254,13 @@ def test_other_reasons_against_it(recorder):
     assert obstacle(moe, find_anatomy(moe)) is None
     moe.set_experts_implementation("eager")
     assert "experts implementation eager" in str(obstacle(moe, find_anatomy(moe)))
+    moe.set_experts_implementation("grouped_mm")
+    assert obstacle(moe, find_anatomy(moe)) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replays, "waits_for_groups", lambda device, dtype: dtype == torch.float32)
+        assert "waits for the sizes of grouped products of torch.float32" in str(obstacle(moe, find_anatomy(moe)))
+        moe.set_experts_implementation("batched_mm")
+        assert obstacle(moe, find_anatomy(moe)) is None
     anatomy = find_anatomy(llama)
     llama.config.rope_parameters = {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4}}
     assert "longest row" in str(obstacle(llama, anatomy))
@@ -210,6 +268,22 @@ def test_other_reasons_against_it(recorder):
     assert obstacle(llama, anatomy) is None
     llama.config._attn_implementation = "flash_attention_2"
     assert "flash_attention_2 takes no mask" in str(obstacle(llama, anatomy))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "waits"),
+    [
+        ("cuda:1", torch.bfloat16, (9, 0), False),
+        ("cuda:1", torch.bfloat16, (10, 0), False),
+        ("cuda:1", torch.bfloat16, (8, 9), True),
+        ("cuda:1", torch.float16, (9, 0), True),
+        ("cuda:1", torch.float32, (10, 0), True),
+        ("cpu", torch.float32, None, False),
+    ],
+)
+def test_grouped_products_that_make_the_host_wait(device, dtype, capability, waits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda asked: {torch.device("cuda:1"): capability}[asked])
+    assert replays.waits_for_groups(torch.device(device), dtype) is waits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -225,7 +299,27 @@ def test_a_model_for_which_slots_are_something_else_is_found_out(dtype, recorder
     monkeypatch.setattr(nn.Module, "__call__", lambda *_, **__: (_ for _ in ()).throw(TypeError("no such\nargument")))
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
         assert Replays(model, find_anatomy(model), wanted=True).steps() is None
-    assert "a trial step failed (no such)" in caplog.text
+    assert "a trial step failed (TypeError: no such)" in caplog.text
+
+
+@pytest.mark.parametrize("window", [4, 512])
+def test_a_model_that_takes_no_masks_by_kind_of_layer_shows_it_in_the_trial_step(window, recorder, caplog, monkeypatch):
+    """Also where its window is longer than that step."""
+    model = families.build("gemma2")
+    for module in (model, *model.modules()):
+        for holder in (module, getattr(module, "config", None)):
+            if getattr(holder, "sliding_window", None) is not None:
+                monkeypatch.setattr(holder, "sliding_window", window)
+    assert Replays(model, find_anatomy(model), wanted=True).steps() is not None
+    forward = type(model.model).forward
+
+    def one_mask(self, *args, attention_mask=None, **options):
+        return forward(self, *args, attention_mask=attention_mask.bool(), **options)
+
+    monkeypatch.setattr(model.model, "forward", one_mask.__get__(model.model))
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        assert Replays(model, find_anatomy(model), wanted=True).steps() is None
+    assert "a trial step failed (AttributeError: 'dict' object has no attribute 'bool')" in caplog.text
 
 
 def test_the_setting_reaches_the_engine(compose_settings, tmp_path):

@@ -11,7 +11,7 @@ import torch
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines import graphs, padding, slot_decoding
 from heretic_ds.engines.decoding import finished_answers
-from heretic_ds.engines.graphs import CannotReplay, ReplayedSteps
+from heretic_ds.engines.graphs import CannotReplay, NoRoom, ReplayedSteps
 from heretic_ds.engines.replays import obstacle
 from heretic_ds.engines.slot_decoding import replayed_answers
 from tests import families
@@ -158,13 +158,20 @@ def test_what_cannot_be_captured_and_memory_that_runs_out_are_told_apart_from_mi
     second.__context__ = torch.OutOfMemoryError("CUDA out of memory")
     for failure, said in (
         (second, "memory ran out while a step was captured"),
-        (RuntimeError("operation not permitted when stream is capturing\nmore"), "^operation not .* capturing$"),
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), r"\(RuntimeError: .* capturing\)$"),
+        (KeyError("full_attention"), r"a step cannot be captured \(KeyError: 'full_attention'\)$"),
         (torch.OutOfMemoryError("CUDA out of memory"), "memory ran out while a step was captured"),
     ):
         with pytest.raises(CannotReplay, match=said):
             replayed(model, prompts(), Recorder((failure,)))
-    with pytest.raises(CannotReplay, match="memory ran out beside"), pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(NoRoom, match="memory ran out beside"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(slot_decoding._SlotDecoder, "_begin", lambda *_: (_ for _ in ()).throw(MemoryError()))
         replayed(model, prompts(), Recorder())
-    with pytest.raises(ZeroDivisionError):
-        replayed(model, prompts(), Recorder((ZeroDivisionError(),)))
+    with pytest.raises(NoRoom):
+        replayed(model, prompts(), Recorder((second,)))
+    for stop in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(stop):
+            replayed(model, prompts(), Recorder((stop(),)))
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slot_decoding._SlotDecoder, "_begin", lambda *_: (_ for _ in ()).throw(ZeroDivisionError()))
+        replayed(model, prompts(), Recorder())

@@ -77,6 +77,19 @@ def test_a_row_past_its_columns_harms_no_other():
     assert slots.position_R[0] == 11
 
 
+@pytest.mark.parametrize("window", [4, 512])
+def test_masks_are_of_one_kind_whatever_the_columns(window):
+    """So that a model's first step shows whether it can take them, and not the first one past its window."""
+    model = families.build("gemma2")
+    model.config.sliding_window = window
+    slots = Slots(model, rows=1, columns=16)
+    for columns in (3, 16):
+        masks = slots._masks(torch.arange(columns), torch.tensor([[columns - 1]]))
+        assert sorted(masks) == ["full_attention", "sliding_attention"]
+        assert masks["full_attention"].sum() == columns
+        assert masks["sliding_attention"].sum() == min(columns, window)
+
+
 def test_memory_for_rows_comes_before_steps():
     model = families.build("llama")
     with pytest.raises(RuntimeError, match="before any prompt"), torch.inference_mode():
