@@ -132,6 +132,16 @@ def test_memory_that_runs_out_while_capturing_halves_rows_twice_before_steps_are
     assert (answers, kl) == answers_and_kl(model, 3, False) and (recorder.replayed > 20) is (failures < 3)
 
 
+def test_rows_are_not_halved_any_number_of_times(monkeypatch, caplog):
+    monkeypatch.setattr(replays, "_HALVINGS", 1)
+    recorder = Recorder((torch.OutOfMemoryError("CUDA out of memory"),) * 2)
+    monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
+    with caplog.at_level(logging.INFO, logger="heretic_ds"):
+        answers_and_kl(families.build("llama"), 3, True)
+    assert caplog.text.count("going on with 3") == caplog.text.count("decoding without CUDA graphs") == 1
+    assert recorder.replayed == 0
+
+
 def test_a_step_that_cannot_be_captured_is_not_tried_with_fewer_rows(monkeypatch, caplog):
     """Whatever the model's own code raised."""
     monkeypatch.setattr(replays, "maker_for", lambda device: Recorder((KeyError("full_attention"),)))
