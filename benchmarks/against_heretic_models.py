@@ -61,7 +61,7 @@ CASES = {
     "8b": Case(
         "8b",
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "vocab_size": 128256},
+         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
         dtype="bfloat16", device="cuda", new_tokens=100, train=400, evaluated=100, batch_size=128,
     ),
     "tiny": Case(
@@ -134,7 +134,7 @@ def _random_model(case: Case, folder: Path, target_eval: Sequence[str]) -> tuple
     torch.manual_seed(0)
     tokenizer, path = _tokenizer(case.config["vocab_size"]), folder / "model"
     config = LlamaConfig(
-        **case.config, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1,
+        **({"tie_word_embeddings": True} | case.config), max_position_embeddings=1024, pad_token_id=0, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip
     with torch.device(case.device):
@@ -171,7 +171,7 @@ def _spread(model: Any) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.add_(torch.rand_like(parameter) - 0.5)
-            elif "embed_tokens" in name:
+            elif "embed_tokens" in name or "lm_head" in name:
                 parameter.normal_(0, 3 / parameter.shape[1] ** 0.5)
                 parameter[: len(SPECIAL)] = 0
             elif parameter.dim() == 2:
