@@ -23,7 +23,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,8 +163,8 @@ def measure(told: dict[str, Any], cell: Cell, threads: int, heretic_python: Path
     return result | {"ratios": ratios(result)}
 
 
-def run_case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All cells of one model."""
+def run_case(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """What is known of one model after each of its cells."""
     threads = options.threads or (1 if name in ("demo", "tiny") else os.cpu_count() or 1)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(HERE / "against_heretic_models.py"), name, str(folder)]
@@ -175,14 +175,14 @@ def run_case(name: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         if not options.only or cell.name in options.only:
             measured[cell.name] = measure(told, cell, threads, options.heretic_python, folder)
             print(f"{name}, {cell.name}: {json.dumps(measured[cell.name]['ratios'])}", flush=True)
-    return {
-        "model": {key: told["case"][key] for key in ("dtype", "device", "new_tokens", "config")},
-        "prompts": told["counts"],
-        "threads": threads,
-        "aims": aims(name, measured),
-        "cells": measured,
-        "machine": machine() | ({"gpu": _gpu()} if told["case"]["device"] == "cuda" else {}),
-    }
+            yield {
+                "model": {key: told["case"][key] for key in ("dtype", "device", "new_tokens", "config")},
+                "prompts": told["counts"],
+                "threads": threads,
+                "aims": aims(name, measured),
+                "cells": measured,
+                "machine": machine() | ({"gpu": _gpu()} if told["case"]["device"] == "cuda" else {}),
+            }
 
 
 def _gpu() -> str:
@@ -219,8 +219,9 @@ def main(arguments: list[str] | None = None) -> int:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="against_heretic_") as temporary:
         for name in options.shape:
-            found[name] = run_case(name, options, (options.folder or Path(temporary)).resolve() / name)
-            write(options.result, found, list(CASES))
+            for known in run_case(name, options, (options.folder or Path(temporary)).resolve() / name):
+                found[name] = known
+                write(options.result, found, list(CASES))
     print(table(found))
     for name, of_case in found.items():
         for aim in of_case["aims"]:
