@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
-_PROBE_TOKENS = 8
+_PROBE_TOKENS = 16
 """Answer tokens per row while the batch size for generation is measured."""
 _MOST_ROWS = 512
 """Largest batch that is tried."""
@@ -303,7 +303,13 @@ class ResidentEngine:
             longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
         most = self._most_rows(longest, work)
         clock = time.process_time if on_cpu else time.perf_counter
-        self.batch_sizes[phase] = measure_batch_size(lambda n: work(longest[:n]), most, phase, self._same, clock=clock)
+
+        def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
+            return sum(len(row) + (_PROBE_TOKENS if phase == "generate" else 0) for row in longest[:count])
+
+        self.batch_sizes[phase] = measure_batch_size(
+            lambda count: work(longest[:count]), most, phase, self._same, clock, tokens
+        )
 
     def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
         """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""
