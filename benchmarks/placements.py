@@ -2,9 +2,10 @@
 
     python benchmarks/placements.py [--result FILE] [--width 512] [--tokens 16]
 
-Needs: the package, no GPU and no network; the model is a random llama of some 30 million parameters with the demo's
-tokenizer, made anew in a temporary folder. Takes some minutes: each row is a job of its own through DeepSpeed's
-launcher, one thread a rank. Leaves ``benchmarks/results/placements.json`` and prints it as a table.
+Needs: the package, no GPU and no network; the models are a random llama and a random mixtral of some 30 million
+parameters each with the demo's tokenizer, made anew in a temporary folder. Takes some minutes: each row is a job of its
+own through DeepSpeed's launcher, one thread a rank. Leaves ``benchmarks/results/placements.json`` and prints it as a
+table.
 
 Ranks share the cores of this machine, so more ranks are no faster here than one; what the table is for is memory, and
 what each placement costs beside another.
@@ -27,31 +28,40 @@ from typing import Any
 RESULT = Path(__file__).resolve().parent / "results" / "placements.json"
 MARK = "placement figures: "
 ROWS = [
-    # placement, ranks, ranks a replica, whether it also evaluates
-    ("replicated", 1, 1, True),
-    ("replicated", 2, 1, True),
-    ("tensor_parallel", 2, 2, True),
-    ("tensor_parallel", 4, 2, True),
-    ("zero3", 1, None, False),
-    ("zero3", 2, None, False),
+    # model, placement, ranks, ranks a replica, whether it also evaluates
+    ("llama", "replicated", 1, 1, True),
+    ("llama", "replicated", 2, 1, True),
+    ("llama", "tensor_parallel", 2, 2, True),
+    ("llama", "tensor_parallel", 4, 2, True),
+    ("llama", "zero3", 1, None, False),
+    ("llama", "zero3", 2, None, False),
+    ("mixtral", "replicated", 1, 1, True),
+    ("mixtral", "tensor_parallel", 2, 2, True),
+    ("mixtral", "expert_parallel", 2, 2, True),
+    ("mixtral", "expert_parallel", 4, 4, True),
+    ("mixtral", "zero3", 2, None, False),
 ]
 
 
-def make_model(folder: Path, width: int) -> int:
+def make_model(folder: Path, width: int, kind: str = "llama") -> int:
     """Write the model; returns its parameters' bytes."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
     from heretic_ds.demo import demo_model_dir
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=10,
-        num_attention_heads=8, num_key_value_heads=8, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=512,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    fields = {
+        "vocab_size": len(tokenizer), "hidden_size": width, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    if kind == "mixtral":
+        config = MixtralConfig(**fields, intermediate_size=width, num_hidden_layers=4, num_local_experts=8)
+    else:
+        config = LlamaConfig(**fields, intermediate_size=11 * width // 4, num_hidden_layers=10)
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -112,10 +122,10 @@ def _partition(parameter: Any) -> Any:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
 
 
-def launch(model: Path, row: tuple[str, int, int | None, bool], tokens: int) -> dict[str, Any]:
+def launch(folder: Path, row: tuple[str, str, int, int | None, bool], tokens: int) -> dict[str, Any]:
     """One row of the table, from a job of its own."""
-    placement, ranks, degree, evaluates = row
-    rank_arguments = [str(model), placement, str(degree or 0), str(int(evaluates)), str(tokens)]
+    kind, placement, ranks, degree, evaluates = row
+    rank_arguments = [str(folder / kind), placement, str(degree or 0), str(int(evaluates)), str(tokens)]
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
         str(Path(__file__).resolve()), "--rank", *rank_arguments,
@@ -129,20 +139,22 @@ def launch(model: Path, row: tuple[str, int, int | None, bool], tokens: int) -> 
     slowest = {name: max(r[name] for r in per_rank) for name in ("load_seconds", "loading_peak_bytes")}
     rates = {name: per_rank[0][name] for name in ("capture_tokens_per_second", "generation_tokens_per_second")}
     held = {name: [r[name] for r in per_rank] for name in ("parameter_bytes", "peak_host_bytes")}
-    return {"placement": placement, "ranks": ranks, "ranks_a_replica": degree or ranks, **slowest, **rates, **held}
+    where = {"model": kind, "placement": placement, "ranks": ranks, "ranks_a_replica": degree or ranks}
+    return {**where, **slowest, **rates, **held}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
+    """The figures as Markdown; weights and peak are the most that a rank has."""
     mib = 2**20
     lines = [
-        "| placement | ranks | a replica | load s | capture tok/s | generate tok/s | weights MiB | peak MiB, a rank |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | placement | ranks | a replica | load s | capture tok/s | generate tok/s | weights MiB | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         generation = row["generation_tokens_per_second"]
         lines.append(
-            f"| {row['placement']} | {row['ranks']} | {row['ranks_a_replica']} | {row['load_seconds']:.1f} | "
+            f"| {row['model']} | {row['placement']} | {row['ranks']} | {row['ranks_a_replica']} | "
+            f"{row['load_seconds']:.1f} | "
             f"{row['capture_tokens_per_second']:.0f} | {'-' if generation is None else f'{generation:.0f}'} | "
             f"{max(row['parameter_bytes']) / mib:.0f} | {max(row['peak_host_bytes']) / mib:.0f} |"
         )
@@ -162,11 +174,11 @@ def main() -> int:
     from heretic_ds.export.manifest import package_versions
 
     with tempfile.TemporaryDirectory(prefix="placements_") as folder:
-        size = make_model(Path(folder), options.width)
+        sizes = {kind: make_model(Path(folder) / kind, options.width, kind) for kind in ("llama", "mixtral")}
         rows = [launch(Path(folder), row, options.tokens) for row in ROWS]
     print(table(rows))
     machine = {"cores": os.cpu_count(), "processor": platform.machine(), "device": "cpu", "threads_a_rank": 1}
-    result = {"model_bytes": size, "rows": rows, "machine": machine, "versions": package_versions()}
+    result = {"model_bytes": sizes, "rows": rows, "machine": machine, "versions": package_versions()}
     options.result.parent.mkdir(exist_ok=True)
     options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0

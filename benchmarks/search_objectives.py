@@ -87,7 +87,7 @@ class Analytic:
 class Recorded:
     """The demo model's scores, interpolated."""
 
-    def __init__(self, table: Mapping[str, Any], width: float = 0.6, ridge: float = 1e-3) -> None:
+    def __init__(self, table: Mapping[str, Any], width: float = 0.6, ridge: float = 1e-2) -> None:
         from heretic_ds.ablation import Edit
 
         self.layers, self.original_refusals = int(table["layers"]), float(table["original_refusals"])

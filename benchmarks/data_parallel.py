@@ -1,0 +1,123 @@
+"""What data parallel ranks cost: the processor's seconds of a search on one rank, and on two that share its prompts.
+
+    python benchmarks/data_parallel.py [--result FILE] [--trials 6] [--rounds 3]
+
+Needs: the package, two cores, no GPU and no network. Every search is a job of its own through DeepSpeed's launcher, one
+thread a rank, `replicated`; jobs of one rank and of two take turns, and the cheapest of each kind counts. Models: the
+demo's, and a random llama of some 30 million parameters, made anew in a temporary folder, that always answers with as
+many tokens as it may. Leaves ``benchmarks/results/data_parallel.json`` and prints it.
+
+Only the search counts: not the loading, not the capture, not the launcher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from placements import make_model
+
+RESULT = Path(__file__).resolve().parent / "results" / "data_parallel.json"
+MARK = "data parallel figures: "
+RANDOM = ["prompts=demo", "scoring.markers=[e]", "generation.early_stop=false", "generation.max_new_tokens=32"]
+"""For a model whose answers mean nothing: every answer that has an `e` in it counts as declined."""
+
+
+def measure(arguments: list[str]) -> None:
+    """What one rank does: the main job up to the end of its search; rank 0 prints every rank's figures."""
+    from heretic_ds import stages
+    from heretic_ds.cli import compose
+    from heretic_ds.report.console import console_of, messages_to
+    from heretic_ds.stages.search import continue_search, open_search
+    from heretic_ds.world import World
+
+    world = World.join()
+    folder = world.decide(lambda: tempfile.mkdtemp(prefix="data_parallel_"))
+    settings = compose([*arguments, f"run.dir={folder}/run", "run.interactive=false", "search.startup_trials=10"])
+    with messages_to(console_of(world)) as console, stages.opened(settings, world, console) as run:
+        stages.find_response_prefix(run)
+        stages.capture_directions(run)
+        objective = stages.measure_original(run)
+        search = open_search(run, objective)
+        before = time.perf_counter(), time.process_time()
+        continue_search(run, search, objective)
+        figures = {"clock": time.perf_counter() - before[0], "processor": time.process_time() - before[1]}
+        ranks = world.gather(figures)
+        scores = [(trial["refusals"], trial["kl"]) for trial in run.results["trials"]]
+    if world.decides:
+        print(MARK + json.dumps({"ranks": ranks, "scores": scores}), flush=True)
+    world.leave()
+
+
+def launch(ranks: int, arguments: list[str]) -> dict[str, Any]:
+    """Figures of one search on that many ranks."""
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
+        str(Path(__file__).resolve()), "--rank", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
+    if not lines:
+        raise RuntimeError(f"{ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    found = json.loads(lines[0])
+    return {
+        "processor_seconds": sum(rank["processor"] for rank in found["ranks"]),
+        "seconds": max(rank["clock"] for rank in found["ranks"]),
+        "scores": found["scores"],
+    }
+
+
+def compare(arguments: list[str], together: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """Figures for each (ranks, trials in a pass), the first of which is what the others are compared with."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {key: [] for key in together}
+    for _ in range(rounds):
+        for key in together:
+            found[key].append(launch(key[0], [*arguments, f"search.trials_per_pass={key[1]}"]))
+    rows = []
+    for (ranks, trials), jobs in found.items():
+        best = min(jobs, key=lambda job: job["processor_seconds"])
+        row = {"ranks": ranks, "trials_per_pass": trials, **{k: round(best[k], 2) for k in best if k != "scores"}}
+        base = rows[0] if rows else row
+        rows.append(
+            {**row, "processor_seconds_to_one_rank": round(row["processor_seconds"] / base["processor_seconds"], 3)}
+        )
+    return rows
+
+
+def main() -> int:
+    if "--rank" in sys.argv:
+        measure(sys.argv[sys.argv.index("--rank") + 1 :])
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--trials", type=int, default=6, help="of the random model; the demo does twice as many")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    from heretic_ds.export.manifest import package_versions
+
+    with tempfile.TemporaryDirectory(prefix="data_parallel_") as folder:
+        make_model(Path(folder), 512)
+        random = [folder, *RANDOM, "model.dtype=float32", "model.device=cpu", f"search.trials={options.trials}"]
+        demo = ["experiment=demo", f"search.trials={2 * options.trials}"]
+        models = {
+            "demo": compare(demo, [(1, 1), (2, 1), (2, 2)], options.rounds),
+            "random llama, 30 M parameters": compare(random, [(1, 1), (2, 1)], options.rounds),
+        }
+    machine = {"cores": os.cpu_count(), "device": "cpu", "threads_a_rank": 1}
+    trials = {"demo": 2 * options.trials, "random": options.trials, "rounds": options.rounds}
+    result = {"models": models, "trials": trials, "machine": machine, "versions": package_versions()}
+    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(models, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
