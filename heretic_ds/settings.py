@@ -222,7 +222,7 @@ class SearchSettings:
     """Seed of the sampler."""
     trials_per_pass: str = AUTO
     """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: one on a CPU, where more
-    gain little; elsewhere as many as it takes to fill the batches that were measured to be best, up to 8."""
+    gain little; elsewhere as many as it takes to fill the batches that were measured to be best, up to 4."""
     kl_target: float = 0.01
     """KL divergence (nats) below which the search stops chasing a smaller one."""
 

@@ -30,9 +30,10 @@ def run_with(given: str, device: str = "cuda", rows: int = 256, most: int = 64, 
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (run_with("auto"), 4),  # 4 x 67 rows fill a batch of 256
-        (run_with("auto", rows=512), 8),
-        (run_with("auto", rows=4096), 8),
+        (run_with("auto", rows=128), 2),  # 2 x 67 rows fill a batch of 128
+        (run_with("auto"), 4),
+        (run_with("auto", rows=512), 4),
+        (run_with("auto", rows=4096), 4),
         (run_with("auto", rows=67), 1),
         (run_with("auto", rows=4), 1),
         (run_with("auto", device="cpu", rows=512), 1),
