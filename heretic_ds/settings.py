@@ -237,6 +237,9 @@ class GenerationSettings:
     """Rows per batch; 0: found by measuring."""
     early_stop: bool = True
     """Stop a row as soon as every scorer has decided on it."""
+    prefill_reuse: bool = True
+    """Passes of edited models over prompts leave out the blocks before the first edited one, and pass once over the
+    tokens that all prompts begin with, where placement and model allow it."""
     cuda_graphs: bool = True
     """On CUDA, capture steps of decoding as graphs and replay them, where placement and model allow it; elsewhere steps
     are launched one operation at a time, and the log says why."""

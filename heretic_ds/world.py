@@ -67,6 +67,14 @@ class Replicas:
             dist.all_reduce(tensor, group=self.across)
         return tensor
 
+    def alike(self, value: float) -> float:
+        """The value of the replica's first rank, on all of its ranks."""
+        if self.inside is None:
+            return value
+        told = [value]
+        dist.broadcast_object_list(told, src=dist.get_global_rank(self.inside, 0), group=self.inside)
+        return told[0]
+
 
 ALONE = Replicas(count=1, degree=1, index=0, member=0, inside=None, across=None)
 """One replica on one rank."""

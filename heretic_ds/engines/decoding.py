@@ -9,18 +9,17 @@ Shapes: B rows, S positions, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from heretic_ds.engines.caches import join_rows, new_cache, pad_columns, takes_rows
+from heretic_ds.engines.caches import RoomyLayer, join_rows, new_cache, pad_columns, takes_rows
+from heretic_ds.engines.forward import Forward, Prefill
 from heretic_ds.engines.padding import batches_of
 from heretic_ds.engines.protocol import Decided, TokenRows
-from heretic_ds.prompts import pad_left
 
 OnRows = Callable[[Sequence[int]], None]
 """Told before a forward pass, whenever the rows of the batch have changed, which prompt each of them answers."""
@@ -30,27 +29,6 @@ _DECIDE_EVERY = 4
 
 COMPACT_BELOW = 0.75
 """Share of live rows in a batch below which the others' rows leave it, or are given to the next prompts."""
-
-
-class Forward:
-    """The model's forward pass reduced to what decoding needs: last-position logits, with the arguments it takes."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        parameters = inspect.signature(model.forward).parameters
-        takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._optional = {name for name in ("position_ids", "logits_to_keep") if takes_anything or name in parameters}
-        self.takes_positions = "position_ids" in parameters
-        """Whether tokens' positions can be told, instead of following from the mask."""
-
-    def __call__(self, input_ids_BS: Tensor, mask_BS: Any, position_ids_BS: Tensor, **kwargs: Any) -> Tensor:
-        """Logits [B, V] of the last position."""
-        if "position_ids" in self._optional:
-            kwargs["position_ids"] = position_ids_BS
-        if "logits_to_keep" in self._optional:
-            kwargs["logits_to_keep"] = 1
-        logits: Tensor = self._model(input_ids=input_ids_BS, attention_mask=mask_BS, **kwargs).logits
-        return logits[:, -1]
 
 
 class Answers:
@@ -116,6 +94,21 @@ class _Batch:
         self.position_B1 = self.position_B1[keep_B]
         self._keep_rows(positions)
 
+    def shrink(self, positions: Sequence[int], width: int) -> None:
+        """Leave the rows at ``positions``, in another order: few of them are moved, the others stay in their memory."""
+        count = len(positions)
+        order, holes = list(range(count)), sorted(set(range(count)) - set(positions))
+        moved = [position for position in positions if position >= count]
+        for hole, position in zip(holes, moved, strict=True):
+            order[hole] = position
+        origin_N, target_N, order_B = map(self._positions, (moved, holes, order))
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomyLayer):
+                layer.shrink(origin_N, target_N, count, width)
+        self.token_B, self.position_B1 = self.token_B[order_B], self.position_B1[order_B]
+        self.mask_BS = self.mask_BS[order_B][:, -width:]
+        self._keep_rows(order)
+
     def refill(self, positions: Sequence[int], added: Sequence[_Batch], width: int) -> None:
         """Leave the rows at ``positions`` and append those of other batches; none uses more than ``width`` columns."""
         keep_B = self._positions(positions)
@@ -143,13 +136,13 @@ class _Decoder:
         self,
         model: PreTrainedModel,
         prompts: TokenRows,
-        pad_id: int,
+        prefill: Prefill,
         answers: Answers,
         on_rows: OnRows | None,
         refills: bool,
     ) -> None:
-        self._model, self._forward, self._device = model, Forward(model), next(model.parameters()).device
-        self._prompts, self._pad_id, self._answers, self._on_rows = prompts, pad_id, answers, on_rows
+        self._model, self._forward, self._prefill = model, Forward(model), prefill
+        self._prompts, self._answers, self._on_rows = prompts, answers, on_rows
         self.refills = refills and takes_rows(new_cache(model, roomy=True))
         """Whether rows join a batch in flight."""
         self._announced: list[int] = []
@@ -163,16 +156,11 @@ class _Decoder:
 
     def _begin(self, rows: list[int]) -> _Batch:
         self._announce(rows)
-        batch = pad_left([self._prompts[row] for row in rows], self._pad_id).to(self._device)
-        mask_BS, position_BS, cache = (
-            batch.attention_mask_BS,
-            batch.position_ids_BS,
-            new_cache(self._model, roomy=self.refills),
-        )
-        logits_BV = self._forward(batch.input_ids_BS, mask_BS, position_BS, past_key_values=cache, use_cache=True)
-        begun = _Batch(rows, logits_BV.argmax(dim=-1), mask_BS, position_BS[:, -1:], cache)
-        self._note(begun)
-        return begun
+        cache = new_cache(self._model, roomy=self.refills)
+        begun = self._prefill([self._prompts[row] for row in rows], cache)
+        batch = _Batch(rows, begun.logits_BV.argmax(dim=-1), begun.mask_BS, begun.position_B1, cache)
+        self._note(batch)
+        return batch
 
     def keep(self, batch: _Batch, positions: Sequence[int], added: Sequence[_Batch] = ()) -> None:
         """Leave the rows at ``positions`` and append those of other batches."""
@@ -181,7 +169,10 @@ class _Decoder:
             return
         rows = [batch.rows[position] for position in positions] + [row for other in added for row in other.rows]
         width = max(len(self._prompts[row]) + max(len(self._answers.of[row]), 1) - 1 for row in rows)
-        batch.refill(positions, added, width)
+        if added:
+            batch.refill(positions, added, width)
+        else:
+            batch.shrink(positions, width)
 
     def step(self, batch: _Batch) -> None:
         """The next token of every row."""
@@ -215,13 +206,16 @@ def finished_answers(
     anyone: Callable[[bool], bool] = bool,
     rows_at_once: int | None = None,
     on_rows: OnRows | None = None,
+    prefill: Prefill | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers (index of the prompt, tokens without the end token) in the order in which they end.
 
-    At most ``rows_at_once`` rows (None: all) are in flight. The other arguments are those of :func:`decode`.
+    At most ``rows_at_once`` rows (None: all) are in flight. ``prefill`` passes over the prompts, by default from their
+    first token through the whole model. The other arguments are those of :func:`decode`.
     """
     answers = Answers(len(prompts), ends, max_new_tokens, decided)
-    decoder = _Decoder(model, prompts, pad_id, answers, on_rows, refills=rows_at_once is not None)
+    prefill = prefill or Prefill(model, pad_id)
+    decoder = _Decoder(model, prompts, prefill, answers, on_rows, refills=rows_at_once is not None)
     most, waiting = rows_at_once or len(prompts), list(range(len(prompts)))
     batch: _Batch | None = None
     while True:
@@ -266,12 +260,6 @@ def decode(
     for row, answer in finished_answers(model, prompts, pad_id, ends, max_new_tokens, decided, anyone):
         answers[row] = answer
     return answers
-
-
-def last_logits(model: PreTrainedModel, prompts: TokenRows, pad_id: int) -> Tensor:
-    """Logits [B, V] of the first answer token of each prompt."""
-    batch = pad_left(prompts, pad_id).to(next(model.parameters()).device)
-    return Forward(model)(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, use_cache=False)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

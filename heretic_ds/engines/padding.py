@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_PASS_IN_TOKENS = 192
+PASS_IN_TOKENS = 192
 """Padding tokens that one more forward pass is worth.
 
 A pass costs its launches and the reading of all weights beside its tokens: about 60 tokens' time for a tiny model on a
@@ -22,7 +22,7 @@ def first_cut(lengths: Sequence[int]) -> int:
         saving, cut = max(
             (((stop - at) * (lengths[0] - lengths[at]), at) for at in _steps(lengths[:stop])), default=(0, stop)
         )
-        if saving <= _PASS_IN_TOKENS:
+        if saving <= PASS_IN_TOKENS:
             return stop
         stop = cut
 

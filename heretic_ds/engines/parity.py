@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.decoding import Forward, last_logits
+from heretic_ds.engines.forward import Forward, last_logits
 from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import dtype_name, first_line
 from heretic_ds.prompts import pad_left

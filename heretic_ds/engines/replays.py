@@ -8,20 +8,20 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, has_expert_dispatch
-from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.caches import POSITIONAL_LAYERS
+from heretic_ds.engines.closeness import distance, is_rounding
 from heretic_ds.engines.decoding import finished_answers as eager_answers
 from heretic_ds.engines.expert_edits import base_implementation
+from heretic_ds.engines.forward import Forward, Prefill
 from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, NoRoom, ReplayedSteps
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.protocol import Decided, TokenRows
 from heretic_ds.engines.slot_decoding import OnRows, replayed_answers
-from heretic_ds.engines.slots import SERVED_LAYERS, Slots
+from heretic_ds.engines.slots import Slots
 from heretic_ds.model_fitness import first_line
-from heretic_ds.prompts import pad_left
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,6 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _HALVINGS = 2
 """Times that fewer rows are tried where memory runs out, before steps are eager."""
 _PROBE_LENGTHS = (11, 5, 8)
-_TOLERANCE, _TIMES_ROUNDING = 1e-4, 4.0
-"""How far a trial step may be off, as a part of the logits' spread: at least, and in multiples of rounding."""
 
 
 class Replays:
@@ -69,6 +67,7 @@ class Replays:
         rows_at_once: int,
         on_rows: OnRows,
         kind: int = 0,
+        prefill: Prefill | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
         """What :func:`heretic_ds.engines.decoding.finished_answers` gives, by replayed steps as long as they work.
 
@@ -85,7 +84,9 @@ class Replays:
             most, failure = min(rows_at_once, self._most, len(rest)), None
             steps.forget(below=kind)
             try:
-                for position, answer in replayed_answers(self._model, steps, rows, *limits, most, on_rest, kind):
+                for position, answer in replayed_answers(
+                    self._model, steps, rows, *limits, most, on_rest, kind, prefill
+                ):
                     del left[rest[position]]
                     yield rest[position], answer
             except CannotReplay as caught:
@@ -94,7 +95,9 @@ class Replays:
                 return
             self._after(failure, most)  # outside the handler, where the traceback no longer holds tensors
         rest, rows, on_rest = begun_anew()
-        for position, answer in eager_answers(self._model, rows, *limits, rows_at_once=rows_at_once, on_rows=on_rest):
+        for position, answer in eager_answers(
+            self._model, rows, *limits, rows_at_once=rows_at_once, on_rows=on_rest, prefill=prefill
+        ):
             yield rest[position], answer
 
     def _after(self, failure: CannotReplay, rows: int) -> None:
@@ -129,7 +132,7 @@ class Replays:
         if failed is not None:  # outside the handler, where the traceback no longer holds tensors
             release_memory()
             return failed
-        if not error <= max(_TOLERANCE, _TIMES_ROUNDING * rounding):
+        if not is_rounding(error, rounding):
             return f"a trial step gave other logits (off by {error:.2g} of their spread)"
         return None
 
@@ -180,7 +183,7 @@ def _maker(device: torch.device) -> MakeGraph:
 def obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
     """Why the steps of a model cannot be replayed; None where nothing is known against it."""
     config: Any = model.config.get_text_config(decoder=True)
-    layers = {type(layer) for layer in DynamicCache(config=config).layers} - set(SERVED_LAYERS)
+    layers = {type(layer) for layer in DynamicCache(config=config).layers} - set(POSITIONAL_LAYERS)
     if layers:
         return f"the model's cache has layers with a state of their own ({_names(kind.__name__ for kind in layers)})"
     kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
@@ -232,41 +235,16 @@ def probe(model: PreTrainedModel) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config(decoder=True)
     rows = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in _PROBE_LENGTHS]
+    prefill, cache = Prefill(model, pad_id=0), DynamicCache(config=config)
+    begun = prefill(rows, cache)
+    token_B = begun.logits_BV.argmax(dim=-1)
+    expected_BV = prefill.step(begun, token_B, cache)
     cache = DynamicCache(config=config)
-    begun = _Begun(model, rows, cache)
-    expected_BV = begun.step(begun.token_B, cache)
-    cache = DynamicCache(config=config)
-    padded_BV = _Begun(model, [*rows, rows[0] + rows[1]], cache).step(begun.token_B, cache)[: len(rows)]
+    begun = prefill([*rows, rows[0] + rows[1]], cache)
+    padded_BV = prefill.step(begun, torch.cat([token_B, token_B[:1]]), cache)[: len(rows)]
     slots, order = Slots(model, len(rows) + 1, 2 * max(_PROBE_LENGTHS)), [2, 0, 1]
     cache = slots.prompt_cache()
-    _Begun(model, rows, cache)
-    slots.join(cache, _PROBE_LENGTHS, begun.token_B, order)
+    prefill(rows, cache)
+    slots.join(cache, _PROBE_LENGTHS, token_B, order)
     found_BV = slots.logits(slots.rows, slots.columns)[order]
-    return _distance(found_BV, expected_BV), _distance(padded_BV, expected_BV)
-
-
-class _Begun:
-    """Prompts that are in a cache of growing layers."""
-
-    def __init__(self, model: PreTrainedModel, rows: TokenRows, cache: DynamicCache) -> None:
-        self._forward = Forward(model)
-        self._batch = batch = pad_left(rows, pad_id=0).to(next(model.parameters()).device)
-        self.token_B = self._forward(
-            batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, past_key_values=cache, use_cache=True
-        ).argmax(dim=-1)
-        """The first token of each answer."""
-
-    def step(self, token_B: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [B, V] after one more token; rows for which none is given get the first one."""
-        batch = self._batch
-        token_B = torch.cat([token_B, token_B[:1].expand(len(self.token_B) - len(token_B))])
-        mask_BS = torch.nn.functional.pad(batch.attention_mask_BS, (0, 1), value=1)
-        return self._forward(
-            token_B[:, None], mask_BS, batch.position_ids_BS[:, -1:] + 1, past_key_values=cache, use_cache=True
-        )
-
-
-def _distance(found_BV: Tensor, expected_BV: Tensor) -> float:
-    expected_BV = expected_BV.double()
-    spread = (expected_BV - expected_BV.mean(-1, keepdim=True)).norm()
-    return ((found_BV.double() - expected_BV).norm() / spread).item()
+    return distance(found_BV, expected_BV), distance(padded_BV, expected_BV)

@@ -26,6 +26,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         replicas=replicas,
         same=world.same,
         cuda_graphs=generation.cuda_graphs,
+        prefill_reuse=generation.prefill_reuse,
     )
     engine.whole = loaded
     return engine

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
-from heretic_ds.engines.decoding import decode, end_tokens, last_logits
+from heretic_ds.engines.decoding import decode, end_tokens
+from heretic_ds.engines.head_start import HeadStart
 from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
@@ -61,12 +62,15 @@ class ResidentEngine:
         replicas: Replicas = ALONE,
         same: Callable[[float], float] = lambda value: value,
         cuda_graphs: bool = False,
+        prefill_reuse: bool = False,
     ) -> None:
         """Rows per batch are ``batch_size``, or for 0 what is measured, unless :attr:`batch_sizes` is given them.
 
         ``editor`` is the placement's way to edit its weights; by default they lie whole in this process. ``replicas``
         says which prompts are this one's work, ``same`` makes one rank's number that of all ranks. With ``cuda_graphs``
         steps of decoding are replayed where the device and the model allow it; the placement must have no collectives.
+        With ``prefill_reuse`` passes of edited models over prompts leave out what is the original model's, where the
+        model allows it.
         """
         self.model, self.anatomy = model, anatomy
         self.whole: LoadedModel | None = None
@@ -81,6 +85,7 @@ class ResidentEngine:
             self.max_edits_per_pass = MOST_EDITS
         self._applied: Edit | None = None
         self._replays = Replays(model, anatomy, wanted=cuda_graphs)
+        self._prefill = HeadStart(model, anatomy, self._pad_id, prefill_reuse, replicas.alike)
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )
@@ -147,8 +152,9 @@ class ResidentEngine:
     @torch.inference_mode()
     def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
         rows, result = self._share(prompts), []
+        self._learn("kl", rows, edits)
         for together in self._passes(edits):
-            with self._wearing(together) as assign:
+            with self._wearing(together, "kl", rows) as assign:
                 kl_TN = self._kl_of_pass(rows, reference, len(together), assign)
             result += [math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts) for kl_N in kl_TN]
         return result
@@ -179,8 +185,9 @@ class ResidentEngine:
         if "generate" not in self.batch_sizes:
             self._editor.wear(self._applied)
             self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
+        self._learn("generate", rows, edits)
         for together in self._passes(edits):
-            with self._wearing(together, steady=self._replays.steps() is not None) as assign:
+            with self._wearing(together, "generate", rows, steady=self._replays.steps() is not None) as assign:
                 answers = self._answers_of_pass(rows, len(together), assign, decided)
             result += [self._replicas.gather(of_trial, len(prompts)) for of_trial in answers]
         return result
@@ -216,6 +223,7 @@ class ResidentEngine:
                 rows_at_once=most,
                 on_rows=lambda positions, into=None: assign([left[position][0] for position in positions], into),
                 kind=kind,
+                prefill=self._prefill,
             ):
                 answers[left[position]] = answer
 
@@ -227,21 +235,40 @@ class ResidentEngine:
         most = max(1, self.max_edits_per_pass)
         return [edits[start : start + most] for start in range(0, len(edits), most)]
 
+    def _learn(self, phase: str, rows: TokenRows, edits: Sequence[Edit | None]) -> None:
+        """Let passes of edited models over the rows of a phase know what the original model makes of them."""
+        answers = phase == "generate"
+        if any(edits) and self._prefill.wants(rows, answers):
+            self._editor.wear(None)
+            self._prefill.learn(rows, answers, lambda work: [None for _ in self._sorted_batches(phase, rows, work)])
+
     @contextmanager
-    def _wearing(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[OnRows]:
+    def _wearing(
+        self, edits: Sequence[Edit | None], phase: str, rows: TokenRows, steady: bool = False
+    ) -> Iterator[OnRows]:
         """Edit the weights, or the outputs where there are several edits, while the context lasts.
 
-        Gives the function to be told, before each forward pass, which of the edits each row has. Passes that are
-        captured need ``steady`` edits.
+        Gives the function to be told, before each forward pass over some of the ``rows`` of a phase, which of the edits
+        each has. Passes that are captured need ``steady`` edits.
         """
+        worn = [edit or self._applied for edit in edits]
+        started = worn if any(edits) else []  # really edited weights are scored from the first block to the last
+        with (
+            self._edited(edits, worn, steady) as assign,
+            self._prefill.of(rows, phase == "generate", started, assign) as told,
+        ):
+            yield told
+
+    @contextmanager
+    def _edited(self, edits: Sequence[Edit | None], worn: Sequence[Edit | None], steady: bool) -> Iterator[OnRows]:
         if len(edits) == 1 or not any(edits):
-            self._editor.wear(edits[0] or self._applied)
+            self._editor.wear(worn[0])
             yield lambda rows, into=None: None
             return
         if self._outputs is None:
             raise RuntimeError("several edits were asked for where outputs cannot be edited")
         self._editor.wear(None)
-        with torch.inference_mode(), self._outputs.active([edit or self._applied for edit in edits], steady):
+        with torch.inference_mode(), self._outputs.active(worn, steady):
             yield self._outputs.assign
 
     @staticmethod
@@ -260,7 +287,8 @@ class ResidentEngine:
 
     def close(self) -> None:
         self._replays.close()
-        del self.model, self._editor, self._outputs, self._replays
+        self._prefill.close()
+        del self.model, self._editor, self._outputs, self._replays, self._prefill
         self.whole = None
         release_memory()
 
@@ -276,7 +304,7 @@ class ResidentEngine:
             return taps.take()
 
     def _first_token_logits(self, rows: TokenRows) -> Tensor:
-        return last_logits(self.model, rows, self._pad_id)
+        return self._prefill(rows).logits_BV
 
     def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
         return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from heretic_ds.engines.decoding import COMPACT_BELOW, Answers, Forward, places
+from heretic_ds.engines.decoding import COMPACT_BELOW, Answers, places
+from heretic_ds.engines.forward import Prefill
 from heretic_ds.engines.graphs import NoRoom, ReplayedSteps, read_later
 from heretic_ds.engines.memory import is_out_of_memory
 from heretic_ds.engines.padding import batches_of
 from heretic_ds.engines.protocol import Decided, TokenRows
-from heretic_ds.prompts import pad_left
 
 _AHEAD = 1
 """Steps that the device may have been given beyond those whose tokens have been read."""
@@ -40,17 +40,16 @@ class _SlotDecoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        prefill: Prefill,
         steps: ReplayedSteps,
         kind: int,
         prompts: TokenRows,
-        pad_id: int,
         answers: Answers,
         most: int,
         on_rows: OnRows | None,
     ) -> None:
-        self._forward, self._steps, self._kind = Forward(model), steps, kind
-        self._prompts, self._pad_id, self._answers, self._on_rows = prompts, pad_id, answers, on_rows
+        self._prefill, self._steps, self._kind = prefill, steps, kind
+        self._prompts, self._answers, self._on_rows = prompts, answers, on_rows
         self._most, self._waiting = most, list(range(len(prompts)))
         steps.reserve(most, max(map(len, prompts)) + answers.limit)
         self._rows = [0] * steps.slots.rows
@@ -124,11 +123,8 @@ class _SlotDecoder:
         if self._on_rows is not None:
             self._on_rows(rows)
         memory, prompts = self._steps.slots, [self._prompts[row] for row in rows]
-        batch, cache = pad_left(prompts, self._pad_id).to(memory.device), memory.prompt_cache()
-        logits_NV = self._forward(
-            batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, past_key_values=cache, use_cache=True
-        )
-        token_N = logits_NV.argmax(dim=-1)
+        cache = memory.prompt_cache()
+        token_N = self._prefill(prompts, cache).logits_BV.argmax(dim=-1)
         memory.join(cache, [len(row) for row in prompts], token_N, slots)
         live = [True] * len(rows)
         self._ended += self._answers.note(rows, live, token_N.tolist())
@@ -157,6 +153,7 @@ def replayed_answers(
     rows_at_once: int | None = None,
     on_rows: OnRows | None = None,
     kind: int = 0,
+    prefill: Prefill | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy answers (index of the prompt, tokens without the end token) in the order in which they end.
 
@@ -168,7 +165,7 @@ def replayed_answers(
     failed = False
     try:
         most = min(rows_at_once or len(prompts), len(prompts))
-        decoder = _SlotDecoder(model, steps, kind, prompts, pad_id, answers, most, on_rows)
+        decoder = _SlotDecoder(prefill or Prefill(model, pad_id), steps, kind, prompts, answers, most, on_rows)
         for row in decoder.run():
             yield row, answers.of[row]
     except Exception as error:

@@ -20,11 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.caches import growing_cache
+from heretic_ds.engines.forward import Forward
 from heretic_ds.engines.grouped_attention import attention_per_key_head
-
-SERVED_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-"""Kinds of layers of a growing cache that slots can stand for: keys and values by position, and no other state."""
 
 
 class _Part:
@@ -105,10 +103,7 @@ class Slots:
 
     def prompt_cache(self) -> DynamicCache:
         """A cache for prompts that will join, which keeps all of their positions."""
-        cache = DynamicCache()
-        cache.layers = [DynamicLayer() for _ in self._layers]
-        cache.layer_class_to_replicate = None
-        return cache
+        return growing_cache(self._model)
 
     def join(self, prompts: DynamicCache, lengths: Sequence[int], token_N: Tensor, slots: Sequence[int]) -> None:
         """Put rows with their first tokens into slots; prompts lie at the end of their cache's columns."""

@@ -78,6 +78,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         editor=WeightEditor(model, job.anatomy, sum_over(group)),
         replicas=replicas,
         same=world.same,
+        prefill_reuse=generation.prefill_reuse,
     )
     if group is None:
         engine.whole = job.opened.loaded(model)

@@ -63,7 +63,7 @@ class Watched:
 def test_answers_equal_those_of_one_prompt_at_a_time(family, decided, monkeypatch):
     """Few rows at once, so that rows join, leave, and shrink the batch while others are in flight."""
     name, model = family
-    monkeypatch.setattr(padding, "_PASS_IN_TOKENS", 6)  # so that prompts begin in several batches
+    monkeypatch.setattr(padding, "PASS_IN_TOKENS", 6)  # so that prompts begin in several batches
     announced: list[list[int]] = []
     answers = dict(
         finished_answers(
@@ -84,7 +84,7 @@ def test_answers_equal_those_of_one_prompt_at_a_time(family, decided, monkeypatc
 
 def test_announced_rows_are_those_of_every_pass(family, monkeypatch):
     _, model = family
-    monkeypatch.setattr(padding, "_PASS_IN_TOKENS", 6)
+    monkeypatch.setattr(padding, "PASS_IN_TOKENS", 6)
     announced: list[list[int]] = []
     seen: list[tuple[list[int], list[int]]] = []
 
@@ -154,6 +154,30 @@ def test_a_roomy_layer_holds_what_a_growing_one_does(monkeypatch):
         assert roomy.get_seq_length() == plain.get_seq_length()
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_roomy_layer_shrinks_in_its_memory(joined, monkeypatch):
+    monkeypatch.setattr("heretic_ds.engines.caches._ROOM", 3)
+    layer, states = RoomyLayer(), [torch.randn(5, 2, 6, 4) for _ in range(2)]
+    layer.update(*states)
+    if joined:  # memory without room
+        layer.replace(*(each.clone() for each in states))
+    memory = layer.keys.data_ptr()
+    for moved, holes, rows, order, width in (
+        ([4], [1], 4, [0, 4, 2, 3], 5),
+        ([], [], 2, [0, 1], 6),
+        ([1], [0], 1, [1], 3),
+    ):
+        layer.shrink(torch.tensor(moved, dtype=torch.int64), torch.tensor(holes, dtype=torch.int64), rows, width)
+        states = [each[order][:, :, -width:] for each in states]
+        assert torch.equal(layer.keys, states[0]) and torch.equal(layer.values, states[1])
+        assert layer.keys.untyped_storage().data_ptr() == memory  # most rows stay where they are
+        new = [torch.randn(rows, 2, 1, 4) for _ in range(2)]
+        layer.update(*new)
+        states = [torch.cat([each, one], dim=2) for each, one in zip(states, new, strict=True)]
+        assert torch.equal(layer.keys, states[0]) and torch.equal(layer.values, states[1])
+        memory = layer.keys.untyped_storage().data_ptr()
+
+
 def test_batches_are_cut_where_padding_costs_more_than_a_pass():
     assert first_cut([]) == 0
     assert first_cut([9]) == 1
@@ -164,7 +188,7 @@ def test_batches_are_cut_where_padding_costs_more_than_a_pass():
     batches = batches_of(lengths)
     assert [i for batch in batches for i in batch] == list(range(64))
     padded = sum(len(batch) * lengths[batch.start] for batch in batches)
-    assert padded + padding._PASS_IN_TOKENS * (len(batches) - 1) < 64 * lengths[0]
+    assert padded + padding.PASS_IN_TOKENS * (len(batches) - 1) < 64 * lengths[0]
 
 
 def test_questions_are_asked_at_each_answers_own_length(monkeypatch):

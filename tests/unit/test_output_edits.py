@@ -13,7 +13,7 @@ from torch import Tensor
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines import expert_edits
-from heretic_ds.engines.decoding import last_logits
+from heretic_ds.engines.forward import last_logits
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.weights import WeightEditor
 from tests import families

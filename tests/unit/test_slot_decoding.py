@@ -26,7 +26,7 @@ def small_sizes(monkeypatch):
     """So that tiny batches need graphs of several sizes, and prompts begin in several passes."""
     monkeypatch.setattr(graphs, "_FEWEST_ROWS", 2)
     monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 8)
-    monkeypatch.setattr(padding, "_PASS_IN_TOKENS", 6)
+    monkeypatch.setattr(padding, "PASS_IN_TOKENS", 6)
 
 
 @pytest.fixture(scope="module", params=SERVED)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.forward import Forward
 from heretic_ds.engines.grouped_attention import per_key_head
 from heretic_ds.engines.slots import Slots
 from heretic_ds.prompts import pad_left

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from heretic_ds.engines.decoding import Forward
+from heretic_ds.engines.forward import Forward
 from heretic_ds.engines.injection.adapter import Adapter
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import pad_left

@@ -1,0 +1,384 @@
+"""Passes over known prompts that begin where an edited model begins to differ from the original.
+
+Two parts of such a pass need not be computed for every trial and every row. Up to the first block that an edit changes
+the residual stream is the original model's, which is kept (:mod:`heretic_ds.engines.prompt_states`). And the tokens
+that all prompts begin with, a system prompt and a template's, are passed over once a trial: rows attend to their keys
+and values.
+
+Whether a model takes its passes apart like that is tried out on the original, on a few of the prompts.
+
+Shapes: T trials of a pass, B rows, S positions, D width, H heads, K width of a key or value, P shared tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from heretic_ds.ablation import Edit
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines.caches import growing_cache, held, keeps_positions, new_cache
+from heretic_ds.engines.closeness import distance, is_rounding
+from heretic_ds.engines.forward import Begun, Prefill
+from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
+from heretic_ds.engines.padding import PASS_IN_TOKENS
+from heretic_ds.engines.prompt_states import (
+    PromptStates,
+    boundaries_within,
+    columns_taken,
+    gathered,
+    padding_first,
+    shared_beginning,
+)
+from heretic_ds.engines.protocol import TokenRows
+from heretic_ds.engines.slot_decoding import OnRows
+from heretic_ds.model_fitness import first_line
+from heretic_ds.prompts import pad_left
+
+log = logging.getLogger(__name__)
+
+_LEAST_BYTES, _SHARE_OF_WEIGHTS = 64 * 2**20, 0.1
+"""Memory that kept states of one set of prompts may take: this, or that share of the weights if it is more."""
+_SETS = 2
+"""Sets of prompts whose states are kept: those that answers are counted on, and those that KL is taken on."""
+
+SharedKeys = list[tuple[Tensor, Tensor]]
+"""By block, the keys and values [T, H, P, K] of shared tokens."""
+
+_Key = tuple[bool, tuple[tuple[int, ...], ...]]
+"""A set of prompts, and whether they are answered."""
+
+
+class _Trials:
+    """The trials in hand, and what passes of theirs begin with."""
+
+    def __init__(self, states: PromptStates, start: int, count: int, assign: OnRows) -> None:
+        self.states, self.count = states, count
+        self.start = start
+        """The first block that is computed; below it states are kept ones."""
+        self.rows: Sequence[int] = []
+        """The trial of each row of the coming pass."""
+        self.shared: SharedKeys | None = None
+        """None until they are needed."""
+        self.assign = assign
+
+    def tell(self, rows: Sequence[int], into: Tensor | None = None) -> None:
+        """Take the trial of each row of the coming passes."""
+        self.rows = list(rows)
+        self.assign(rows, into)
+
+
+class HeadStart(Prefill):
+    """Passes over prompts, from their first token through all blocks unless more is known of them."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        pad_id: int,
+        wanted: bool,
+        alike: Callable[[float], float] = lambda value: value,
+    ) -> None:
+        """``alike`` makes one rank's number that of all ranks that run the same passes."""
+        super().__init__(model, pad_id)
+        self._alike = alike
+        self._blocks: list[Any] = list(model.get_submodule(anatomy.blocks).children())
+        self._written = sorted({(writer.block, writer.component) for writer in anatomy.writers})
+        self._token_bytes = anatomy.width * next(model.parameters()).element_size()
+        config: Any = model.config.get_text_config(decoder=True)
+        self._windows = [
+            size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(config, name, None))
+        ]
+        self._kept: dict[_Key, PromptStates | None] = {}
+        """By set; None where nothing is to be gained."""
+        self._rest: tuple[None, ...] | None = None
+        """What follows the stream in a block's output; None where it is the output."""
+        self._trials: _Trials | None = None
+        self._over = not wanted
+        if wanted:
+            spares.add(self)
+
+    def wants(self, rows: TokenRows, answers: bool) -> bool:
+        """Whether :meth:`learn` should be called, with the same arguments, before passes over a set of prompts."""
+        if self._over or len(rows) == 1:
+            return False
+        return _key(rows, answers) not in self._kept
+
+    @torch.inference_mode()
+    def learn(
+        self, rows: TokenRows, answers: bool, in_batches: Callable[[Callable[[TokenRows], TokenRows]], object]
+    ) -> None:
+        """Keep what the model, which has to be the original at present, makes of a set of prompts.
+
+        ``answers``: whether they will be answered, not only scored by their first token. ``in_batches`` is to call the
+        function that it is given with all rows, in batches.
+        """
+        while len(self._kept) >= _SETS:
+            del self._kept[next(iter(self._kept))]
+        states = self._kept[_key(rows, answers)] = self._planned(rows, answers)
+        if states is None:
+            return
+        in_batches(lambda batch: self._keep(states, batch))
+        if self._over:  # memory ran out
+            return
+        for what in ("the blocks before an edit", "the tokens that all prompts begin with"):
+            blocks = what.startswith("the blocks")
+            if not (states.boundaries if blocks else states.passes_share):
+                continue
+            if (reason := self._difference(rows, states, blocks)) is None:
+                continue
+            log.info("%s are computed in every pass: %s", what, reason)
+            if blocks:
+                states.forget_blocks()
+            else:
+                states.passes_share = False
+        log.debug("%d prompts: %.1f MiB of states kept", len(rows), states.bytes / 2**20)
+
+    @contextmanager
+    def of(self, rows: TokenRows, answers: bool, edits: Sequence[Edit | None], assign: OnRows) -> Iterator[OnRows]:
+        """While the context lasts, passes over some of the rows that were learned are those of models with the edits.
+
+        Gives the function to be told each row's edit before each pass, in place of ``assign``.
+        """
+        states, first = self._kept.get(_key(rows, answers)), self._first_edited(edits)
+        if self._over or states is None or first is None:
+            yield assign
+            return
+        start = max((block for block in states.boundaries if block <= first), default=0)
+        self._trials = _Trials(states, start, len(edits), assign)
+        try:
+            yield self._trials.tell
+        finally:
+            self._trials = None
+
+    @torch.inference_mode()
+    def __call__(self, rows: TokenRows, cache: DynamicCache | None = None) -> Begun:
+        trials = self._trials
+        if trials is None or not trials.states.knows(rows):
+            return super().__call__(rows, cache)
+        return self._from_there(trials, rows, cache)
+
+    def give_back(self) -> bool:
+        """Go on without, where memory has run out; whether that frees any."""
+        any_kept = any(states is not None for states in self._kept.values())
+        self.close()
+        return any_kept
+
+    def lend(self) -> None:
+        """Free what is kept; it is learned anew when it is needed."""
+        self._kept.clear()
+
+    def close(self) -> None:
+        """Keep nothing any longer."""
+        self._over, self._trials = True, None
+        self._kept.clear()
+
+    def _from_there(self, trials: _Trials, rows: TokenRows, cache: DynamicCache | None) -> Begun:
+        """A pass over rows without what is known."""
+        states, start = trials.states, trials.start
+        shared = self._shared_keys(trials) if states.passes_share and self._sees_all(rows) else []
+        before = states.shared if shared else 0
+        batch = pad_left([row[before:] for row in rows], self._pad_id).to(self._device)
+        work = None
+        if shared or cache is not None:
+            work = growing_cache(self._model)
+            trial_B = torch.tensor(trials.rows, device=self._device)
+            for block, (keys_THPK, values_THPK) in enumerate(shared):
+                work.update(keys_THPK.index_select(0, trial_B), values_THPK.index_select(0, trial_B), block)
+        position_BS = batch.position_ids_BS + before
+        logits_BV = self._pass(
+            batch.input_ids_BS,
+            nn.functional.pad(batch.attention_mask_BS, (before, 0), value=1),
+            position_BS,
+            work,
+            start,
+            lambda hidden_ND: gathered(hidden_ND, states.index(rows, not shared, self._device)),
+        )
+        lengths = [len(row) - before for row in rows]
+        if cache is not None and work is not None:
+            self._hand_over(trials, rows, work, cache, padding_first(lengths, before, self._device))
+        padding_B1 = max(lengths) - torch.tensor(lengths, device=self._device)[:, None]
+        mask_BS = torch.arange(before + max(lengths), device=self._device) >= padding_B1
+        return Begun(logits_BV, mask_BS.to(batch.attention_mask_BS), position_BS[:, -1:])
+
+    def _pass(
+        self,
+        input_ids_BS: Tensor,
+        mask_BS: Tensor,
+        position_BS: Tensor,
+        cache: DynamicCache | None,
+        start: int,
+        rows_of: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Logits [B, V] of a pass from block ``start`` on; ``rows_of`` picks its tokens' states from kept ones."""
+        kept: dict[str, Any] = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+        with ExitStack() as stack:
+            if start and self._trials is not None:
+                hidden_BSD = rows_of(self._trials.states.hidden_ND[start])
+                stack.enter_context(_giving(self._blocks[:start], hidden_BSD, self._rest))
+            return self._forward(input_ids_BS, mask_BS, position_BS, **kept)
+
+    def _shared_keys(self, trials: _Trials) -> SharedKeys:
+        """Keys and values of shared tokens, from one pass for all trials."""
+        if trials.shared is not None:
+            return trials.shared
+        states, start, count = trials.states, trials.start, trials.count
+        trials.assign(range(count))
+        ids_TP = torch.tensor([states.shared_tokens] * count, device=self._device)
+        position_TP = torch.arange(states.shared, device=self._device).expand(count, -1)
+        work = growing_cache(self._model)
+        self._pass(
+            ids_TP, torch.ones_like(ids_TP), position_TP, work, start,
+            lambda hidden_ND: hidden_ND[: states.shared].expand(count, *hidden_ND[: states.shared].shape),
+        )  # fmt: skip
+        trials.shared = []
+        for block, layer in enumerate(work.layers):
+            if block < start:
+                keys, values = (
+                    kept[block][: states.shared].transpose(0, 1).expand(count, -1, -1, -1)
+                    for kept in (states.keys_NHK, states.values_NHK)
+                )
+                trials.shared.append((keys, values))
+            elif (computed := held(layer)) is not None:
+                trials.shared.append(computed)
+        trials.assign(trials.rows)
+        return trials.shared
+
+    def _hand_over(
+        self, trials: _Trials, rows: TokenRows, work: DynamicCache, cache: DynamicCache, column_BS: Tensor | None
+    ) -> None:
+        """Give the caller's cache the keys and values of all positions, padding first."""
+        states, index_BS = trials.states, None
+        for block, layer in enumerate(work.layers):
+            if block < trials.start:
+                index_BS = states.index(rows, True, self._device) if index_BS is None else index_BS
+                keys, values = (
+                    gathered(kept[block], index_BS).transpose(1, 2) for kept in (states.keys_NHK, states.values_NHK)
+                )
+            elif (computed := held(layer)) is not None:
+                keys, values = (columns_taken(each, column_BS) for each in computed)
+            else:
+                continue
+            cache.update(keys, values, block)
+
+    def _sees_all(self, rows: TokenRows) -> bool:
+        """Whether rows are so short that no token is out of another's sight, wherever padding lies."""
+        return all(max(map(len, rows)) <= size for size in self._windows)
+
+    def _first_edited(self, edits: Sequence[Edit | None]) -> int | None:
+        """The first block that any of the edits changes; None where there is no edit."""
+        given = [edit for edit in edits if edit is not None]
+        changed = (
+            block for block, component in self._written if any(edit.strength(component, block) for edit in given)
+        )
+        return next(changed, len(self._blocks)) if given else None
+
+    def _planned(self, rows: TokenRows, answers: bool) -> PromptStates | None:
+        """What is to be kept of a set of prompts; None where nothing is gained."""
+        keys_kept = keeps_positions(self._model)
+        shared = shared_beginning(rows) if keys_kept else 0
+        if shared * (len(rows) - 1) <= PASS_IN_TOKENS:
+            shared = 0
+        tokens = sum(map(len, rows))
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
+        boundaries: tuple[int, ...] = ()
+        if keys_kept or not answers:
+            boundaries = boundaries_within(
+                len(self._blocks),
+                tokens * self._token_bytes,
+                (tokens if answers else shared) * self._key_bytes(rows[0][:2]) if answers or shared else 0,
+                max(_LEAST_BYTES, int(_SHARE_OF_WEIGHTS * weights)),
+                self._alike,
+            )
+        return PromptStates(rows, shared, boundaries, answers) if shared or boundaries else None
+
+    def _key_bytes(self, row: Sequence[int]) -> int:
+        """Bytes of one token's key and value in one block."""
+        cache = growing_cache(self._model)
+        super().__call__([row], cache)
+        pairs = [pair for layer in cache.layers if (pair := held(layer)) is not None]
+        return max((sum(each.numel() * each.element_size() for each in pair) for pair in pairs), default=0) // len(row)
+
+    def _keep(self, states: PromptStates, rows: TokenRows) -> TokenRows:
+        """Keep the states of a batch; gives the batch."""
+        if self._over:
+            return rows
+        hidden_BSD: dict[int, Tensor] = {}
+
+        def note(boundary: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+                hidden_BSD[boundary] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        cache = growing_cache(self._model) if states.keeps_keys else None
+        with ExitStack() as stack:
+            for boundary in states.boundaries:
+                handle = self._blocks[boundary - 1].register_forward_hook(note(boundary))
+                stack.callback(handle.remove)
+            super().__call__(rows, cache)
+        layers = [] if cache is None else cache.layers[: states.boundaries[-1]]
+        pairs = [pair for layer in layers if (pair := held(layer)) is not None]
+        states.put(rows, hidden_BSD, pairs)
+        return rows
+
+    def _difference(self, rows: TokenRows, states: PromptStates, blocks: bool) -> str | None:
+        """What a pass without ``blocks``, or else shared tokens, does otherwise; None where it does the same."""
+        by_length = sorted(rows, key=len)
+        sample = [by_length[-1], by_length[0], by_length[len(rows) // 2]]
+        shares, states.passes_share = states.passes_share, not blocks
+        failed = None
+        try:
+            expected_BV = self._logits(sample, states.answers)
+            alone_BV = torch.cat([self._logits([row], states.answers) for row in sample])
+            self._trials = _Trials(states, states.boundaries[-1] if blocks else 0, 1, lambda rows, into=None: None)
+            self._trials.rows = [0] * len(sample)
+            error = distance(self._logits(sample, states.answers), expected_BV)
+        except Exception as failure:  # of the model's own code, which was not written for a pass in parts
+            failed = f"a trial pass failed ({type(failure).__name__}: {first_line(failure)})"
+            if is_out_of_memory(failure):
+                failed = "memory ran out in a trial pass"
+        finally:
+            self._trials, states.passes_share = None, shares
+        if failed is not None:  # outside the handler, where the traceback no longer holds tensors
+            release_memory()
+            return failed
+        if not self._alike(is_rounding(error, distance(alone_BV, expected_BV))):
+            return f"a trial pass gave other logits (off by {error:.2g} of their spread)"
+        return None
+
+    def _logits(self, rows: TokenRows, answers: bool) -> Tensor:
+        """Logits [B, V] after each row; with ``answers`` after one more token, which attends to the row's keys."""
+        if not answers:
+            return self(rows).logits_BV
+        cache = new_cache(self._model)
+        begun = self(rows, cache)
+        token_B = torch.tensor([row[-1] for row in rows], device=self._device)
+        return self.step(begun, token_B, cache)
+
+
+@contextmanager
+def _giving(blocks: Sequence[Any], hidden_BSD: Tensor, rest: tuple[None, ...] | None) -> Iterator[None]:
+    """While the context lasts, blocks compute nothing and give the same output."""
+    output = hidden_BSD if rest is None else (hidden_BSD, *rest)
+    replaced = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, replaced, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _key(rows: TokenRows, answers: bool) -> _Key:
+    return answers, tuple(map(tuple, rows))

@@ -1,0 +1,323 @@
+"""Passes that begin where edits begin: the numbers are those of whole passes, and less is computed."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.anatomy import find_anatomy
+from heretic_ds.engines import head_start, replays
+from heretic_ds.engines.memory import spares
+from heretic_ds.engines.prompt_states import boundaries_within, columns_taken, padding_first, shared_beginning
+from tests import families
+from tests.recorded_graphs import Recorder
+from tests.unit.test_decoding import stop_some
+from tests.unit.test_resident import ablation_for, engine_for
+
+LAYERS = 4
+OWN = (9, 4, 6, 11, 5, 4)
+STATEFUL = {"qwen3_next", "qwen3_5", "lfm2"}
+"""Families whose caches hold more than keys and values."""
+
+
+def prompts(shared=5, lengths=OWN, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    low, high = len(families.SPECIAL_TOKENS), len(families.VOCABULARY) - 5
+    drawn = torch.randint(low, high, (shared + sum(lengths),), generator=generator).tolist()
+    begin, rest = drawn[:shared], iter(drawn[shared:])
+    return [begin + [next(rest) for _ in range(length)] for length in lengths]
+
+
+def edit(first, index=0.4, strength=1.2):
+    """An edit that changes nothing before block `first`."""
+    tent = Profile(strength, float(LAYERS - 1), 0.4, LAYERS - 1 - first + 0.5)
+    return Edit(index, {"attention": tent, "mlp": Profile(0.9, float(LAYERS - 1), 0.3, 0.5)})
+
+
+EDITS = [edit(2), edit(1, None, 0.8), edit(3, 1.5)]
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_are_worth_a_pass(monkeypatch):
+    monkeypatch.setattr(head_start, "PASS_IN_TOKENS", 1)
+
+
+def built(family="llama", **options):
+    return families.build(family, layers=LAYERS, **options)
+
+
+def engine_of(model, reuse=True, row_norm="full", through_norm=False, **options):
+    engine = engine_for(model, batch_size=4, prefill_reuse=reuse, **options)
+    engine.prepare(ablation_for(engine, row_norm, through_norm))
+    return engine
+
+
+def scores(engine, rows, passes):
+    """KL divergences and answers of the edits of several passes."""
+    reference = engine.reference(rows)
+    kl = [kl for edits in passes for kl in engine.kl(rows, reference, edits)]
+    answers = [of_edit for edits in passes for of_edit in engine.generate(rows, edits, stop_some)]
+    engine.restore()  # for other engines of the same model
+    return kl, answers
+
+
+def assert_same(found, expected):
+    assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert found[1] == expected[1]
+
+
+def kept(engine):
+    return list(engine._prefill._kept.values())
+
+
+@pytest.mark.parametrize("family", families.REQUIRED)
+def test_scores_are_those_of_whole_passes(family):
+    model, rows = built(family), prompts()
+    passes = [[one] for one in EDITS]
+    engine = engine_of(model)
+    if engine.max_edits_per_pass > 1:
+        passes += [EDITS, [EDITS[2], None], [EDITS[0]] * 2]
+    expected = scores(engine_of(model, reuse=False), rows, passes)
+    assert_same(scores(engine, rows, passes), expected)
+    assert len(set(expected[0])) > 2  # edits make a difference
+    scored, answered = kept(engine)
+    assert scored.boundaries == (1, 2, 3)
+    if family in STATEFUL:
+        assert answered is None and not scored.passes_share
+    else:
+        assert answered.boundaries == (1, 2, 3) and answered.passes_share and scored.passes_share
+        assert answered.shared == 5
+
+
+@pytest.mark.parametrize("row_norm", ROW_NORMS)
+@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+def test_every_form_of_edit(family, row_norm):
+    model, rows, passes = built(family), prompts(), [EDITS[:2], EDITS[2:]]
+    expected = scores(engine_of(model, False, row_norm, True), rows, passes)
+    assert_same(scores(engine_of(model, True, row_norm, True), rows, passes), expected)
+
+
+def test_answers_by_replayed_steps(monkeypatch):
+    recorder, model, rows = Recorder(), built(), prompts()
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS, EDITS[:1]])
+    monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
+    assert_same(scores(engine_of(model, cuda_graphs=True), rows, [EDITS, EDITS[:1]]), expected)
+    assert recorder.replayed > 5
+
+
+class Counted:
+    """Tokens that each block of a model computes."""
+
+    def __init__(self, model):
+        self.of = [0] * LAYERS
+        for index, block in enumerate(model.get_submodule(find_anatomy(model).blocks).children()):
+            block.mlp.register_forward_pre_hook(lambda module, args, index=index: self._add(index, args[0]))
+
+    def _add(self, index, hidden_BSD):
+        self.of[index] += hidden_BSD.shape[0] * hidden_BSD.shape[1]
+
+    def take(self):
+        taken, self.of = self.of, [0] * LAYERS
+        return taken
+
+
+def test_blocks_before_an_edit_and_shared_tokens_are_left_out():
+    model, rows = built(), prompts(lengths=(6, 6, 6, 6))
+    engine, counted = engine_of(model), Counted(model)
+    reference = engine.reference(rows)
+    engine.kl(rows, reference, EDITS[:1])
+    counted.take()
+    engine.kl(rows, reference, [EDITS[0]])
+    assert counted.take() == [0, 0, 5 + 4 * 6, 5 + 4 * 6]
+    engine.kl(rows, reference, EDITS[:2])  # the batches of four rows mix both trials
+    assert counted.take() == [0, 2 * (5 + 4 * 6)] + [2 * (5 + 4 * 6)] * 2
+    engine.generate(rows, [EDITS[2]])
+    counted.take()
+    steps = len(max(engine.generate(rows, [EDITS[2]])[0], key=len))
+    assert counted.take()[3] >= 5 + 4 * 6 + steps - 1
+    assert engine.kl(rows, reference, [None]) == pytest.approx([0], abs=1e-7)
+    assert counted.take() == [4 * 11] * LAYERS  # the original is not what is scored with less
+
+
+def test_really_edited_weights_are_scored_from_the_first_block():
+    model, rows = built(), prompts()
+    engine, counted = engine_of(model), Counted(model)
+    reference = engine.reference(rows)
+    expected = engine.kl(rows, reference, [EDITS[0]])
+    engine.apply(EDITS[0])
+    counted.take()
+    assert engine.kl(rows, reference, [None]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert counted.take()[0] == counted.of[0] + sum(map(len, rows)) + padding_of(rows)
+    # Edits asked for while another is applied take its place, on the original's states.
+    assert engine.kl(rows, reference, [EDITS[1]]) == pytest.approx(
+        engine_of(built(), reuse=False).kl(rows, reference, [EDITS[1]]), rel=1e-4, abs=1e-6
+    )
+
+
+def padding_of(rows):
+    in_order = sorted(map(len, rows), reverse=True)
+    return sum(max(batch) * len(batch) - sum(batch) for batch in (in_order[:4], in_order[4:]))
+
+
+def test_a_model_that_carries_something_past_its_blocks_is_found_out(caplog):
+    """A later block reads what an earlier one has noted."""
+    model, rows = built(), prompts()
+    first, *_, last = model.model.layers
+    noted = []
+    first.register_forward_hook(lambda module, args, output: noted.append(output))
+    last.register_forward_pre_hook(lambda module, args: (args[0] + 0.5 * noted[-1], *args[1:]))
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+    engine = engine_of(model)
+    with caplog.at_level(logging.INFO):
+        assert_same(scores(engine, rows, [EDITS]), expected)
+    assert "blocks before an edit are computed in every pass: a trial pass" in caplog.text
+    assert [(states.boundaries, states.passes_share) for states in kept(engine)] == [((), True)] * 2
+
+
+def test_a_model_whose_rows_cannot_attend_to_kept_keys_is_found_out(caplog, monkeypatch):
+    model, rows = built(), prompts()
+    forward = model.forward
+
+    def without_a_past(*args, past_key_values=None, **kwargs):
+        if past_key_values is not None and past_key_values.get_seq_length() == 5 and kwargs["input_ids"].shape[1] > 1:
+            raise NotImplementedError("one prompt at a time")
+        return forward(*args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(model, "forward", without_a_past)
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+    engine = engine_of(model)
+    with caplog.at_level(logging.INFO):
+        assert_same(scores(engine, rows, [EDITS]), expected)
+    assert "begin with are computed in every pass: a trial pass failed (NotImplementedError: one prompt" in caplog.text
+    assert [states.boundaries for states in kept(engine)] == [(1, 2, 3)] * 2
+
+
+def test_rows_wider_than_a_window_begin_with_their_first_token():
+    model, rows = built("mistral"), prompts(shared=6, lengths=(3, 2, 30, 2, 20, 9, 1, 2))
+    model.config.sliding_window = 10
+    passes, engine = [EDITS, EDITS[:1]], engine_of(model)
+    expected = scores(engine_of(model, reuse=False), rows, passes)
+    assert_same(scores(engine, rows, passes), expected)
+    assert all(states.passes_share for states in kept(engine))  # in batches of shorter rows
+
+
+def test_memory_is_given_back_before_batches_get_smaller():
+    model, rows = built(), prompts()
+    engine = engine_of(model)
+    expected = scores(engine, rows, [EDITS])
+    assert any(states.bytes for states in kept(engine))
+    attempts = []
+
+    def full(module, args):
+        attempts.append(None)
+        if len(attempts) == 2:
+            raise torch.OutOfMemoryError("pretended")
+
+    handle = model.model.layers[3].register_forward_pre_hook(full)
+    found = scores(engine, rows, [EDITS])
+    handle.remove()
+    assert_same(found, expected)
+    assert not kept(engine) and engine.batch_sizes["generate"] == 4
+    assert not engine._prefill.wants(rows, answers=True)
+
+
+def test_memory_that_learning_lacks_leaves_whole_passes():
+    model, rows = built(), prompts()
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+    engine = engine_of(model)
+    reference = engine.reference(rows)
+
+    def full(states, rows, *more):
+        raise torch.OutOfMemoryError("pretended")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_start.PromptStates, "put", full)
+        assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert not kept(engine) and engine.batch_sizes["kl"] == 4
+    assert engine.generate(rows, EDITS, stop_some) == expected[1]
+
+
+def test_lent_memory_is_taken_again():
+    model, rows = built(), prompts()
+    engine = engine_of(model)
+    expected = scores(engine, rows, [EDITS])
+    assert engine._prefill in spares
+    for spare in list(spares):
+        spare.lend()
+    assert not kept(engine)
+    assert_same(scores(engine, rows, [EDITS]), expected)
+    assert len(kept(engine)) == 2
+
+
+def test_no_more_than_two_sets_are_kept():
+    model, engine = built(), engine_of(built())
+    for seed in range(4):
+        rows = prompts(seed=seed)
+        assert_same(scores(engine, rows, [EDITS]), scores(engine_of(model, reuse=False), rows, [EDITS]))
+        assert len(kept(engine)) == 2
+
+
+def test_states_take_no_more_memory_than_allowed(monkeypatch):
+    model, rows = built(), prompts()
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+    monkeypatch.setattr(head_start, "_SHARE_OF_WEIGHTS", 0.0)
+    seen = set()
+    for most in (0, 10_000, 20_000, 30_000, 10**9):
+        monkeypatch.setattr(head_start, "_LEAST_BYTES", most)
+        engine = engine_of(model)
+        assert_same(scores(engine, rows, [EDITS]), expected)
+        assert all(states.bytes <= most for states in kept(engine))
+        seen.add(kept(engine)[1].boundaries)
+    assert seen >= {(), (2,), (1, 2, 3)}
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 32])
+def test_boundaries_are_as_many_as_fit(blocks):
+    assert boundaries_within(blocks, 10, 3, 10**9) == tuple(range(1, blocks))
+    for most in range(0, 400, 7):
+        chosen = boundaries_within(blocks, 10, 3, most)
+        assert not chosen or len(chosen) * 10 + chosen[-1] * 3 <= most
+    assert boundaries_within(32, 10, 0, 35) == (8, 16, 24)
+    assert boundaries_within(32, 10, 0, 10**9, alike=lambda step: 16) == (16,)
+
+
+def test_what_rows_share():
+    assert shared_beginning([[1, 2, 3], [1, 2, 4, 5], [1, 2, 9]]) == 2
+    assert shared_beginning([[1, 2], [1, 2, 4]]) == 1  # a row keeps a token of its own
+    assert shared_beginning([[1, 2], [1, 2]]) == 1
+    assert shared_beginning([[3], [1, 2]]) == 0
+
+
+def test_columns_are_put_in_the_order_padding_shared_row():
+    lengths, shared, longest = (3, 1, 2), 2, 3
+    states_BHSK = torch.full((3, 2, shared + longest, 4), -1.0)
+    for row, length in enumerate(lengths):
+        states_BHSK[row, :, :shared] = torch.tensor([100.0, 101.0])[:, None]
+        states_BHSK[row, :, shared + longest - length :] = torch.arange(float(length))[:, None]
+    taken_BHSK = columns_taken(states_BHSK, padding_first(lengths, shared, torch.device("cpu")))
+    expected = [[100, 101, 0, 1, 2], [-1, -1, 100, 101, 0], [-1, 100, 101, 0, 1]]
+    assert taken_BHSK[:, 1, :, 3].tolist() == expected and taken_BHSK[:, 0, :, 0].tolist() == expected
+    assert padding_first((2, 2), shared, torch.device("cpu")) is None
+
+
+def test_the_setting_reaches_the_engine(compose_settings, tmp_path):
+    from heretic_ds.engines import build_engine
+    from heretic_ds.job import Job
+    from heretic_ds.world import World
+
+    families.save("llama", tmp_path)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    sources = [
+        f"prompts.{kind}.{part}.source={tmp_path}/prompts.txt"
+        for kind in ("target", "baseline")
+        for part in ("train", "eval")
+    ]
+    for words, wants in ((["generation.prefill_reuse=false"], False), ([], True)):
+        for placement in ("replicated", "tensor_parallel"):
+            settings = compose_settings(*sources, *words, f"evaluate={placement}", model=tmp_path)
+            engine = build_engine(Job.check(settings, World.join()), "evaluate")
+            assert engine._prefill.wants([[1, 2], [1, 3]], answers=True) is wants
+            engine.close()
