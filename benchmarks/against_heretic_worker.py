@@ -67,8 +67,8 @@ class Worker:
         self.log = log
         self._log = log.open("w")
         self._process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment, cwd=folder,
+            [str(python.absolute()), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            text=True, env=environment, cwd=folder,
         )  # fmt: skip
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:

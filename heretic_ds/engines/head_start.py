@@ -87,7 +87,7 @@ class HeadStart(Prefill):
     ) -> None:
         """``alike`` makes one rank's number that of all ranks that run the same passes."""
         super().__init__(model, pad_id)
-        self._alike = alike
+        self._alike, self.wanted = alike, wanted
         self._blocks: list[Any] = list(model.get_submodule(anatomy.blocks).children())
         self._written = sorted({(writer.block, writer.component) for writer in anatomy.writers})
         self._token_bytes = anatomy.width * next(model.parameters()).element_size()

@@ -39,6 +39,8 @@ MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
 _PROBE_TOKENS = 16
 """Answer tokens per row while the batch size for generation is measured."""
+_SHARE_COMPUTED = 0.5
+"""About how much of a pass over prompts is left where it starts from what is known."""
 _MOST_ROWS = 512
 """Largest batch that is tried."""
 
@@ -326,8 +328,11 @@ class ResidentEngine:
     def _find_batch_size(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> None:
         if phase in self.batch_sizes:
             return
-        longest, on_cpu = sorted(prompts, key=len, reverse=True), self._device.type == "cpu"
-        if self.max_edits_per_pass > 1 and not on_cpu:  # there will be rows of many trials
+        on_cpu, longest = self._device.type == "cpu", list(prompts)
+        longest.sort(key=len, reverse=True)
+        if on_cpu:
+            longest = self._as_computed(phase, longest)
+        elif self.max_edits_per_pass > 1:  # there will be rows of many trials
             longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
         most = self._most_rows(longest, work)
         clock = time.process_time if on_cpu else time.perf_counter
@@ -338,6 +343,16 @@ class ResidentEngine:
         self.batch_sizes[phase] = measure_batch_size(
             lambda count: work(longest[:count]), most, phase, self._same, clock, tokens
         )
+
+    def _as_computed(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
+        """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have.
+
+        Where memory decides, as on a GPU, rows have to be whole.
+        """
+        share = _SHARE_COMPUTED if self._prefill.wanted and phase != "capture" else 1.0
+        if phase == "generate":
+            share *= min(1.0, _PROBE_TOKENS / self._max_new_tokens)
+        return [row[-max(1, round(share * len(row))) :] for row in rows]
 
     def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
         """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""
