@@ -58,19 +58,65 @@ class RoomyLayer(DynamicLayer):
             used[target_N] = used[origin_N]
         self.keys, self.values = (memory[:rows, :, self._first : end] for memory in self._memory)
 
-    def replace(self, keys_BHSK: Tensor, values_BHSK: Tensor) -> None:
-        """Hold other keys and values, whose own memory leaves no room.
-
-        So the next step copies them once more. Joining rows in memory that already has the room was measured against
-        it, on the demo model with 32, 64 and 128 rows: 1.05, 0.98 and 1.01 times the processor's time.
-        """
-        self.keys, self.values = self._memory = keys_BHSK, values_BHSK
-        self._first = 0
+    def hold(self, memory_BHCK: tuple[Tensor, Tensor], length: int) -> None:
+        """Take over memory of keys and of values, of which the first ``length`` columns are in use."""
+        keys_BHCK, values_BHCK = memory_BHCK
+        if not self.is_initialized:
+            self.lazy_initialization(keys_BHCK, values_BHCK)
+        self._memory, self._first = memory_BHCK, 0
+        self.keys, self.values = keys_BHCK[:, :, :length], values_BHCK[:, :, :length]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Leave the rows of these numbers."""
         if self.keys is not None and self.values is not None:
-            self.replace(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
+            keys, values = (each.index_select(0, beam_idx) for each in (self.keys, self.values))
+            self.hold((keys, values), keys.shape[2])
+
+
+class StartedLayer(DynamicLayer):
+    """A layer for one pass, whose rows begin with tokens that have been passed over before.
+
+    A row's padding comes first, then the keys and values of those tokens, then what the pass adds.
+    """
+
+    def __init__(self, shared_BHPK: tuple[Tensor, Tensor], padding_B: Tensor) -> None:
+        """``padding_B``: how many of the columns that the pass adds to each row are padding."""
+        super().__init__()
+        self._shared, self._padding_B = shared_BHPK, padding_B
+        self.memory: tuple[Tensor, Tensor] | None = None
+        """Keys and values, with room behind them; None until the pass has come to the layer."""
+
+    def get_seq_length(self) -> int:
+        return self._shared[0].shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Put keys and values [B, H, S, K] behind those shared; gives all of them."""
+        self.lazy_initialization(key_states, value_states)
+        padded_N = self._padding_B.nonzero()
+        column_NP = self._padding_B[padded_N] + torch.arange(self.get_seq_length(), device=padded_N.device)
+        keys, values = (
+            _behind(shared, new, padded_N, column_NP)
+            for shared, new in zip(self._shared, (key_states, value_states), strict=True)
+        )
+        length = self.get_seq_length() + key_states.shape[2]
+        self.memory = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
+
+
+def _behind(shared_BHPK: Tensor, new_BHSK: Tensor, padded_N1: Tensor, column_NP: Tensor) -> Tensor:
+    """New columns behind shared ones, which in padded rows come to lie in other columns; with room behind."""
+    rows, heads, length, size = new_BHSK.shape
+    shared = shared_BHPK.shape[2]
+    memory_BHCK = new_BHSK.new_empty(rows, heads, shared + length + _ROOM, size)
+    memory_BHCK[:, :, :shared] = shared_BHPK  # also where padding will be, which has to be numbers
+    memory_BHCK[:, :, shared : shared + length] = new_BHSK
+    own_NHPK = shared_BHPK if len(shared_BHPK) == 1 else shared_BHPK[padded_N1[:, 0]]
+    memory_BHCK[padded_N1, :, column_NP] = own_NHPK.transpose(1, 2)
+    return memory_BHCK
 
 
 def _roomier(old_BHSK: Tensor | None, like_BHSK: Tensor, length: int) -> Tensor:
@@ -91,9 +137,13 @@ def new_cache(model: PreTrainedModel, roomy: bool = False) -> DynamicCache:
 
 def growing_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps the keys and values of all positions, also where the model's own has a window."""
-    layers, cache = len(new_cache(model).layers), DynamicCache()
-    cache.layers = [DynamicLayer() for _ in range(layers)]
-    cache.layer_class_to_replicate = None
+    return cache_of([DynamicLayer() for _ in new_cache(model).layers])
+
+
+def cache_of(layers: list[Any]) -> DynamicCache:
+    """A cache with these layers."""
+    cache = DynamicCache()
+    cache.layers, cache.layer_class_to_replicate = layers, None
     return cache
 
 
@@ -112,27 +162,40 @@ def takes_rows(cache: DynamicCache) -> bool:
     return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
-def join_rows(cache: DynamicCache, keep_B: Tensor, added: Sequence[DynamicCache], width: int) -> None:
-    """Leave the rows ``keep_B`` and append those of other caches, all ending at the last of ``width`` positions; what
+def take(cache: DynamicCache, block: int, memory_BHCK: tuple[Tensor, Tensor], length: int) -> None:
+    """Give an empty layer of a cache the first ``length`` columns of keys and values."""
+    layer = cache.layers[block]
+    if isinstance(layer, RoomyLayer):
+        layer.hold(memory_BHCK, length)
+    else:
+        keys, values = memory_BHCK
+        cache.update(keys[:, :, :length], values[:, :, :length], block)
+
+
+def join_rows(cache: DynamicCache, keep: Sequence[int], added: Sequence[DynamicCache], width: int) -> None:
+    """Leave the rows ``keep`` and append those of other caches, all ending at the last of ``width`` positions; what
     is missing before them is masked, and therefore zero here."""
     layers: Any = zip(cache.layers, *(other.layers for other in added), strict=True)
     for layer, *others in layers:
         if layer.is_initialized:
-            keys = _joined(layer.keys, keep_B, [other.keys for other in others], width)
-            layer.replace(keys, _joined(layer.values, keep_B, [other.values for other in others], width))
+            keys = _joined(layer.keys, keep, [other.keys for other in others], width)
+            layer.hold((keys, _joined(layer.values, keep, [other.values for other in others], width)), width)
 
 
-def _joined(states_BHSK: Tensor, keep_B: Tensor, added: Sequence[Tensor], width: int) -> Tensor:
-    kept_BHSK = states_BHSK[:, :, -width:].index_select(0, keep_B)
-    if not added and kept_BHSK.shape[2] == width:
-        return kept_BHSK
+def _joined(states_BHSK: Tensor, keep: Sequence[int], added: Sequence[Tensor], width: int) -> Tensor:
+    """Memory with room behind the rows' columns."""
+    kept_BHSK = states_BHSK[:, :, -width:]
+    if list(keep) != list(range(len(kept_BHSK))):
+        kept_BHSK = kept_BHSK.index_select(0, torch.tensor(keep, dtype=torch.int64, device=kept_BHSK.device))
     parts, row = [kept_BHSK, *added], 0
     _, heads, _, size = states_BHSK.shape
-    joined_BHSK = states_BHSK.new_zeros(sum(len(part) for part in parts), heads, width, size)
+    joined_BHCK = states_BHSK.new_empty(sum(len(part) for part in parts), heads, width + _ROOM, size)
     for part in parts:
-        joined_BHSK[row : row + len(part), :, width - part.shape[2] :] = part
+        rows_BHCK, missing = joined_BHCK[row : row + len(part)], width - part.shape[2]
+        rows_BHCK[:, :, :missing] = 0
+        rows_BHCK[:, :, missing:width] = part
         row += len(part)
-    return joined_BHSK
+    return joined_BHCK
 
 
 def pad_columns(mask_BS: Tensor, width: int) -> Tensor:

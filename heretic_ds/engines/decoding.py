@@ -112,7 +112,7 @@ class _Batch:
     def refill(self, positions: Sequence[int], added: Sequence[_Batch], width: int) -> None:
         """Leave the rows at ``positions`` and append those of other batches; none uses more than ``width`` columns."""
         keep_B = self._positions(positions)
-        join_rows(self.cache, keep_B, [other.cache for other in added], width)
+        join_rows(self.cache, positions, [other.cache for other in added], width)
         self.token_B = torch.cat([self.token_B[keep_B], *(other.token_B for other in added)])
         self.position_B1 = torch.cat([self.position_B1[keep_B], *(other.position_B1 for other in added)])
         masks = [self.mask_BS[keep_B], *(other.mask_BS for other in added)]

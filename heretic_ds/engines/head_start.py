@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.caches import growing_cache, held, keeps_positions, new_cache
+from heretic_ds.engines.caches import StartedLayer, cache_of, growing_cache, held, keeps_positions, new_cache, take
 from heretic_ds.engines.closeness import distance, is_rounding
 from heretic_ds.engines.forward import Begun, Prefill
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
@@ -31,15 +31,12 @@ from heretic_ds.engines.padding import PASS_IN_TOKENS
 from heretic_ds.engines.prompt_states import (
     PromptStates,
     boundaries_within,
-    columns_taken,
     gathered,
-    padding_first,
     shared_beginning,
 )
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.engines.slot_decoding import OnRows
 from heretic_ds.model_fitness import first_line
-from heretic_ds.prompts import pad_left
 
 log = logging.getLogger(__name__)
 
@@ -91,10 +88,6 @@ class HeadStart(Prefill):
         self._blocks: list[Any] = list(model.get_submodule(anatomy.blocks).children())
         self._written = sorted({(writer.block, writer.component) for writer in anatomy.writers})
         self._token_bytes = anatomy.width * next(model.parameters()).element_size()
-        config: Any = model.config.get_text_config(decoder=True)
-        self._windows = [
-            size for name in ("sliding_window", "attention_chunk_size") if (size := getattr(config, name, None))
-        ]
         self._kept: dict[_Key, PromptStates | None] = {}
         """By set; None where nothing is to be gained."""
         self._rest: tuple[None, ...] | None = None
@@ -182,30 +175,23 @@ class HeadStart(Prefill):
     def _from_there(self, trials: _Trials, rows: TokenRows, cache: DynamicCache | None) -> Begun:
         """A pass over rows without what is known."""
         states, start = trials.states, trials.start
-        shared = self._shared_keys(trials) if states.passes_share and self._sees_all(rows) else []
-        before = states.shared if shared else 0
-        batch = pad_left([row[before:] for row in rows], self._pad_id).to(self._device)
-        work = None
-        if shared or cache is not None:
-            work = growing_cache(self._model)
-            trial_B = torch.tensor(trials.rows, device=self._device)
-            for block, (keys_THPK, values_THPK) in enumerate(shared):
-                work.update(keys_THPK.index_select(0, trial_B), values_THPK.index_select(0, trial_B), block)
-        position_BS = batch.position_ids_BS + before
+        shared = self._shared_keys(trials) if states.passes_share else []
+        laid_out = states.layout(rows, not shared, self._pad_id, self._device)
+        work = self._started(trials, shared, laid_out.padding_B) if shared else cache
         logits_BV = self._pass(
-            batch.input_ids_BS,
-            nn.functional.pad(batch.attention_mask_BS, (before, 0), value=1),
-            position_BS,
-            work,
-            start,
-            lambda hidden_ND: gathered(hidden_ND, states.index(rows, not shared, self._device)),
-        )
-        lengths = [len(row) - before for row in rows]
-        if cache is not None and work is not None:
-            self._hand_over(trials, rows, work, cache, padding_first(lengths, before, self._device))
-        padding_B1 = max(lengths) - torch.tensor(lengths, device=self._device)[:, None]
-        mask_BS = torch.arange(before + max(lengths), device=self._device) >= padding_B1
-        return Begun(logits_BV, mask_BS.to(batch.attention_mask_BS), position_BS[:, -1:])
+            laid_out.input_ids_BS, laid_out.mask_BS, laid_out.position_ids_BS, work, start,
+            lambda hidden_ND: gathered(hidden_ND, laid_out.index_BS),
+        )  # fmt: skip
+        if cache is not None:
+            self._hand_over(trials, rows, work, cache)
+        return Begun(logits_BV, laid_out.mask_BS, laid_out.position_ids_BS[:, -1:])
+
+    def _started(self, trials: _Trials, shared: SharedKeys, padding_B: Tensor) -> DynamicCache:
+        """A cache in which the shared tokens of each row's trial lie before the row's own."""
+        if trials.count == 1:
+            return cache_of([StartedLayer(pair, padding_B) for pair in shared])
+        trial_B = torch.tensor(trials.rows, device=self._device)
+        return cache_of([StartedLayer((keys[trial_B], values[trial_B]), padding_B) for keys, values in shared])
 
     def _pass(
         self,
@@ -250,26 +236,19 @@ class HeadStart(Prefill):
         trials.assign(trials.rows)
         return trials.shared
 
-    def _hand_over(
-        self, trials: _Trials, rows: TokenRows, work: DynamicCache, cache: DynamicCache, column_BS: Tensor | None
-    ) -> None:
-        """Give the caller's cache the keys and values of all positions, padding first."""
-        states, index_BS = trials.states, None
-        for block, layer in enumerate(work.layers):
-            if block < trials.start:
-                index_BS = states.index(rows, True, self._device) if index_BS is None else index_BS
+    def _hand_over(self, trials: _Trials, rows: TokenRows, work: DynamicCache | None, cache: DynamicCache) -> None:
+        """Give the caller's cache the keys and values that it does not have yet."""
+        states = trials.states
+        if trials.start:
+            index_BS = states.layout(rows, True, self._pad_id, self._device).index_BS
+            for block in range(trials.start):
                 keys, values = (
                     gathered(kept[block], index_BS).transpose(1, 2) for kept in (states.keys_NHK, states.values_NHK)
                 )
-            elif (computed := held(layer)) is not None:
-                keys, values = (columns_taken(each, column_BS) for each in computed)
-            else:
-                continue
-            cache.update(keys, values, block)
-
-    def _sees_all(self, rows: TokenRows) -> bool:
-        """Whether rows are so short that no token is out of another's sight, wherever padding lies."""
-        return all(max(map(len, rows)) <= size for size in self._windows)
+                take(cache, block, (keys, values), keys.shape[2])
+        for block, layer in enumerate([] if work is None or work is cache else work.layers):
+            if isinstance(layer, StartedLayer) and layer.memory is not None and layer.keys is not None:
+                take(cache, block, layer.memory, layer.keys.shape[2])
 
     def _first_edited(self, edits: Sequence[Edit | None]) -> int | None:
         """The first block that any of the edits changes; None where there is no edit."""

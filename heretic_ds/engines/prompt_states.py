@@ -7,11 +7,13 @@ rows, S positions, D width, H heads, K width of a key or value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from heretic_ds.engines.protocol import TokenRows
+from heretic_ds.prompts import pad_left
 
 
 def shared_beginning(rows: TokenRows) -> int:
@@ -19,6 +21,24 @@ def shared_beginning(rows: TokenRows) -> int:
     first, last = min(map(list, rows)), max(map(list, rows))  # between them, in this order, are all others
     most = min(map(len, rows)) - 1
     return next((at for at in range(most) if first[at] != last[at]), most)
+
+
+_LAYOUTS = 64
+"""Batches whose layouts are kept."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of a batch, padded on the left; whole, or without the tokens that they share."""
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    index_BS: Tensor
+    """Where in N the tokens lie."""
+    mask_BS: Tensor
+    """Of whole rows: with columns for shared tokens, between padding and the row."""
+    padding_B: Tensor
+    """Columns of each row that are padding."""
 
 
 class PromptStates:
@@ -42,6 +62,7 @@ class PromptStates:
         self._start: dict[tuple[int, ...], int] = {}
         """Where in N the tokens lie that a row does not share."""
         self._filled = shared
+        self._layouts: dict[tuple[object, ...], Layout] = {}
 
     @property
     def keeps_keys(self) -> bool:
@@ -90,15 +111,28 @@ class PromptStates:
         self.boundaries = ()
         self.hidden_ND, self.keys_NHK, self.values_NHK = {}, [], []
 
-    def index(self, rows: TokenRows, whole: bool, device: torch.device) -> Tensor:
-        """Where in N the tokens of rows lie, [B, S], padded on the left: of ``whole`` rows, or what is not shared."""
-        begin = list(range(self.shared)) if whole else []
-        tokens = [[*begin, *range(start, start + own)] for start, own in map(self._own, rows)]
-        longest, padding = max(map(len, tokens)), self.tokens - 1
-        return torch.tensor([[padding] * (longest - len(each)) + each for each in tokens], device=device)
+    def layout(self, rows: TokenRows, whole: bool, pad_id: int, device: torch.device) -> Layout:
+        """A batch of known rows, ``whole`` or without what they share. Every trial has the same ones: they are kept."""
+        starts = [self._start[tuple(row)] for row in rows]
+        key = whole, pad_id, device, *starts
+        if key not in self._layouts:
+            if len(self._layouts) == _LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[key] = self._laid_out(rows, starts, whole, pad_id, device)
+        return self._layouts[key]
 
-    def _own(self, row: Sequence[int]) -> tuple[int, int]:
-        return self._start[tuple(row)], len(row) - self.shared
+    def _laid_out(
+        self, rows: TokenRows, starts: Sequence[int], whole: bool, pad_id: int, device: torch.device
+    ) -> Layout:
+        begin, before = (list(range(self.shared)), 0) if whole else ([], self.shared)
+        own = [range(start, start + len(row) - self.shared) for start, row in zip(starts, rows, strict=True)]
+        longest, padding = len(begin) + max(map(len, own)), self.tokens - 1
+        index = [[padding] * (longest - len(begin) - len(each)) + begin + list(each) for each in own]
+        batch = pad_left([row[before:] for row in rows], pad_id)
+        padding_B = (batch.attention_mask_BS == 0).sum(dim=1)
+        mask_BS = (torch.arange(before + longest) >= padding_B[:, None]).long()
+        laid_out = batch.input_ids_BS, batch.position_ids_BS + before, torch.tensor(index), mask_BS, padding_B
+        return Layout(*(each.to(device) for each in laid_out))
 
 
 def gathered(states_ND: Tensor, index_BS: Tensor) -> Tensor:
@@ -121,25 +155,3 @@ def boundaries_within(
 
     step = int(alike(next(filter(fits, range(1, blocks)), blocks)))
     return tuple(range(step, blocks, step))
-
-
-def padding_first(lengths: Sequence[int], shared: int, device: torch.device) -> Tensor | None:
-    """Where columns that hold shared tokens, padding, and rows of some ``lengths`` lie, [B, S], so that padding comes
-    first. None where it does, or there is none."""
-    longest = max(lengths)
-    if not shared or min(lengths) == longest:
-        return None
-    padding_B1 = longest - torch.tensor(lengths, device=device)[:, None]
-    column_S = torch.arange(shared + longest, device=device)
-    behind_BS = torch.where(column_S < padding_B1 + shared, column_S - padding_B1, column_S)
-    return torch.where(column_S < padding_B1, shared + column_S, behind_BS)
-
-
-def columns_taken(states_BHSK: Tensor, column_BS: Tensor | None) -> Tensor:
-    """Keys or values [B, H, S, K], the columns of each row in the order that is given, if any."""
-    if column_BS is None:
-        return states_BHSK
-    rows, heads, columns, size = states_BHSK.shape
-    line_BH1 = torch.arange(rows * heads, device=column_BS.device).view(rows, heads, 1) * columns
-    index_BHS = line_BH1 + column_BS[:, None]  # whole vectors of K numbers are copied, not one number at a time
-    return states_BHSK.reshape(-1, size).index_select(0, index_BHS.reshape(-1)).view(states_BHSK.shape)

@@ -21,7 +21,7 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
 from heretic_ds.engines.decoding import decode, end_tokens
 from heretic_ds.engines.head_start import HeadStart
-from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
+from heretic_ds.engines.memory import in_batches, keep_freed_memory, measure_batch_size, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
@@ -88,6 +88,8 @@ class ResidentEngine:
         self._applied: Edit | None = None
         self._replays = Replays(model, anatomy, wanted=cuda_graphs)
         self._prefill = HeadStart(model, anatomy, self._pad_id, prefill_reuse, replicas.alike)
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heretic_ds.engines import decoding, padding
-from heretic_ds.engines.caches import RoomyLayer, new_cache, takes_rows
+from heretic_ds.engines.caches import RoomyLayer, StartedLayer, new_cache, takes_rows
 from heretic_ds.engines.decoding import decode, finished_answers
 from heretic_ds.engines.padding import batches_of, first_cut
 from tests import families
@@ -160,8 +160,8 @@ def test_a_roomy_layer_shrinks_in_its_memory(joined, monkeypatch):
     layer, states = RoomyLayer(), [torch.randn(5, 2, 6, 4) for _ in range(2)]
     layer.update(*states)
     if joined:  # memory without room
-        layer.replace(*(each.clone() for each in states))
-    memory = layer.keys.data_ptr()
+        layer.hold((states[0].clone(), states[1].clone()), states[0].shape[2])
+    memory = layer.keys.untyped_storage().data_ptr()
     for moved, holes, rows, order, width in (
         ([4], [1], 4, [0, 4, 2, 3], 5),
         ([], [], 2, [0, 1], 6),
@@ -176,6 +176,28 @@ def test_a_roomy_layer_shrinks_in_its_memory(joined, monkeypatch):
         states = [torch.cat([each, one], dim=2) for each, one in zip(states, new, strict=True)]
         assert torch.equal(layer.keys, states[0]) and torch.equal(layer.values, states[1])
         memory = layer.keys.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+def test_a_started_layer_holds_padding_then_what_rows_share(trials):
+    lengths, longest = (3, 1, 2), 3
+    shared_BHPK = tuple(100.0 * (one + 1) + torch.arange(2.0).expand(trials, 2, 2)[..., None] for one in range(2))
+    if trials > 1:  # of every row another trial's
+        shared_BHPK = tuple(each + 10 * torch.arange(3.0).view(3, 1, 1, 1) for each in shared_BHPK)
+    padding_B = torch.tensor([longest - length for length in lengths])
+    layer = StartedLayer(shared_BHPK, padding_B)
+    assert layer.get_seq_length() == 2 and layer.get_mask_sizes(3) == (5, 0) and not layer.is_initialized
+    new_BHSK = (torch.arange(3.0) - padding_B[:, None])[:, None, :, None].expand(3, 2, 3, 1)
+    for which, held in enumerate(layer.update(new_BHSK, new_BHSK + 0.5)):
+        for row, before in enumerate(padding_B.tolist()):
+            first = 100 * (which + 1) + (10 * row if trials > 1 else 0)
+            expected = [first, first + 1, *(new + 0.5 * which for new in range(lengths[row]))]
+            assert held[row, 1, before:, 0].tolist() == expected
+            assert held[row].isfinite().all()
+    roomy = RoomyLayer()
+    roomy.hold(layer.memory, 5)
+    assert torch.equal(roomy.keys, layer.keys)
+    assert roomy.update(new_BHSK[:, :, :1], new_BHSK[:, :, :1])[0].data_ptr() == layer.memory[0].data_ptr()
 
 
 def test_batches_are_cut_where_padding_costs_more_than_a_pass():

@@ -11,7 +11,7 @@ from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines import head_start, replays
 from heretic_ds.engines.memory import spares
-from heretic_ds.engines.prompt_states import boundaries_within, columns_taken, padding_first, shared_beginning
+from heretic_ds.engines.prompt_states import boundaries_within, shared_beginning
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import stop_some
@@ -195,13 +195,13 @@ def test_a_model_whose_rows_cannot_attend_to_kept_keys_is_found_out(caplog, monk
     assert [states.boundaries for states in kept(engine)] == [(1, 2, 3)] * 2
 
 
-def test_rows_wider_than_a_window_begin_with_their_first_token():
+def test_rows_wider_than_a_window_see_what_they_would():
     model, rows = built("mistral"), prompts(shared=6, lengths=(3, 2, 30, 2, 20, 9, 1, 2))
     model.config.sliding_window = 10
     passes, engine = [EDITS, EDITS[:1]], engine_of(model)
     expected = scores(engine_of(model, reuse=False), rows, passes)
     assert_same(scores(engine, rows, passes), expected)
-    assert all(states.passes_share for states in kept(engine))  # in batches of shorter rows
+    assert all(states.passes_share for states in kept(engine))
 
 
 def test_memory_is_given_back_before_batches_get_smaller():
@@ -289,18 +289,6 @@ def test_what_rows_share():
     assert shared_beginning([[1, 2], [1, 2, 4]]) == 1  # a row keeps a token of its own
     assert shared_beginning([[1, 2], [1, 2]]) == 1
     assert shared_beginning([[3], [1, 2]]) == 0
-
-
-def test_columns_are_put_in_the_order_padding_shared_row():
-    lengths, shared, longest = (3, 1, 2), 2, 3
-    states_BHSK = torch.full((3, 2, shared + longest, 4), -1.0)
-    for row, length in enumerate(lengths):
-        states_BHSK[row, :, :shared] = torch.tensor([100.0, 101.0])[:, None]
-        states_BHSK[row, :, shared + longest - length :] = torch.arange(float(length))[:, None]
-    taken_BHSK = columns_taken(states_BHSK, padding_first(lengths, shared, torch.device("cpu")))
-    expected = [[100, 101, 0, 1, 2], [-1, -1, 100, 101, 0], [-1, 100, 101, 0, 1]]
-    assert taken_BHSK[:, 1, :, 3].tolist() == expected and taken_BHSK[:, 0, :, 0].tolist() == expected
-    assert padding_first((2, 2), shared, torch.device("cpu")) is None
 
 
 def test_the_setting_reaches_the_engine(compose_settings, tmp_path):
