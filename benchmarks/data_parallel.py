@@ -75,9 +75,9 @@ def launch(ranks: int, arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def compare(arguments: list[str], together: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Figures for each (ranks, trials in a pass), the first of which is what the others are compared with."""
-    found: dict[tuple[int, int], list[dict[str, Any]]] = {key: [] for key in together}
+def compare(arguments: list[str], together: list[tuple[int, str]], rounds: int) -> list[dict[str, Any]]:
+    """Figures for each (ranks, trials a pass), the first of which is what the others are compared with."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {key: [] for key in together}
     for _ in range(rounds):
         for key in together:
             found[key].append(launch(key[0], [*arguments, f"search.trials_per_pass={key[1]}"]))
@@ -107,9 +107,10 @@ def main() -> int:
         make_model(Path(folder), 512)
         random = [folder, *RANDOM, "model.dtype=float32", "model.device=cpu", f"search.trials={options.trials}"]
         demo = ["experiment=demo", f"search.trials={2 * options.trials}"]
+        kinds = [(1, "auto"), (2, "auto"), (2, "1")]
         models = {
-            "demo": compare(demo, [(1, 1), (2, 1), (2, 2)], options.rounds),
-            "random llama, 30 M parameters": compare(random, [(1, 1), (2, 1)], options.rounds),
+            "demo": compare(demo, kinds, options.rounds),
+            "random llama, 30 M parameters": compare(random, kinds, options.rounds),
         }
     machine = {"cores": os.cpu_count(), "device": "cpu", "threads_a_rank": 1}
     trials = {"demo": 2 * options.trials, "random": options.trials, "rounds": options.rounds}

@@ -221,8 +221,8 @@ class SearchSettings:
     seed: int = 0
     """Seed of the sampler."""
     trials_per_pass: str = AUTO
-    """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: one on a CPU, where more
-    gain little; elsewhere as many as it takes to fill the batches that were measured to be best, up to 4."""
+    """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: up to 4, on a CPU one
+    for each replica of the model, elsewhere as many as it takes to fill the batches that were measured to be best."""
     kl_target: float = 0.01
     """KL divergence (nats) below which the search stops chasing a smaller one."""
 

@@ -36,10 +36,11 @@ def trials_per_pass(run: Run) -> int:
 
 
 def _trials_that_fill_batches(run: Run) -> int:
-    """On a CPU one: every row costs its own time there."""
-    if run.job.opened.device.type == "cpu":
-        return 1
+    """On a CPU one for each replica, whose shares of the prompts would be small ones otherwise: every row costs its own
+    time there, but every pass something too."""
     replicas = run.world.size // run.engine.degree
+    if run.job.opened.device.type == "cpu":
+        return min(MOST_TRIALS, replicas)
     rows, prompts = run.engine.batch_sizes.get("generate", 1), len(run.job.texts["target.eval"])
     return max(1, min(MOST_TRIALS, math.ceil(rows * replicas / prompts)))
 

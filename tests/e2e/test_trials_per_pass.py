@@ -1,8 +1,8 @@
-"""Whether trials share forward passes, and whether rows stop early, changes speed and nothing else."""
+"""Whether trials share forward passes, rows stop early, and passes over prompts start from what is known changes speed
+and nothing else."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,18 +10,21 @@ import pytest
 from tests.e2e.conftest import Heretic, Material, read_results
 
 TRIALS = 8
+WAYS = [(1, False, False), (1, True, False), (1, False, True), (4, False, False), (4, True, True)]
+"""Trials in a pass, early stop, and reuse of what is known of prompts."""
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_ways_to_evaluate_trials_agree(heretic: Heretic, material: Material, tmp_path, family: str) -> None:
     """All trials are drawn at random, so that every way evaluates the same ones."""
     found: list[list[dict[str, Any]]] = []
-    for together, early_stop in itertools.product((1, 4), ("true", "false")):
-        run = tmp_path / f"run-{together}-{early_stop}"
+    for together, early_stop, reuse in WAYS:
+        run = tmp_path / f"run-{together}-{early_stop}-{reuse}"
         outcome = heretic(
             *material.words(
                 material.model(family), f"run.dir={run}", f"search.trials={TRIALS}", f"search.startup_trials={TRIALS}",
                 f"search.trials_per_pass={together}", f"generation.early_stop={early_stop}",
+                f"generation.prefill_reuse={reuse}",
             )
         )  # fmt: skip
         assert outcome.status == 0, outcome.err

@@ -10,7 +10,7 @@ import torch
 
 from heretic_ds.search.study import Search
 from heretic_ds.settings import SearchSettings
-from heretic_ds.stages.search import trials_per_pass
+from heretic_ds.stages.search import _trials_that_fill_batches, trials_per_pass
 from heretic_ds.world import World
 
 
@@ -49,6 +49,13 @@ def run_with(given: str, device: str = "cuda", rows: int = 256, most: int = 64, 
 )
 def test_the_number_of_trials_in_a_pass(run, expected):
     assert trials_per_pass(run) == expected
+
+
+@pytest.mark.parametrize(("ranks", "degree", "expected"), [(2, 1, 2), (4, 2, 2), (16, 1, 4), (2, 2, 1)])
+def test_on_a_cpu_every_replica_gets_as_many_rows_as_one_alone(ranks, degree, expected):
+    run = run_with("auto", device="cpu")
+    run.world, run.engine.degree = World(size=ranks), degree
+    assert _trials_that_fill_batches(run) == expected
 
 
 def test_what_was_found_is_remembered_and_only_that():
