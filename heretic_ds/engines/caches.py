@@ -9,7 +9,7 @@ Shapes: B rows, H heads, S positions, K width of a key or value.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,16 +74,30 @@ class RoomyLayer(DynamicLayer):
             self.hold((keys, values), keys.shape[2])
 
 
+class Padded(NamedTuple):
+    """Rows of a batch with padding before them, and where tokens that all rows share come to lie there."""
+
+    row_N1: Tensor
+    column_NP: Tensor
+
+    @classmethod
+    def of(cls, padding: Sequence[int], shared: int, device: torch.device) -> Padded:
+        """From the number of columns of each row that are padding, and that of shared tokens."""
+        row_N1 = torch.tensor([[row] for row, columns in enumerate(padding) if columns], dtype=torch.int64)
+        column_N1 = torch.tensor([[columns] for columns in padding if columns], dtype=torch.int64)
+        column_NP = column_N1.view(-1, 1) + torch.arange(shared)
+        return cls(row_N1.view(-1, 1).to(device), column_NP.to(device))
+
+
 class StartedLayer(DynamicLayer):
     """A layer for one pass, whose rows begin with tokens that have been passed over before.
 
     A row's padding comes first, then the keys and values of those tokens, then what the pass adds.
     """
 
-    def __init__(self, shared_BHPK: tuple[Tensor, Tensor], padding_B: Tensor) -> None:
-        """``padding_B``: how many of the columns that the pass adds to each row are padding."""
+    def __init__(self, shared_BHPK: tuple[Tensor, Tensor], padded: Padded) -> None:
         super().__init__()
-        self._shared, self._padding_B = shared_BHPK, padding_B
+        self._shared, self._padded = shared_BHPK, padded
         self.memory: tuple[Tensor, Tensor] | None = None
         """Keys and values, with room behind them; None until the pass has come to the layer."""
 
@@ -96,10 +110,8 @@ class StartedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Put keys and values [B, H, S, K] behind those shared; gives all of them."""
         self.lazy_initialization(key_states, value_states)
-        padded_N = self._padding_B.nonzero()
-        column_NP = self._padding_B[padded_N] + torch.arange(self.get_seq_length(), device=padded_N.device)
         keys, values = (
-            _behind(shared, new, padded_N, column_NP)
+            _behind(shared, new, self._padded)
             for shared, new in zip(self._shared, (key_states, value_states), strict=True)
         )
         length = self.get_seq_length() + key_states.shape[2]
@@ -108,15 +120,15 @@ class StartedLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _behind(shared_BHPK: Tensor, new_BHSK: Tensor, padded_N1: Tensor, column_NP: Tensor) -> Tensor:
+def _behind(shared_BHPK: Tensor, new_BHSK: Tensor, padded: Padded) -> Tensor:
     """New columns behind shared ones, which in padded rows come to lie in other columns; with room behind."""
     rows, heads, length, size = new_BHSK.shape
     shared = shared_BHPK.shape[2]
     memory_BHCK = new_BHSK.new_empty(rows, heads, shared + length + _ROOM, size)
     memory_BHCK[:, :, :shared] = shared_BHPK  # also where padding will be, which has to be numbers
     memory_BHCK[:, :, shared : shared + length] = new_BHSK
-    own_NHPK = shared_BHPK if len(shared_BHPK) == 1 else shared_BHPK[padded_N1[:, 0]]
-    memory_BHCK[padded_N1, :, column_NP] = own_NHPK.transpose(1, 2)
+    own_NHPK = shared_BHPK if len(shared_BHPK) == 1 else shared_BHPK[padded.row_N1[:, 0]]
+    memory_BHCK[padded.row_N1, :, padded.column_NP] = own_NHPK.transpose(1, 2)
     return memory_BHCK
 
 

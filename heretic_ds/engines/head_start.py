@@ -18,30 +18,32 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.engines.caches import StartedLayer, cache_of, growing_cache, held, keeps_positions, new_cache, take
+from heretic_ds.engines.caches import (
+    Padded,
+    StartedLayer,
+    cache_of,
+    growing_cache,
+    held,
+    new_cache,
+    take,
+)
 from heretic_ds.engines.closeness import distance, is_rounding
 from heretic_ds.engines.forward import Begun, Prefill
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
-from heretic_ds.engines.padding import PASS_IN_TOKENS
-from heretic_ds.engines.prompt_states import (
-    PromptStates,
-    boundaries_within,
-    gathered,
-    shared_beginning,
-)
+from heretic_ds.engines.prompt_learning import Learning
+from heretic_ds.engines.prompt_states import PromptStates, gathered
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.engines.slot_decoding import OnRows
+from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
 
 log = logging.getLogger(__name__)
 
-_LEAST_BYTES, _SHARE_OF_WEIGHTS = 64 * 2**20, 0.1
-"""Memory that kept states of one set of prompts may take: this, or that share of the weights if it is more."""
 _SETS = 2
 """Sets of prompts whose states are kept: those that answers are counted on, and those that KL is taken on."""
 
@@ -87,11 +89,8 @@ class HeadStart(Prefill):
         self._alike, self.wanted = alike, wanted
         self._blocks: list[Any] = list(model.get_submodule(anatomy.blocks).children())
         self._written = sorted({(writer.block, writer.component) for writer in anatomy.writers})
-        self._token_bytes = anatomy.width * next(model.parameters()).element_size()
         self._kept: dict[_Key, PromptStates | None] = {}
         """By set; None where nothing is to be gained."""
-        self._rest: tuple[None, ...] | None = None
-        """What follows the stream in a block's output; None where it is the output."""
         self._trials: _Trials | None = None
         self._over = not wanted
         if wanted:
@@ -114,11 +113,27 @@ class HeadStart(Prefill):
         """
         while len(self._kept) >= _SETS:
             del self._kept[next(iter(self._kept))]
-        states = self._kept[_key(rows, answers)] = self._planned(rows, answers)
-        if states is None:
-            return
-        in_batches(lambda batch: self._keep(states, batch))
-        if self._over:  # memory ran out
+        learning, failed = Learning(self._model, self._blocks, self._pad_id), None
+        key, states = _key(rows, answers), None
+
+        def keep(batch: TokenRows) -> TokenRows:
+            if states is not None and not self._over:
+                learning.keep(states, batch)
+            return batch
+
+        self._kept[key] = None
+        try:
+            states = self._kept[key] = learning.planned(rows, answers, self._alike)
+            if states is not None:
+                in_batches(keep)
+        except Exception as failure:  # of the model's own code, which was not written for being looked into
+            if is_out_of_memory(failure) or isinstance(failure, UserError):
+                raise
+            failed = f"{type(failure).__name__}: {first_line(failure)}"
+        if failed is not None:
+            self._kept[key] = None
+            log.info("passes over %d prompts go through the whole model: %s", len(rows), failed)
+        if self._over or self._kept[key] is None or states is None:
             return
         for what in ("the blocks before an edit", "the tokens that all prompts begin with"):
             blocks = what.startswith("the blocks")
@@ -177,7 +192,7 @@ class HeadStart(Prefill):
         states, start = trials.states, trials.start
         shared = self._shared_keys(trials) if states.passes_share else []
         laid_out = states.layout(rows, not shared, self._pad_id, self._device)
-        work = self._started(trials, shared, laid_out.padding_B) if shared else cache
+        work = self._started(trials, shared, laid_out.padded) if shared else cache
         logits_BV = self._pass(
             laid_out.input_ids_BS, laid_out.mask_BS, laid_out.position_ids_BS, work, start,
             lambda hidden_ND: gathered(hidden_ND, laid_out.index_BS),
@@ -186,12 +201,12 @@ class HeadStart(Prefill):
             self._hand_over(trials, rows, work, cache)
         return Begun(logits_BV, laid_out.mask_BS, laid_out.position_ids_BS[:, -1:])
 
-    def _started(self, trials: _Trials, shared: SharedKeys, padding_B: Tensor) -> DynamicCache:
+    def _started(self, trials: _Trials, shared: SharedKeys, padded: Padded) -> DynamicCache:
         """A cache in which the shared tokens of each row's trial lie before the row's own."""
         if trials.count == 1:
-            return cache_of([StartedLayer(pair, padding_B) for pair in shared])
+            return cache_of([StartedLayer(pair, padded) for pair in shared])
         trial_B = torch.tensor(trials.rows, device=self._device)
-        return cache_of([StartedLayer((keys[trial_B], values[trial_B]), padding_B) for keys, values in shared])
+        return cache_of([StartedLayer((keys[trial_B], values[trial_B]), padded) for keys, values in shared])
 
     def _pass(
         self,
@@ -207,7 +222,7 @@ class HeadStart(Prefill):
         with ExitStack() as stack:
             if start and self._trials is not None:
                 hidden_BSD = rows_of(self._trials.states.hidden_ND[start])
-                stack.enter_context(_giving(self._blocks[:start], hidden_BSD, self._rest))
+                stack.enter_context(_giving(self._blocks[:start], hidden_BSD, self._trials.states.rest))
             return self._forward(input_ids_BS, mask_BS, position_BS, **kept)
 
     def _shared_keys(self, trials: _Trials) -> SharedKeys:
@@ -257,56 +272,6 @@ class HeadStart(Prefill):
             block for block, component in self._written if any(edit.strength(component, block) for edit in given)
         )
         return next(changed, len(self._blocks)) if given else None
-
-    def _planned(self, rows: TokenRows, answers: bool) -> PromptStates | None:
-        """What is to be kept of a set of prompts; None where nothing is gained."""
-        keys_kept = keeps_positions(self._model)
-        shared = shared_beginning(rows) if keys_kept else 0
-        if shared * (len(rows) - 1) <= PASS_IN_TOKENS:
-            shared = 0
-        tokens = sum(map(len, rows))
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in self._model.parameters())
-        boundaries: tuple[int, ...] = ()
-        if keys_kept or not answers:
-            boundaries = boundaries_within(
-                len(self._blocks),
-                tokens * self._token_bytes,
-                (tokens if answers else shared) * self._key_bytes(rows[0][:2]) if answers or shared else 0,
-                max(_LEAST_BYTES, int(_SHARE_OF_WEIGHTS * weights)),
-                self._alike,
-            )
-        return PromptStates(rows, shared, boundaries, answers) if shared or boundaries else None
-
-    def _key_bytes(self, row: Sequence[int]) -> int:
-        """Bytes of one token's key and value in one block."""
-        cache = growing_cache(self._model)
-        super().__call__([row], cache)
-        pairs = [pair for layer in cache.layers if (pair := held(layer)) is not None]
-        return max((sum(each.numel() * each.element_size() for each in pair) for pair in pairs), default=0) // len(row)
-
-    def _keep(self, states: PromptStates, rows: TokenRows) -> TokenRows:
-        """Keep the states of a batch; gives the batch."""
-        if self._over:
-            return rows
-        hidden_BSD: dict[int, Tensor] = {}
-
-        def note(boundary: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._rest = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
-                hidden_BSD[boundary] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        cache = growing_cache(self._model) if states.keeps_keys else None
-        with ExitStack() as stack:
-            for boundary in states.boundaries:
-                handle = self._blocks[boundary - 1].register_forward_hook(note(boundary))
-                stack.callback(handle.remove)
-            super().__call__(rows, cache)
-        layers = [] if cache is None else cache.layers[: states.boundaries[-1]]
-        pairs = [pair for layer in layers if (pair := held(layer)) is not None]
-        states.put(rows, hidden_BSD, pairs)
-        return rows
 
     def _difference(self, rows: TokenRows, states: PromptStates, blocks: bool) -> str | None:
         """What a pass without ``blocks``, or else shared tokens, does otherwise; None where it does the same."""

@@ -6,22 +6,15 @@ rows, S positions, D width, H heads, K width of a key or value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from heretic_ds.engines.caches import Padded
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.prompts import pad_left
-
-
-def shared_beginning(rows: TokenRows) -> int:
-    """How many tokens all rows begin with; at least one token of each row is not counted."""
-    first, last = min(map(list, rows)), max(map(list, rows))  # between them, in this order, are all others
-    most = min(map(len, rows)) - 1
-    return next((at for at in range(most) if first[at] != last[at]), most)
-
 
 _LAYOUTS = 64
 """Batches whose layouts are kept."""
@@ -37,8 +30,8 @@ class Layout:
     """Where in N the tokens lie."""
     mask_BS: Tensor
     """Of whole rows: with columns for shared tokens, between padding and the row."""
-    padding_B: Tensor
-    """Columns of each row that are padding."""
+    padded: Padded
+    """Its padded rows, where they are not whole."""
 
 
 class PromptStates:
@@ -59,6 +52,8 @@ class PromptStates:
         self.keys_NHK: list[Tensor] = []
         self.values_NHK: list[Tensor] = []
         """By block. Where they are of shared tokens alone there are that many instead of N."""
+        self.rest: tuple[None, ...] | None = None
+        """What follows the stream in a block's output; None where it is the output."""
         self._start: dict[tuple[int, ...], int] = {}
         """Where in N the tokens lie that a row does not share."""
         self._filled = shared
@@ -129,29 +124,17 @@ class PromptStates:
         longest, padding = len(begin) + max(map(len, own)), self.tokens - 1
         index = [[padding] * (longest - len(begin) - len(each)) + begin + list(each) for each in own]
         batch = pad_left([row[before:] for row in rows], pad_id)
-        padding_B = (batch.attention_mask_BS == 0).sum(dim=1)
-        mask_BS = (torch.arange(before + longest) >= padding_B[:, None]).long()
-        laid_out = batch.input_ids_BS, batch.position_ids_BS + before, torch.tensor(index), mask_BS, padding_B
-        return Layout(*(each.to(device) for each in laid_out))
+        paddings = [longest - len(begin) - len(each) for each in own]
+        mask_BS = (torch.arange(before + longest) >= torch.tensor(paddings)[:, None]).long()
+        return Layout(
+            batch.input_ids_BS.to(device),
+            (batch.position_ids_BS + before).to(device),
+            torch.tensor(index, device=device),
+            mask_BS.to(device),
+            Padded.of(paddings, before, device),
+        )
 
 
 def gathered(states_ND: Tensor, index_BS: Tensor) -> Tensor:
     """Kept states [B, S, ...] of the tokens at an index."""
     return states_ND.index_select(0, index_BS.reshape(-1)).view(*index_BS.shape, *states_ND.shape[1:])
-
-
-def boundaries_within(
-    blocks: int, bytes_each: int, bytes_below: int, most: int, alike: Callable[[float], float] = lambda value: value
-) -> tuple[int, ...]:
-    """Evenly spaced blocks, as many as memory allows, whose inputs are to be kept.
-
-    An input takes ``bytes_each``; what is kept of every block below the last boundary, ``bytes_below``. ``alike`` makes
-    one rank's number that of all ranks that have to come to the same blocks.
-    """
-
-    def fits(step: int) -> bool:
-        chosen = range(step, blocks, step)
-        return len(chosen) * bytes_each + chosen[-1] * bytes_below <= most
-
-    step = int(alike(next(filter(fits, range(1, blocks)), blocks)))
-    return tuple(range(step, blocks, step))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heretic_ds.engines import decoding, padding
-from heretic_ds.engines.caches import RoomyLayer, StartedLayer, new_cache, takes_rows
+from heretic_ds.engines.caches import Padded, RoomyLayer, StartedLayer, new_cache, takes_rows
 from heretic_ds.engines.decoding import decode, finished_answers
 from heretic_ds.engines.padding import batches_of, first_cut
 from tests import families
@@ -184,12 +184,12 @@ def test_a_started_layer_holds_padding_then_what_rows_share(trials):
     shared_BHPK = tuple(100.0 * (one + 1) + torch.arange(2.0).expand(trials, 2, 2)[..., None] for one in range(2))
     if trials > 1:  # of every row another trial's
         shared_BHPK = tuple(each + 10 * torch.arange(3.0).view(3, 1, 1, 1) for each in shared_BHPK)
-    padding_B = torch.tensor([longest - length for length in lengths])
-    layer = StartedLayer(shared_BHPK, padding_B)
+    paddings = [longest - length for length in lengths]
+    layer = StartedLayer(shared_BHPK, Padded.of(paddings, 2, torch.device("cpu")))
     assert layer.get_seq_length() == 2 and layer.get_mask_sizes(3) == (5, 0) and not layer.is_initialized
-    new_BHSK = (torch.arange(3.0) - padding_B[:, None])[:, None, :, None].expand(3, 2, 3, 1)
+    new_BHSK = (torch.arange(3.0) - torch.tensor(paddings)[:, None])[:, None, :, None].expand(3, 2, 3, 1)
     for which, held in enumerate(layer.update(new_BHSK, new_BHSK + 0.5)):
-        for row, before in enumerate(padding_B.tolist()):
+        for row, before in enumerate(paddings):
             first = 100 * (which + 1) + (10 * row if trials > 1 else 0)
             expected = [first, first + 1, *(new + 0.5 * which for new in range(lengths[row]))]
             assert held[row, 1, before:, 0].tolist() == expected

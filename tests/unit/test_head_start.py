@@ -9,9 +9,9 @@ import torch
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import head_start, replays
+from heretic_ds.engines import prompt_learning, prompt_states, replays
 from heretic_ds.engines.memory import spares
-from heretic_ds.engines.prompt_states import boundaries_within, shared_beginning
+from heretic_ds.engines.prompt_learning import boundaries_within, shared_beginning
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import stop_some
@@ -42,7 +42,7 @@ EDITS = [edit(2), edit(1, None, 0.8), edit(3, 1.5)]
 
 @pytest.fixture(autouse=True)
 def few_tokens_are_worth_a_pass(monkeypatch):
-    monkeypatch.setattr(head_start, "PASS_IN_TOKENS", 1)
+    monkeypatch.setattr(prompt_learning, "PASS_IN_TOKENS", 1)
 
 
 def built(family="llama", **options):
@@ -234,10 +234,25 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
         raise torch.OutOfMemoryError("pretended")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head_start.PromptStates, "put", full)
+        patch.setattr(prompt_states.PromptStates, "put", full)
         assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert not kept(engine) and engine.batch_sizes["kl"] == 4
     assert engine.generate(rows, EDITS, stop_some) == expected[1]
+
+
+def test_a_model_that_cannot_be_looked_into_gets_whole_passes(monkeypatch, caplog):
+    model, rows = built(), prompts()
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+
+    def opaque(states, rows, *more):
+        raise NotImplementedError("no cache of this kind")
+
+    monkeypatch.setattr(prompt_states.PromptStates, "put", opaque)
+    engine = engine_of(model)
+    with caplog.at_level(logging.INFO):
+        assert_same(scores(engine, rows, [EDITS]), expected)
+    assert "6 prompts go through the whole model: NotImplementedError: no cache of this kind" in caplog.text
+    assert kept(engine) == [None, None]  # and are not tried again
 
 
 def test_lent_memory_is_taken_again():
@@ -263,10 +278,10 @@ def test_no_more_than_two_sets_are_kept():
 def test_states_take_no_more_memory_than_allowed(monkeypatch):
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
-    monkeypatch.setattr(head_start, "_SHARE_OF_WEIGHTS", 0.0)
+    monkeypatch.setattr(prompt_learning, "_SHARE_OF_WEIGHTS", 0.0)
     seen = set()
     for most in (0, 10_000, 20_000, 30_000, 10**9):
-        monkeypatch.setattr(head_start, "_LEAST_BYTES", most)
+        monkeypatch.setattr(prompt_learning, "_LEAST_BYTES", most)
         engine = engine_of(model)
         assert_same(scores(engine, rows, [EDITS]), expected)
         assert all(states.bytes <= most for states in kept(engine))
