@@ -47,6 +47,8 @@ class Job:
             stdout=self._files[0],
             stderr=self._files[1],
             start_new_session=True,
+            # Tests may run under nohup, whose ignored signal a shell cannot trap.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self._seen: dict[int, psutil.Process] = {}
 
