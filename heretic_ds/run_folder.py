@@ -353,7 +353,7 @@ def _in_lines(content: Mapping[str, Any]) -> str:
 
     Written after every trial, and many times as fast as with an indentation of everything.
     """
-    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_value(value)}" for key, value in content.items()) + "\n}"
+    return "{\n" + ",\n".join(f" {json.dumps(str(key))}: {_value(value)}" for key, value in content.items()) + "\n}"
 
 
 def _value(value: Any) -> str:

@@ -95,9 +95,10 @@ class StartedLayer(DynamicLayer):
     A row's padding comes first, then the keys and values of those tokens, then what the pass adds.
     """
 
-    def __init__(self, shared_BHPK: tuple[Tensor, Tensor], padded: Padded) -> None:
+    def __init__(self, shared_THPK: tuple[Tensor, Tensor], trial_B: Tensor | None, padded: Padded) -> None:
+        """The shared tokens' keys and values are those of the trial of each row; of one trial alone without."""
         super().__init__()
-        self._shared, self._padded = shared_BHPK, padded
+        self._shared, self._trial_B, self._padded = shared_THPK, trial_B, padded
         self.memory: tuple[Tensor, Tensor] | None = None
         """Keys and values, with room behind them; None until the pass has come to the layer."""
 
@@ -111,7 +112,7 @@ class StartedLayer(DynamicLayer):
         """Put keys and values [B, H, S, K] behind those shared; gives all of them."""
         self.lazy_initialization(key_states, value_states)
         keys, values = (
-            _behind(shared, new, self._padded)
+            _behind(shared if self._trial_B is None else shared[self._trial_B], new, self._padded)
             for shared, new in zip(self._shared, (key_states, value_states), strict=True)
         )
         length = self.get_seq_length() + key_states.shape[2]

@@ -16,6 +16,8 @@ from transformers import DynamicCache, PreTrainedModel
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.prompts import pad_left
 
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
 
 class Forward:
     """The model's forward pass reduced to last-position logits, with the arguments it takes."""
@@ -72,6 +74,19 @@ class Prefill:
         """Logits [B, V] after one more token of each row."""
         mask_BS = torch.nn.functional.pad(begun.mask_BS, (0, 1), value=1)
         return self._forward(token_B[:, None], mask_BS, begun.position_B1 + 1, past_key_values=cache, use_cache=True)
+
+
+def rope_depends_on_length(config: Any) -> bool:
+    """Whether a decoder's rotary frequencies depend on the longest row of a batch."""
+    return bool(_rope_types(getattr(config, "rope_parameters", None)) & _LENGTH_DEPENDENT_ROPE)
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """All types of rotary positions in a configuration, which may have one for each kind of layer."""
+    if not isinstance(parameters, dict):
+        return set()
+    nested = (_rope_types(value) for value in parameters.values())
+    return set.union({str(parameters.get("rope_type", "default"))}, *nested)
 
 
 def last_logits(model: PreTrainedModel, prompts: TokenRows, pad_id: int) -> Tensor:

@@ -33,14 +33,14 @@ from heretic_ds.engines.caches import (
     take,
 )
 from heretic_ds.engines.closeness import distance, is_rounding
-from heretic_ds.engines.forward import Begun, Prefill
+from heretic_ds.engines.forward import Begun, Prefill, rope_depends_on_length
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.prompt_learning import Learning
 from heretic_ds.engines.prompt_states import PromptStates, gathered
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.engines.slot_decoding import OnRows
-from heretic_ds.errors import UserError
 from heretic_ds.model_fitness import first_line
+from heretic_ds.world import ALONE, Replicas
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +82,19 @@ class HeadStart(Prefill):
         anatomy: Anatomy,
         pad_id: int,
         wanted: bool,
-        alike: Callable[[float], float] = lambda value: value,
+        replicas: Replicas = ALONE,
     ) -> None:
-        """``alike`` makes one rank's number that of all ranks that run the same passes."""
+        """Ranks of one replica run the same passes."""
         super().__init__(model, pad_id)
-        self._alike, self.wanted = alike, wanted
+        wanted = wanted and not rope_depends_on_length(model.config.get_text_config(decoder=True))
+        self._alike, self.wanted = replicas.alike, wanted
         self._blocks: list[Any] = list(model.get_submodule(anatomy.blocks).children())
         self._written = sorted({(writer.block, writer.component) for writer in anatomy.writers})
         self._kept: dict[_Key, PromptStates | None] = {}
         """By set; None where nothing is to be gained."""
         self._trials: _Trials | None = None
         self._over = not wanted
-        if wanted:
+        if wanted and replicas.inside is None:  # else the others would go on with what this rank no longer has
             spares.add(self)
 
     def wants(self, rows: TokenRows, answers: bool) -> bool:
@@ -127,10 +128,9 @@ class HeadStart(Prefill):
             if states is not None:
                 in_batches(keep)
         except Exception as failure:  # of the model's own code, which was not written for being looked into
-            if is_out_of_memory(failure) or isinstance(failure, UserError):
-                raise
-            failed = f"{type(failure).__name__}: {first_line(failure)}"
-        if failed is not None:
+            failed = _told(failure)
+        if failed is not None:  # outside the handler, where the traceback no longer holds tensors
+            release_memory()
             self._kept[key] = None
             log.info("passes over %d prompts go through the whole model: %s", len(rows), failed)
         if self._over or self._kept[key] is None or states is None:
@@ -203,10 +203,8 @@ class HeadStart(Prefill):
 
     def _started(self, trials: _Trials, shared: SharedKeys, padded: Padded) -> DynamicCache:
         """A cache in which the shared tokens of each row's trial lie before the row's own."""
-        if trials.count == 1:
-            return cache_of([StartedLayer(pair, padded) for pair in shared])
-        trial_B = torch.tensor(trials.rows, device=self._device)
-        return cache_of([StartedLayer((keys[trial_B], values[trial_B]), padded) for keys, values in shared])
+        trial_B = None if trials.count == 1 else torch.tensor(trials.rows, device=self._device)
+        return cache_of([StartedLayer(pair, trial_B, padded) for pair in shared])
 
     def _pass(
         self,
@@ -236,7 +234,7 @@ class HeadStart(Prefill):
         work = growing_cache(self._model)
         self._pass(
             ids_TP, torch.ones_like(ids_TP), position_TP, work, start,
-            lambda hidden_ND: hidden_ND[: states.shared].expand(count, *hidden_ND[: states.shared].shape),
+            lambda hidden_ND: torch.stack([hidden_ND[: states.shared]] * count),
         )  # fmt: skip
         trials.shared = []
         for block, layer in enumerate(work.layers):
@@ -248,6 +246,8 @@ class HeadStart(Prefill):
                 trials.shared.append((keys, values))
             elif (computed := held(layer)) is not None:
                 trials.shared.append(computed)
+            else:
+                raise NotImplementedError(f"block {block} has no keys of its own")
         trials.assign(trials.rows)
         return trials.shared
 
@@ -274,29 +274,33 @@ class HeadStart(Prefill):
         return next(changed, len(self._blocks)) if given else None
 
     def _difference(self, rows: TokenRows, states: PromptStates, blocks: bool) -> str | None:
-        """What a pass without ``blocks``, or else shared tokens, does otherwise; None where it does the same."""
+        """What a pass without ``blocks``, or else shared tokens, does otherwise; None where it does the same.
+
+        All boundaries are tried: a block may read what any other has noted.
+        """
         by_length = sorted(rows, key=len)
         sample = [by_length[-1], by_length[0], by_length[len(rows) // 2]]
         shares, states.passes_share = states.passes_share, not blocks
-        failed = None
+        failed, error, rounding = None, 0.0, 0.0
         try:
             expected_BV = self._logits(sample, states.answers)
             alone_BV = torch.cat([self._logits([row], states.answers) for row in sample])
-            self._trials = _Trials(states, states.boundaries[-1] if blocks else 0, 1, lambda rows, into=None: None)
-            self._trials.rows = [0] * len(sample)
-            error = distance(self._logits(sample, states.answers), expected_BV)
+            rounding = distance(alone_BV, expected_BV)
+            for start in states.boundaries if blocks else (0,):
+                self._trials = _Trials(states, start, 1, lambda rows, into=None: None)
+                self._trials.rows = [0] * len(sample)
+                error = max(error, distance(self._logits(sample, states.answers), expected_BV))
         except Exception as failure:  # of the model's own code, which was not written for a pass in parts
-            failed = f"a trial pass failed ({type(failure).__name__}: {first_line(failure)})"
-            if is_out_of_memory(failure):
-                failed = "memory ran out in a trial pass"
+            failed = f"a trial pass failed ({_told(failure)})"
         finally:
             self._trials, states.passes_share = None, shares
         if failed is not None:  # outside the handler, where the traceback no longer holds tensors
             release_memory()
-            return failed
-        if not self._alike(is_rounding(error, distance(alone_BV, expected_BV))):
-            return f"a trial pass gave other logits (off by {error:.2g} of their spread)"
-        return None
+        elif not is_rounding(error, rounding):
+            failed = f"a trial pass gave other logits (off by {error:.2g} of their spread, {rounding:.2g} by rounding)"
+        if self._alike(failed is None):
+            return None
+        return failed or "a trial pass failed on another rank"
 
     def _logits(self, rows: TokenRows, answers: bool) -> Tensor:
         """Logits [B, V] after each row; with ``answers`` after one more token, which attends to the row's keys."""
@@ -322,6 +326,10 @@ def _giving(blocks: Sequence[Any], hidden_BSD: Tensor, rest: tuple[None, ...] | 
             del block.forward
             if forward is not None:
                 block.forward = forward
+
+
+def _told(failure: Exception) -> str:
+    return "memory ran out" if is_out_of_memory(failure) else f"{type(failure).__name__}: {first_line(failure)}"
 
 
 def _key(rows: TokenRows, answers: bool) -> _Key:

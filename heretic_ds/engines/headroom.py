@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from heretic_ds.engines.host_memory import trim
 from heretic_ds.engines.memory import peak_memory
 
 _SAFE_SHARE = 0.5
-"""Part of the free memory that a batch may fill: answers grow longer than those of the rehearsal."""
+"""Part of the free memory that a batch may fill: other ranks, and other programs, take from the same."""
 
 
 def rows_that_fit(run: Callable[[int], object], most: int, device: torch.device) -> int:
@@ -40,6 +41,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        trim()  # what was freed and kept would be taken without being seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status("VmRSS")
         run()

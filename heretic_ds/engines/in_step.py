@@ -21,7 +21,7 @@ from heretic_ds.engines.decoding import OnRows, finished_answers
 from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.memory import is_out_of_memory, too_large
 from heretic_ds.engines.protocol import Decided, TokenRows
-from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.engines.resident import MOST_ROWS, ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.errors import UserError
 
@@ -129,8 +129,8 @@ class InStepEngine(ResidentEngine):
                 f"set generation.batch_size below {rows}"
             ) from error
 
-    def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
-        most = super()._most_rows(longest, work)
+    def _most_rows(self, phase: str, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
+        most, longest = min(len(longest), MOST_ROWS), self._as_they_end(phase, longest)
         fitting = rows_that_fit(lambda n: work(longest[:n]), most, next(self.model.parameters()).device)
         return min(self._world.gather(fitting))
 

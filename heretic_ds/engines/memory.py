@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import gc
 import logging
 import math
@@ -26,10 +24,6 @@ _GAIN = 1.05
 _MOST_RUNS, _LONG_ENOUGH = 5, 0.1
 """Runs by which a batch size is measured, and undisturbed seconds after which there have been enough."""
 _SHORTEST = 1e-6
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Numbers of glibc's ``mallopt``."""
-_KEPT_BLOCK, _KEPT = 64 * 2**20, 256 * 2**20
-"""Bytes of the largest block that is kept when it is freed, and of all that are."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -57,30 +51,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "not enough memory" in str(error) and "llocat" in str(error)
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep the host memory that it frees for what it allocates next, where the C library can be told.
-
-    By default glibc gives larger blocks back at once, and every page of the next one is a fault: a tenth of a trial's
-    time of a small model on a CPU. :func:`release_memory` still gives everything back.
-    """
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT)
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
-
-
 def release_memory() -> None:
-    """Give cached memory back to the device, and freed memory to the system."""
+    """Give cached memory back to the device."""
     gc.collect()
-    if (libc := _glibc()) is not None:
-        libc.malloc_trim(0)
     if not torch.cuda.is_available():
         return
     try:

@@ -75,11 +75,13 @@ class Learning:
     def _bytes(self, row: Sequence[int], keys_kept: bool) -> tuple[int, int]:
         """Bytes of one token, from a pass over a short row: of a block's input, and of its key and value in a block."""
         cache, inputs = growing_cache(self._model) if keys_kept else None, {}
-        with self._noting([1], lambda boundary, hidden_BSD, rest: inputs.update({boundary: hidden_BSD})):
+        with self._noting(range(1, len(self._blocks) + 1), lambda at, output, rest: inputs.update({at: output})):
             self._prefill([row], cache)
         pairs = [pair for layer in ([] if cache is None else cache.layers) if (pair := held(layer)) is not None]
         of_keys = max((sum(each.numel() * each.element_size() for each in pair) for pair in pairs), default=0)
-        of_input = sum(each.numel() * each.element_size() for each in inputs.values())
+        of_input = max(each.numel() * each.element_size() for each in inputs.values())
+        if keys_kept and len(pairs) < len(self._blocks):
+            raise NotImplementedError(f"only {len(pairs)} of {len(self._blocks)} blocks have keys of their own")
         return of_input // len(row), of_keys // len(row)
 
     def keep(self, states: PromptStates, rows: TokenRows) -> None:
@@ -103,6 +105,8 @@ class Learning:
         def hook(boundary: int) -> Callable[..., None]:
             def told(module: nn.Module, args: Any, output: Any) -> None:
                 if isinstance(output, tuple):
+                    if any(other is not None for other in output[1:]):
+                        raise NotImplementedError("a block gives more than the residual stream to the next")
                     note(boundary, output[0], (None,) * (len(output) - 1))
                 else:
                     note(boundary, output, None)

@@ -1,9 +1,7 @@
-"""Giving back what an engine took of its process: memory, and functions that a library put its own in the place of."""
+"""Giving back what an engine took of its process: functions that a library put its own in the place of."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -12,15 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from heretic_ds.engines.memory import release_memory
-
 _OWNERS: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, nn.Module, nn.Linear, nn.Embedding, dist)
 """Where DeepSpeed puts functions of its own: the constructors of tensors, ``functional.linear``, hooks of modules."""
-
-_M_MMAP_THRESHOLD = -3  # of malloc.h: blocks from this size on get a mapping of their own
-_SOME_MEGABYTES = 2**22
-_USUAL_THRESHOLD = 2**25
-"""What glibc comes to by itself in a process that frees large blocks."""
 
 
 class Originals:
@@ -55,29 +46,3 @@ def _is_function(value: Any) -> bool:
 
 def _name(owner: Any) -> str:
     return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
-
-
-def give_back_memory() -> None:
-    """Collect garbage, and return freed memory to the device and to the operating system.
-
-    The C library keeps freed memory for later allocations of this process; another engine would come on top of it.
-    """
-    release_memory()
-    _call_c_library("malloc_trim", 0)
-
-
-def return_freed_blocks(at_once: bool) -> None:
-    """Whether the C library returns blocks of some megabytes as soon as they are freed, or keeps them for later.
-
-    Weights that are gathered for a moment come and go in such blocks, between others that stay: kept, their holes add
-    up to more than the weights themselves.
-    """
-    _call_c_library("mallopt", _M_MMAP_THRESHOLD, _SOME_MEGABYTES if at_once else _USUAL_THRESHOLD)
-
-
-def _call_c_library(name: str, *arguments: int) -> None:
-    """Call a function that glibc alone has."""
-    if sys.platform == "linux":
-        function = getattr(ctypes.CDLL(None), name, None)
-        if function is not None:
-            function(*arguments)

@@ -15,7 +15,7 @@ from heretic_ds.engines.caches import POSITIONAL_LAYERS
 from heretic_ds.engines.closeness import distance, is_rounding
 from heretic_ds.engines.decoding import finished_answers as eager_answers
 from heretic_ds.engines.expert_edits import base_implementation
-from heretic_ds.engines.forward import Forward, Prefill
+from heretic_ds.engines.forward import Forward, Prefill, rope_depends_on_length
 from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, NoRoom, ReplayedSteps
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.protocol import Decided, TokenRows
@@ -33,7 +33,6 @@ _STEADY_EXPERTS = frozenset({"batched_mm", "grouped_mm"})
 _GROUPED_PRODUCTS = (torch.bfloat16, (9, 0))
 """The dtype, and the least compute capability, of grouped products that PyTorch computes in one kernel. Others are
 loops over the groups, whose sizes the host has to know."""
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _HALVINGS = 2
 """Times that fewer rows are tried where memory runs out, before steps are eager."""
 _PROBE_LENGTHS = (11, 5, 8)
@@ -193,7 +192,7 @@ def obstacle(model: PreTrainedModel, anatomy: Anatomy) -> str | None:
         return "the model takes positions from the mask alone"
     if config._attn_implementation not in _MASKED_ATTENTION:
         return f"the attention {config._attn_implementation} takes no mask of what each row sees"
-    if _rope_types(getattr(config, "rope_parameters", None)) & _LENGTH_DEPENDENT_ROPE:
+    if rope_depends_on_length(config):
         return "the model's rotary frequencies depend on the longest row"
     for writer in anatomy.writers:
         if writer.experts is not None or "*" in writer.path.split("."):
@@ -215,14 +214,6 @@ def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _names(names: Any) -> str:
     return ", ".join(sorted(names))
-
-
-def _rope_types(parameters: Any) -> set[str]:
-    """All types of rotary positions in a configuration, which may have one for each kind of layer."""
-    if not isinstance(parameters, dict):
-        return set()
-    nested = (_rope_types(value) for value in parameters.values())
-    return set.union({str(parameters.get("rope_type", "default"))}, *nested)
 
 
 @torch.inference_mode()

@@ -21,7 +21,9 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.capture import tapped
 from heretic_ds.engines.decoding import decode, end_tokens
 from heretic_ds.engines.head_start import HeadStart
-from heretic_ds.engines.memory import in_batches, keep_freed_memory, measure_batch_size, release_memory, with_fewer_rows
+from heretic_ds.engines.headroom import rows_that_fit
+from heretic_ds.engines.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
+from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
@@ -41,7 +43,7 @@ _PROBE_TOKENS = 16
 """Answer tokens per row while the batch size for generation is measured."""
 _SHARE_COMPUTED = 0.5
 """About how much of a pass over prompts is left where it starts from what is known."""
-_MOST_ROWS = 512
+MOST_ROWS = 512
 """Largest batch that is tried."""
 
 
@@ -87,9 +89,10 @@ class ResidentEngine:
             self.max_edits_per_pass = MOST_EDITS
         self._applied: Edit | None = None
         self._replays = Replays(model, anatomy, wanted=cuda_graphs)
-        self._prefill = HeadStart(model, anatomy, self._pad_id, prefill_reuse, replicas.alike)
-        if self._device.type == "cpu":
-            keep_freed_memory()
+        self._prefill = HeadStart(model, anatomy, self._pad_id, prefill_reuse, replicas)
+        self._keeps_blocks = prefill_reuse and self._device.type == "cpu"
+        if self._keeps_blocks:
+            keep_freed_blocks()
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )
@@ -295,6 +298,9 @@ class ResidentEngine:
         del self.model, self._editor, self._outputs, self._replays, self._prefill
         self.whole = None
         release_memory()
+        if self._keeps_blocks:
+            return_freed_blocks(at_once=False)
+            give_back_memory()
 
     def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
         batch = pad_left(rows, self._pad_id).to(next(decoder.parameters()).device)
@@ -332,11 +338,11 @@ class ResidentEngine:
             return
         on_cpu, longest = self._device.type == "cpu", list(prompts)
         longest.sort(key=len, reverse=True)
+        if self.max_edits_per_pass > 1 and not on_cpu:  # there will be rows of many trials
+            longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
+        most = self._most_rows(phase, longest, work)
         if on_cpu:
             longest = self._as_computed(phase, longest)
-        elif self.max_edits_per_pass > 1:  # there will be rows of many trials
-            longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
-        most = self._most_rows(longest, work)
         clock = time.process_time if on_cpu else time.perf_counter
 
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
@@ -347,15 +353,24 @@ class ResidentEngine:
         )
 
     def _as_computed(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
-        """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have.
-
-        Where memory decides, as on a GPU, rows have to be whole.
-        """
+        """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have."""
         share = _SHARE_COMPUTED if self._prefill.wanted and phase != "capture" else 1.0
         if phase == "generate":
             share *= min(1.0, _PROBE_TOKENS / self._max_new_tokens)
         return [row[-max(1, round(share * len(row))) :] for row in rows]
 
-    def _most_rows(self, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
-        """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first."""
-        return min(len(longest), _MOST_ROWS)
+    def _most_rows(self, phase: str, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
+        """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first.
+
+        A CPU has to be asked how much memory it has: a process that takes more is ended, and cannot try again.
+        """
+        most = min(len(longest), MOST_ROWS)
+        if self._device.type != "cpu":
+            return most
+        longest = self._as_they_end(phase, longest[:most])
+        return int(self._same(rows_that_fit(lambda count: work(longest[:count]), most, self._device)))
+
+    def _as_they_end(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
+        """Rows as long as they will be when the last tokens of their answers are decoded."""
+        added = max(0, self._max_new_tokens - _PROBE_TOKENS) if phase == "generate" else 0
+        return [[*row, *([row[-1]] * added)] for row in rows]

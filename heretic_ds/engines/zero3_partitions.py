@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines.host_memory import give_back_memory, return_freed_blocks
 from heretic_ds.engines.offload import offload_section, remove_swap_files
-from heretic_ds.engines.release import Originals, give_back_memory, return_freed_blocks
+from heretic_ds.engines.release import Originals
 from heretic_ds.engines.zero3_loading import load_partitions
 from heretic_ds.settings import CaptureSettings
 from heretic_ds.sharded_loading import Checkpoint, TensorFiles

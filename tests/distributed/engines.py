@@ -118,11 +118,37 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
 
 
 def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
-    """:func:`measure` on the placement `replicated`, in this process alone."""
+    """:func:`measure` on the placement `replicated`, in this process alone, by whole passes."""
     from heretic_ds.engines import replicated
 
-    with contextlib.closing(replicated.build(job_for(World(), str(folder)), PlacementSettings(), "evaluate")) as engine:
+    job = job_for(World(), str(folder))
+    job.settings.generation.prefill_reuse = False
+    with contextlib.closing(replicated.build(job, PlacementSettings(), "evaluate")) as engine:
         return measure(engine, count)
+
+
+LATE = [
+    Edit(0.4, {"attention": Profile(1.2, 3.0, 0.4, reach), "mlp": Profile(0.9, 3.0, 0.3, 0.5)}) for reach in (1.5, 2.5)
+]
+"""Edits of models with four blocks that begin with the third and the second one."""
+
+
+def measure_late_starts(world: World, folder: str, degree: int, reuse: bool = True) -> dict[str, Any]:
+    """Scores of edits that begin late, on prompts that begin alike, and what passes over them may start from."""
+    from heretic_ds.engines import prompt_learning, tensor_parallel
+
+    job, rows = job_for(world, folder), [prompts()[3][:5] + row for row in prompts()]
+    job.settings.generation.prefill_reuse = reuse
+    engine = tensor_parallel.build(job, PlacementSettings("tensor_parallel", degree, "auto"), "evaluate")
+    engine.prepare(ablation_for(engine, "full"))
+    reference = engine.reference(rows)
+    found: dict[str, Any] = {"kl": [], "answers": []}
+    with contextlib.closing(engine), mock.patch.object(prompt_learning, "PASS_IN_TOKENS", 1):
+        for edits in (LATE[:1], LATE, [None, LATE[1]]):
+            found["kl"] += engine.kl(rows, reference, edits)
+            found["answers"].append(engine.generate(rows, edits))
+        found["starts"] = [(s.boundaries, s.shared, s.passes_share) for s in engine._prefill._kept.values() if s]
+    return found
 
 
 def refusal_of_a_wrong_sum(world: World, folder: str) -> str:

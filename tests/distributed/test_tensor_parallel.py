@@ -68,6 +68,18 @@ def test_two_ranks_say_what_one_says(ranks, saved, family, backend):
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_passes_over_prompts_start_late_on_every_rank(ranks, tmp_path, family, count):
+    folder = str(families.save(family, tmp_path, layers=4))
+    expected = engines.measure_late_starts(World(), folder, degree=1, reuse=False)
+    assert expected["starts"] == [] and min(expected["kl"][:3]) > 1e-4
+    for found in ranks(count).run(engines.measure_late_starts, folder=folder, degree=2):
+        assert found["starts"] == [((1, 2, 3), 5, True)] * 2
+        assert found["answers"] == expected["answers"]
+        assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-6)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("backend", ["autotp", "hf_plan"])
 def test_each_rank_holds_its_share_of_the_experts(ranks, saved, family, backend):

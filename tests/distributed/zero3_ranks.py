@@ -12,7 +12,8 @@ from torch import nn
 
 from heretic_ds.engines import build_engine, replicated, zero3
 from heretic_ds.engines.deepspeed_start import start_deepspeed
-from heretic_ds.engines.release import Originals, give_back_memory
+from heretic_ds.engines.host_memory import give_back_memory
+from heretic_ds.engines.release import Originals
 from heretic_ds.engines.zero3_partitions import Partitions
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job

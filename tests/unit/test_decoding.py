@@ -185,7 +185,9 @@ def test_a_started_layer_holds_padding_then_what_rows_share(trials):
     if trials > 1:  # of every row another trial's
         shared_BHPK = tuple(each + 10 * torch.arange(3.0).view(3, 1, 1, 1) for each in shared_BHPK)
     paddings = [longest - length for length in lengths]
-    layer = StartedLayer(shared_BHPK, Padded.of(paddings, 2, torch.device("cpu")))
+    layer = StartedLayer(
+        shared_BHPK, None if trials == 1 else torch.arange(3), Padded.of(paddings, 2, torch.device("cpu"))
+    )
     assert layer.get_seq_length() == 2 and layer.get_mask_sizes(3) == (5, 0) and not layer.is_initialized
     new_BHSK = (torch.arange(3.0) - torch.tensor(paddings)[:, None])[:, None, :, None].expand(3, 2, 3, 1)
     for which, held in enumerate(layer.update(new_BHSK, new_BHSK + 0.5)):

@@ -10,6 +10,8 @@ import torch
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.engines import prompt_learning, prompt_states, replays
+from heretic_ds.engines.closeness import is_rounding
+from heretic_ds.engines.forward import rope_depends_on_length
 from heretic_ds.engines.memory import spares
 from heretic_ds.engines.prompt_learning import boundaries_within, shared_beginning
 from tests import families
@@ -162,19 +164,65 @@ def padding_of(rows):
     return sum(max(batch) * len(batch) - sum(batch) for batch in (in_order[:4], in_order[4:]))
 
 
-def test_a_model_that_carries_something_past_its_blocks_is_found_out(caplog):
-    """A later block reads what an earlier one has noted."""
+@pytest.mark.parametrize("reader", [2, 3])
+def test_a_model_that_carries_something_past_its_blocks_is_found_out(reader, caplog):
+    """A later block reads what the first has noted."""
     model, rows = built(), prompts()
-    first, *_, last = model.model.layers
-    noted = []
-    first.register_forward_hook(lambda module, args, output: noted.append(output))
-    last.register_forward_pre_hook(lambda module, args: (args[0] + 0.5 * noted[-1], *args[1:]))
+    noted, layers = [], model.model.layers
+    layers[0].register_forward_hook(lambda module, args, output: noted.append(output))
+    layers[reader].register_forward_pre_hook(lambda module, args: (args[0] + 0.5 * noted[-1], *args[1:]))
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
     with caplog.at_level(logging.INFO):
         assert_same(scores(engine, rows, [EDITS]), expected)
     assert "blocks before an edit are computed in every pass: a trial pass" in caplog.text
     assert [(states.boundaries, states.passes_share) for states in kept(engine)] == [((), True)] * 2
+
+
+def test_a_model_whose_blocks_give_each_other_more_than_the_stream_gets_whole_passes(caplog):
+    model, rows = built(), prompts()
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: (args[0][0] if isinstance(args[0], tuple) else args[0],))
+        layer.register_forward_hook(lambda module, args, output: (output, output[:, :, :1]))
+    model.model.norm.register_forward_pre_hook(lambda module, args: (args[0][0],))
+    engine = engine_of(model)
+    with caplog.at_level(logging.INFO):
+        assert_same(scores(engine, rows, [EDITS]), scores(engine_of(model, reuse=False), rows, [EDITS]))
+    assert "NotImplementedError: a block gives more than the residual stream to the next" in caplog.text
+
+
+def test_a_model_whose_numbers_depend_on_the_longest_row_gets_whole_passes():
+    config = families.build("phi3").config
+    assert not rope_depends_on_length(config)
+    config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
+    assert rope_depends_on_length(config)
+    assert not is_rounding(0.2, rounding=0.1) and is_rounding(0.02, rounding=0.01)  # 0.1 is none
+
+
+def test_memory_that_is_lacking_before_anything_is_kept(caplog):
+    model, rows = built(), prompts()
+    expected = scores(engine_of(model, reuse=False), rows, [EDITS])
+    engine = engine_of(model)
+    reference = engine.reference(rows)
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("pretended")
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(prompt_learning.Learning, "_bytes", full)
+        assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert "6 prompts go through the whole model: memory ran out" in caplog.text
+    assert engine.batch_sizes["kl"] == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    """In bfloat16 scores of single passes are no closer to each other than rounding lets them be."""
+    model, rows = built(dtype=dtype), prompts()
+    expected, found = (scores(engine_of(model, reuse=reuse), rows, [EDITS]) for reuse in (False, True))
+    if dtype == torch.float64:
+        assert_same(found, expected)
+    assert found[0] == pytest.approx(expected[0], rel=0.3)
 
 
 def test_a_model_whose_rows_cannot_attend_to_kept_keys_is_found_out(caplog, monkeypatch):

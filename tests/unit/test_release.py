@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from heretic_ds.engines.release import Originals, give_back_memory, return_freed_blocks
+from heretic_ds.engines.headroom import peak_of
+from heretic_ds.engines.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
+from heretic_ds.engines.release import Originals
 
 
 def resident() -> int:
@@ -84,4 +86,26 @@ def large_blocks_go_back_at_once() -> None:
     for _ in range(4):
         held = [torch.ones(5 * 2**20), torch.ones(1)]
         del held
+    assert resident() - before < 8e6
+
+
+def test_freed_blocks_are_kept_until_they_are_not():
+    in_a_fresh_process(freed_blocks_are_kept)
+
+
+def freed_blocks_are_kept() -> None:
+    """Passes' memory stays, is seen when the next pass's need is measured, and goes back in the end."""
+    torch.ones(1)
+    give_back_memory()
+    before = resident()
+    keep_freed_blocks()
+    for _ in range(2):
+        held = [torch.ones(5 * 2**20) for _ in range(4)]
+        del held
+    assert resident() - before > 70e6
+    assert peak_of(lambda: torch.ones(2**22).sum(), torch.device("cpu")) > 15e6
+    held = [torch.ones(5 * 2**20) for _ in range(4)]
+    del held
+    return_freed_blocks(at_once=True)
+    give_back_memory()
     assert resident() - before < 8e6
