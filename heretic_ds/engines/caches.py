@@ -67,6 +67,10 @@ class RoomyLayer(DynamicLayer):
         self._memory, self._first = memory_BHCK, 0
         self.keys, self.values = keys_BHCK[:, :, :length], values_BHCK[:, :, :length]
 
+    def let_go(self) -> None:
+        """Hold nothing any longer."""
+        self.keys = self.values = self._memory = None
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Leave the rows of these numbers."""
         if self.keys is not None and self.values is not None:
@@ -202,12 +206,14 @@ def take(cache: DynamicCache, block: int, memory_BHCK: tuple[Tensor, Tensor], le
 
 def join_rows(cache: DynamicCache, keep: Sequence[int], added: Sequence[DynamicCache], width: int) -> None:
     """Leave the rows ``keep`` and append those of other caches, all ending at the last of ``width`` positions; what
-    is missing before them is masked, and therefore zero here."""
+    is missing before them is masked, and therefore zero here. The other caches are empty afterwards."""
     layers: Any = zip(cache.layers, *(other.layers for other in added), strict=True)
     for layer, *others in layers:
         if layer.is_initialized:
             keys = _joined(layer.keys, keep, [other.keys for other in others], width)
             layer.hold((keys, _joined(layer.values, keep, [other.values for other in others], width)), width)
+            for other in others:  # what a layer has taken makes room for the next one's
+                other.let_go()
 
 
 def _joined(states_BHSK: Tensor, keep: Sequence[int], added: Sequence[Tensor], width: int) -> Tensor:
