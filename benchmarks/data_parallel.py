@@ -7,7 +7,8 @@ thread a rank, `replicated`; jobs of one rank and of two take turns, and the che
 demo's, and a random llama of some 30 million parameters, made anew in a temporary folder, that always answers with as
 many tokens as it may. Leaves ``benchmarks/results/data_parallel.json`` and prints it.
 
-Only the search counts: not the loading, not the capture, not the launcher.
+Only the trials count: not the loading, not the capture, not what is learned of the prompts with the first trial, not
+the launcher.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ RANDOM = ["prompts=demo", "scoring.markers=[e]", "generation.early_stop=false", 
 def measure(arguments: list[str]) -> None:
     """What one rank does: the main job up to the end of its search; rank 0 prints every rank's figures."""
     from heretic_ds import stages
+    from heretic_ds.ablation import Edit, Profile
     from heretic_ds.cli import compose
     from heretic_ds.report.console import console_of, messages_to
     from heretic_ds.stages.search import continue_search, open_search
@@ -46,6 +48,9 @@ def measure(arguments: list[str]) -> None:
         stages.capture_directions(run)
         objective = stages.measure_original(run)
         search = open_search(run, objective)
+        objective.score(
+            [Edit(None, {"mlp": Profile(1.0, 1.0, 0.5, 1.0)})]
+        )  # what is found once for a run does not count
         before = time.perf_counter(), time.process_time()
         continue_search(run, search, objective)
         figures = {"clock": time.perf_counter() - before[0], "processor": time.process_time() - before[1]}

@@ -276,20 +276,21 @@ class HeadStart(Prefill):
     def _difference(self, rows: TokenRows, states: PromptStates, blocks: bool) -> str | None:
         """What a pass without ``blocks``, or else shared tokens, does otherwise; None where it does the same.
 
-        All boundaries are tried: a block may read what any other has noted.
+        All boundaries are tried, since a block may read what any other has noted; with a step after it the last one.
         """
         by_length = sorted(rows, key=len)
         sample = [by_length[-1], by_length[0], by_length[len(rows) // 2]]
         shares, states.passes_share = states.passes_share, not blocks
         failed, error, rounding = None, 0.0, 0.0
         try:
-            expected_BV = self._logits(sample, states.answers)
+            expected_BV = {step: self._logits(sample, step) for step in {False, states.answers}}
             alone_BV = torch.cat([self._logits([row], states.answers) for row in sample])
-            rounding = distance(alone_BV, expected_BV)
-            for start in states.boundaries if blocks else (0,):
+            rounding = distance(alone_BV, expected_BV[states.answers])
+            tried = [(start, False) for start in states.boundaries] if blocks else []
+            for start, step in [*tried, (tried[-1][0] if tried else 0, states.answers)]:
                 self._trials = _Trials(states, start, 1, lambda rows, into=None: None)
                 self._trials.rows = [0] * len(sample)
-                error = max(error, distance(self._logits(sample, states.answers), expected_BV))
+                error = max(error, distance(self._logits(sample, step), expected_BV[step]))
         except Exception as failure:  # of the model's own code, which was not written for a pass in parts
             failed = f"a trial pass failed ({_told(failure)})"
         finally:
@@ -302,9 +303,9 @@ class HeadStart(Prefill):
             return None
         return failed or "a trial pass failed on another rank"
 
-    def _logits(self, rows: TokenRows, answers: bool) -> Tensor:
-        """Logits [B, V] after each row; with ``answers`` after one more token, which attends to the row's keys."""
-        if not answers:
+    def _logits(self, rows: TokenRows, step: bool) -> Tensor:
+        """Logits [B, V] after each row; with a ``step`` after one more token, which attends to the row's keys."""
+        if not step:
             return self(rows).logits_BV
         cache = new_cache(self._model)
         begun = self(rows, cache)
