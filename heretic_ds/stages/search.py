@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 MOST_TRIALS = 4
 """Most trials that ``search.trials_per_pass=auto`` takes together: trials of one pass do not learn from each other.
-With 8 of them fronts were 4 to 7 % smaller on one objective, with 4 not significantly so
+With 8 of them fronts were up to 5 % smaller on one objective, with 4 not significantly so
 (``benchmarks/search_quality.py``)."""
 
 
