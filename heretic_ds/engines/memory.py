@@ -44,6 +44,12 @@ spares: WeakSet[Spare] = WeakSet()
 """Who is asked for memory where it runs out, before batches get smaller."""
 
 
+def lend_spares() -> None:
+    """Free what can be taken again: else a batch would be measured in what is left, and stay small when it is gone."""
+    for spare in list(spares):
+        spare.lend()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the accelerator or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -159,8 +165,7 @@ def measure_batch_size(
     count. ``same`` makes one rank's measurement that of all ranks, which have to run as often and come to one size.
     Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
     """
-    for spare in list(spares):  # else a batch would be measured in what they leave, and stay small when they are gone
-        spare.lend()
+    lend_spares()
     if math.isinf(_seconds(run, 1, same, clock)):  # also: first calls pay for what is set up lazily
         raise too_large(phase)
     rates: dict[int, float] = {}

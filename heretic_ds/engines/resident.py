@@ -23,7 +23,14 @@ from heretic_ds.engines.decoding import decode, end_tokens
 from heretic_ds.engines.head_start import HeadStart
 from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
-from heretic_ds.engines.memory import in_batches, measure_batch_size, release_memory, with_fewer_rows
+from heretic_ds.engines.memory import (
+    in_batches,
+    is_out_of_memory,
+    lend_spares,
+    measure_batch_size,
+    release_memory,
+    with_fewer_rows,
+)
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
@@ -340,6 +347,7 @@ class ResidentEngine:
         longest.sort(key=len, reverse=True)
         if self.max_edits_per_pass > 1 and not on_cpu:  # there will be rows of many trials
             longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
+        lend_spares()
         most = self._most_rows(phase, longest, work)
         if on_cpu:
             longest = self._as_computed(phase, longest)
@@ -367,8 +375,13 @@ class ResidentEngine:
         most = min(len(longest), MOST_ROWS)
         if self._device.type != "cpu":
             return most
-        longest = self._as_they_end(phase, longest[:most])
-        return int(self._same(rows_that_fit(lambda count: work(longest[:count]), most, self._device)))
+        longest, fitting = self._as_they_end(phase, longest[:most]), most
+        try:
+            fitting = rows_that_fit(lambda count: work(longest[:count]), most, self._device)
+        except Exception as error:
+            if not is_out_of_memory(error):  # which measuring finds anew, and deals with
+                raise
+        return int(self._same(fitting))
 
     def _as_they_end(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
         """Rows as long as they will be when the last tokens of their answers are decoded."""
