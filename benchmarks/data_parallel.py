@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from placements import make_model
+from placements import from_ranks, make_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "data_parallel.json"
 MARK = "data parallel figures: "
@@ -63,16 +62,7 @@ def measure(arguments: list[str]) -> None:
 
 def launch(ranks: int, arguments: list[str]) -> dict[str, Any]:
     """Figures of one search on that many ranks."""
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
-        str(Path(__file__).resolve()), "--rank", *arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
-    if not lines:
-        raise RuntimeError(f"{ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    found = json.loads(lines[0])
+    found = from_ranks(__file__, ranks, arguments, MARK, seconds=1800)
     return {
         "processor_seconds": sum(rank["processor"] for rank in found["ranks"]),
         "seconds": max(rank["clock"] for rank in found["ranks"]),

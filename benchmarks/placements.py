@@ -122,20 +122,27 @@ def _partition(parameter: Any) -> Any:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
 
 
+def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds: int) -> Any:
+    """What rank 0 of a job of ``script --rank arguments`` prints behind ``mark``, one thread a rank, on the CPU."""
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
+        str(Path(script).resolve()), "--rank", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    lines = [line.partition(mark)[2] for line in done.stdout.splitlines() if mark in line]
+    if not lines:
+        raise RuntimeError(
+            f"{ranks} ranks failed with {' '.join(arguments)}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
+    return json.loads(lines[0])
+
+
 def launch(folder: Path, row: tuple[str, str, int, int | None, bool], tokens: int) -> dict[str, Any]:
     """One row of the table, from a job of its own."""
     kind, placement, ranks, degree, evaluates = row
     rank_arguments = [str(folder / kind), placement, str(degree or 0), str(int(evaluates)), str(tokens)]
-    command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
-        str(Path(__file__).resolve()), "--rank", *rank_arguments,
-    ]  # fmt: skip
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    lines = [line.partition(MARK)[2] for line in done.stdout.splitlines() if MARK in line]
-    if not lines:
-        raise RuntimeError(f"{placement} on {ranks} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    per_rank = json.loads(lines[0])
+    per_rank = from_ranks(__file__, ranks, rank_arguments, MARK, seconds=900)
     slowest = {name: max(r[name] for r in per_rank) for name in ("load_seconds", "loading_peak_bytes")}
     rates = {name: per_rank[0][name] for name in ("capture_tokens_per_second", "generation_tokens_per_second")}
     held = {name: [r[name] for r in per_rank] for name in ("parameter_bytes", "peak_host_bytes")}

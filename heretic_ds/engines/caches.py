@@ -184,9 +184,13 @@ def keeps_positions(model: PreTrainedModel) -> bool:
     return set(_layer_kinds(model)) <= set(POSITIONAL_LAYERS)
 
 
-def held(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The keys and values [B, H, S, K] of a layer that holds any."""
-    return (layer.keys, layer.values) if layer.is_initialized else None
+def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values [B, H, S, K] of every layer. Raises NotImplementedError where one has none of its own."""
+    layers: list[Any] = cache.layers
+    without = [block for block, layer in enumerate(layers) if not layer.is_initialized]
+    if without:
+        raise NotImplementedError(f"the blocks {without} have no keys of their own")
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def takes_rows(cache: DynamicCache) -> bool:

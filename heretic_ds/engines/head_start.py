@@ -28,7 +28,7 @@ from heretic_ds.engines.caches import (
     StartedLayer,
     cache_of,
     growing_cache,
-    held,
+    keys_and_values,
     new_cache,
     take,
 )
@@ -236,18 +236,11 @@ class HeadStart(Prefill):
             ids_TP, torch.ones_like(ids_TP), position_TP, work, start,
             lambda hidden_ND: torch.stack([hidden_ND[: states.shared]] * count),
         )  # fmt: skip
-        trials.shared = []
-        for block, layer in enumerate(work.layers):
-            if block < start:
-                keys, values = (
-                    kept[block][: states.shared].transpose(0, 1).expand(count, -1, -1, -1)
-                    for kept in (states.keys_NHK, states.values_NHK)
-                )
-                trials.shared.append((keys, values))
-            elif (computed := held(layer)) is not None:
-                trials.shared.append(computed)
-            else:
-                raise NotImplementedError(f"block {block} has no keys of its own")
+        of_all = [
+            [kept_NHK[: states.shared].transpose(0, 1).expand(count, -1, -1, -1) for kept_NHK in kept[:start]]
+            for kept in (states.keys_NHK, states.values_NHK)
+        ]
+        trials.shared = [*zip(*of_all, strict=True), *keys_and_values(cache_of(work.layers[start:]))]
         trials.assign(trials.rows)
         return trials.shared
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic_ds.engines.caches import growing_cache, held, keeps_positions
+from heretic_ds.engines.caches import growing_cache, keeps_positions, keys_and_values
 from heretic_ds.engines.forward import Prefill
 from heretic_ds.engines.padding import PASS_IN_TOKENS
 from heretic_ds.engines.prompt_states import PromptStates
@@ -77,7 +77,7 @@ class Learning:
         cache, inputs = growing_cache(self._model) if keys_kept else None, {}
         with self._noting(range(1, len(self._blocks) + 1), lambda at, output, rest: inputs.update({at: output})):
             self._prefill([row], cache)
-        pairs = [pair for layer in ([] if cache is None else cache.layers) if (pair := held(layer)) is not None]
+        pairs = [] if cache is None else keys_and_values(cache)
         of_keys = max((sum(each.numel() * each.element_size() for each in pair) for pair in pairs), default=0)
         of_input = max(each.numel() * each.element_size() for each in inputs.values())
         if keys_kept and len(pairs) < len(self._blocks):
@@ -94,8 +94,7 @@ class Learning:
         cache = growing_cache(self._model) if states.keeps_keys else None
         with self._noting(states.boundaries, note):
             self._prefill(rows, cache)
-        layers = [] if cache is None else cache.layers[: states.boundaries[-1]]
-        states.put(rows, hidden_BSD, [pair for layer in layers if (pair := held(layer)) is not None])
+        states.put(rows, hidden_BSD, [] if cache is None else keys_and_values(cache)[: states.boundaries[-1]])
 
     def _noting(
         self, boundaries: Sequence[int], note: Callable[[int, Tensor, tuple[None, ...] | None], object]
