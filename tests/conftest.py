@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,28 @@ def compose_settings() -> ComposeSettings:
         return compose([str(model), *overrides])
 
     return of_overrides
+
+
+@pytest.fixture
+def evaluated(compose_settings: ComposeSettings, tmp_path: Path) -> Callable[..., Any]:
+    """`evaluated("generation.cuda_graphs=false")`: the engine that a run over a tiny model evaluates with."""
+    from heretic_ds.engines import build_engine
+    from heretic_ds.job import Job
+    from heretic_ds.world import World
+    from tests import families
+
+    families.save("llama", tmp_path)
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    sources = [
+        f"prompts.{kind}.{part}.source={tmp_path}/prompts.txt"
+        for kind in ("target", "baseline")
+        for part in ("train", "eval")
+    ]
+
+    def build(*overrides: str) -> Any:
+        return build_engine(Job.check(compose_settings(*sources, *overrides, model=tmp_path), World.join()), "evaluate")
+
+    return build
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import prompt_learning, prompt_states, replays
+from heretic_ds.engines import head_start, prompt_learning, prompt_states, replays
 from heretic_ds.engines.closeness import is_rounding
 from heretic_ds.engines.forward import rope_depends_on_length
 from heretic_ds.engines.memory import spares
@@ -354,21 +355,27 @@ def test_what_rows_share():
     assert shared_beginning([[3], [1, 2]]) == 0
 
 
-def test_the_setting_reaches_the_engine(compose_settings, tmp_path):
-    from heretic_ds.engines import build_engine
-    from heretic_ds.job import Job
-    from heretic_ds.world import World
-
-    families.save("llama", tmp_path)
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
-    sources = [
-        f"prompts.{kind}.{part}.source={tmp_path}/prompts.txt"
-        for kind in ("target", "baseline")
-        for part in ("train", "eval")
-    ]
+@pytest.mark.parametrize("placement", ["replicated", "tensor_parallel"])
+def test_the_setting_reaches_the_engine(placement, evaluated):
     for words, wants in ((["generation.prefill_reuse=false"], False), ([], True)):
-        for placement in ("replicated", "tensor_parallel"):
-            settings = compose_settings(*sources, *words, f"evaluate={placement}", model=tmp_path)
-            engine = build_engine(Job.check(settings, World.join()), "evaluate")
-            assert engine._prefill.wants([[1, 2], [1, 3]], answers=True) is wants
-            engine.close()
+        engine = evaluated(f"evaluate={placement}", *words)
+        assert engine._prefill.wants([[1, 2], [1, 3]], answers=True) is wants
+        engine.close()
+
+
+def test_ranks_of_one_replica_decide_alike_and_keep_what_the_others_have(monkeypatch):
+    """The first rank's word counts, and no rank gives back alone what its passes start from."""
+    told = []
+
+    def alike(value):  # numbers are equal on all ranks here; but on the first one no trial pass went well
+        told.append(value)
+        return False if isinstance(value, bool) else value
+
+    model, rows = built(), prompts()
+    several = SimpleNamespace(inside="a group", alike=alike)
+    head = head_start.HeadStart(model, find_anatomy(model), families.PAD, True, several)
+    assert head not in spares
+    head.learn(rows, True, lambda work: work(rows))
+    (states,) = head._kept.values()
+    assert told == [1, True, True]  # the boundaries' distance, and both trial passes, which went well here
+    assert not states.boundaries and not states.passes_share

@@ -332,20 +332,8 @@ def test_a_model_that_takes_no_masks_by_kind_of_layer_shows_it_in_the_trial_step
     assert "a trial step failed (AttributeError: 'dict' object has no attribute 'bool')" in caplog.text
 
 
-def test_the_setting_reaches_the_engine(compose_settings, tmp_path):
-    from heretic_ds.engines import build_engine
-    from heretic_ds.job import Job
-    from heretic_ds.world import World
-
-    families.save("llama", tmp_path)
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
-    sources = [
-        f"prompts.{kind}.{part}.source={tmp_path}/prompts.txt"
-        for kind in ("target", "baseline")
-        for part in ("train", "eval")
-    ]
+def test_the_setting_reaches_the_engine(evaluated):
     for words, over in ((["generation.cuda_graphs=false"], True), ([], False)):
-        job = Job.check(compose_settings(*sources, *words, model=tmp_path), World.join())
-        engine = build_engine(job, "evaluate")
+        engine = evaluated(*words)
         assert engine._replays._over is over
         engine.close()

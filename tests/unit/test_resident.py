@@ -210,6 +210,29 @@ def test_batch_sizes_are_measured_and_kept():
     assert resumed.batch_sizes == {"capture": 2, "generate": 3}
 
 
+def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(monkeypatch):
+    asked, measured = [], []
+
+    def rows_that_fit(run, most, device):
+        run(2)
+        return 3
+
+    def measure_batch_size(run, most, *more):
+        run(1)
+        measured.append(most)
+        return most
+
+    monkeypatch.setattr("heretic_ds.engines.resident.rows_that_fit", rows_that_fit)
+    monkeypatch.setattr("heretic_ds.engines.resident.measure_batch_size", measure_batch_size)
+    engine = ResidentEngine(
+        model := families.build("llama"), families.tokenizer(), find_anatomy(model), 64, prefill_reuse=True
+    )
+    for phase in ("kl", "generate"):
+        engine._find_batch_size(phase, prompts(), lambda batch: asked.append([len(row) for row in batch]))
+    assert asked == [[11, 9], [6], [11 + 48, 9 + 48], [1]]  # 16 tokens of an answer are decoded in either
+    assert measured == [3, 3] and engine.batch_sizes == {"kl": 3, "generate": 3}
+
+
 def test_decided_rows_stop_early_and_the_others_are_untouched():
     model = families.build("llama")
     engine = engine_for(model, batch_size=5)
