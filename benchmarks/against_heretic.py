@@ -1,8 +1,8 @@
 """This project beside Heretic (PyPI ``heretic-llm``): the same trials of the same models, in turns, in one run.
 
 Needs: Heretic in an environment of its own, which ``make bench-setup`` makes; no network. Takes some 50 minutes on two
-cores, most of them for the largest model. Leaves ``benchmarks/results/against_heretic.json`` and ``.png``, or ``--result``; models go to a temporary
-folder.
+cores, most of them for the largest model. Leaves ``benchmarks/results/against_heretic.json`` and ``.png``, or
+``--result``; models go to a temporary folder.
 
     python benchmarks/against_heretic.py [--shape demo 30m 135m] [--threads N] [--result FILE]
     python benchmarks/against_heretic.py --shape 8b [--folder FOLDER]       # on a CUDA device with 80 GB or more
