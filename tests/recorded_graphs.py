@@ -7,7 +7,8 @@ cannot do while it is capturing, because the host would wait for it or give it m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -53,12 +54,16 @@ def _memory(tensor: Tensor) -> int:
 
 
 class RecordedGraph:
-    """One recorded function."""
+    """What was done within :meth:`recording`."""
 
-    def __init__(self, step: Callable[[], None]) -> None:
+    def __init__(self) -> None:
+        self._operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
         recording = _Recording()
         with recording, mock.patch.object(Tensor, "tolist", lambda tensor: _refuse("tolist")):  # no operation
-            step()
+            yield
         self._operations = recording.operations
         for _, _, _, made in self._operations:
             for tensor in made:
@@ -83,7 +88,9 @@ class Recorder:
         if self._failures:
             raise self._failures.pop(0)
         self.made += 1
-        graph, recorder = RecordedGraph(step), self
+        graph, recorder = RecordedGraph(), self
+        with graph.recording():
+            step()
 
         class Counted:
             def replay(self) -> None:

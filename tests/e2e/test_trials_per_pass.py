@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from heretic_ds.engines.head_start import HeadStart
 from tests.e2e.conftest import Heretic, Material, read_results
 
 TRIALS = 8
@@ -15,11 +16,22 @@ WAYS = [(1, False, False), (1, True, False), (1, False, True), (4, False, False)
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_ways_to_evaluate_trials_agree(heretic: Heretic, material: Material, tmp_path, family: str) -> None:
+def test_ways_to_evaluate_trials_agree(
+    heretic: Heretic, material: Material, tmp_path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     """All trials are drawn at random, so that every way evaluates the same ones."""
     found: list[list[dict[str, Any]]] = []
+    late_passes: list[int] = []
+    begin = HeadStart._from_there
+
+    def begin_late(prefill: HeadStart, trials: Any, *more: Any) -> Any:
+        late_passes.append(trials.start)
+        return begin(prefill, trials, *more)
+
+    monkeypatch.setattr(HeadStart, "_from_there", begin_late)
     for together, early_stop, reuse in WAYS:
         run = tmp_path / f"run-{together}-{early_stop}-{reuse}"
+        late_passes.clear()
         outcome = heretic(
             *material.words(
                 material.model(family), f"run.dir={run}", f"search.trials={TRIALS}", f"search.startup_trials={TRIALS}",
@@ -28,6 +40,7 @@ def test_ways_to_evaluate_trials_agree(heretic: Heretic, material: Material, tmp
             )
         )  # fmt: skip
         assert outcome.status == 0, outcome.err
+        assert (len(late_passes) >= 2 * TRIALS // together) is reuse
         results = read_results(run)
         found.append(results["trials"])
         assert max(trial["pass"] for trial in results["trials"]) == TRIALS // together - 1
