@@ -6,10 +6,11 @@ decoded until no rank has any that goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,9 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.engines.decoding import OnRows, finished_answers
-from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.memory import is_out_of_memory, too_large
 from heretic_ds.engines.protocol import Decided, TokenRows
-from heretic_ds.engines.resident import MOST_ROWS, ResidentEngine
+from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.errors import UserError
 
@@ -49,7 +49,8 @@ class InStepEngine(ResidentEngine):
             replicas=world.replicas(1, "degree"),  # of the prompts
             same=world.same,
         )
-        self._name, self._world, self._degree = name, world, degree
+        self._name, self._degree = name, degree
+        self._sizing = replace(self._sizing, least=lambda rows: min(world.gather(rows)))
 
     @property
     def degree(self) -> int:
@@ -128,11 +129,6 @@ class InStepEngine(ResidentEngine):
                 f"memory ran out with {rows} rows in a batch ({phase}), from which {self._name} cannot recover; "
                 f"set generation.batch_size below {rows}"
             ) from error
-
-    def _most_rows(self, phase: str, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
-        most, longest = min(len(longest), MOST_ROWS), self._as_they_end(phase, longest)
-        fitting = rows_that_fit(lambda n: work(longest[:n]), most, next(self.model.parameters()).device)
-        return min(self._world.gather(fitting))
 
 
 def _assign(assign: OnRows, trials: Sequence[int], rows: Sequence[int]) -> None:

@@ -1,13 +1,11 @@
-"""Batches that survive a lack of memory, batch sizes found by measuring, and what memory was used."""
+"""Batches that survive a lack of memory, and what memory was used."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import math
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 from weakref import WeakSet
@@ -19,11 +17,6 @@ from heretic_ds.errors import UserError
 log = logging.getLogger(__name__)
 _captures = {"failed": False}
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
-_GAIN = 1.02
-"""By how much a larger batch has to be faster to be worth its memory."""
-_MOST_RUNS, _LONG_ENOUGH = 5, 0.1
-"""Runs by which a batch size is measured, and undisturbed seconds after which there have been enough."""
-_SHORTEST = 1e-6
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -147,73 +140,6 @@ def too_large(phase: str) -> UserError:
         f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
         "generation.max_new_tokens, or a placement that spreads the model"
     )
-
-
-def measure_batch_size(
-    run: Callable[[int], object],
-    most: int,
-    phase: str,
-    same: Callable[[float], float] = lambda value: value,
-    clock: Callable[[], float] = time.perf_counter,
-    amount: Callable[[int], float] = float,
-) -> int:
-    """Rows per batch with the best measured throughput, up to ``most``.
-
-    ``run(n)`` does a sample of the phase's work on n rows, which comes to ``amount(n)``. Sizes are doubled until two in
-    a row bring no gain, for one measurement is easily off; then the size between the best and its successor is tried,
-    so that it need not be a power of two. On a CPU ``clock`` is the processor's, since other programs' work should not
-    count. ``same`` makes one rank's measurement that of all ranks, which have to run as often and come to one size.
-    Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
-    """
-    lend_spares()
-    if math.isinf(_seconds(run, 1, same, clock)):  # also: first calls pay for what is set up lazily
-        raise too_large(phase)
-    rates: dict[int, float] = {}
-
-    def rate(size: int) -> float:
-        if size not in rates:
-            rates[size] = same(amount(size) / _fastest(run, size, same, clock))
-        return rates[size]
-
-    best, size, without_gain = 1, 1, 0
-    while size < most and without_gain < 2:
-        size = min(2 * size, most)
-        if rate(size) == 0.0:
-            break
-        without_gain += 1
-        if rate(size) > _GAIN * rate(best):
-            best, without_gain = size, 0
-    between = (best + min(2 * best, most)) // 2
-    if best < between and rate(between) > _GAIN * rate(best):
-        best = between
-    return best
-
-
-def _fastest(
-    run: Callable[[int], object], size: int, same: Callable[[float], float], clock: Callable[[], float]
-) -> float:
-    """Seconds of the fastest of several runs, of which there are fewer the longer they take."""
-    seconds: list[float] = []
-    while len(seconds) < _MOST_RUNS and len(seconds) * min(seconds, default=0.0) < _LONG_ENOUGH:
-        seconds.append(_seconds(run, size, same, clock))
-    return min(seconds)
-
-
-def _seconds(
-    run: Callable[[int], object], size: int, same: Callable[[float], float], clock: Callable[[], float]
-) -> float:
-    """Seconds that a run takes; infinite where memory runs out."""
-    started = clock()
-    failed = False
-    try:
-        run(size)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    if failed:
-        release_memory()
-    return same(math.inf if failed else max(clock() - started, _SHORTEST))
 
 
 def peak_memory() -> dict[str, int]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,19 +17,12 @@ from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
+from heretic_ds.engines.batch_sizes import PROBE_TOKENS, BatchSizing
 from heretic_ds.engines.capture import tapped
 from heretic_ds.engines.decoding import decode, end_tokens
 from heretic_ds.engines.head_start import HeadStart
-from heretic_ds.engines.headroom import rows_that_fit
 from heretic_ds.engines.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
-from heretic_ds.engines.memory import (
-    in_batches,
-    is_out_of_memory,
-    lend_spares,
-    measure_batch_size,
-    release_memory,
-    with_fewer_rows,
-)
+from heretic_ds.engines.memory import in_batches, release_memory, with_fewer_rows
 from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
@@ -46,12 +38,6 @@ log = logging.getLogger(__name__)
 
 MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
-_PROBE_TOKENS = 16
-"""Answer tokens per row while the batch size for generation is measured."""
-_SHARE_COMPUTED = 0.5
-"""About how much of a pass over prompts is left where it starts from what is known."""
-MOST_ROWS = 512
-"""Largest batch that is tried."""
 
 
 class ResidentEngine:
@@ -85,7 +71,7 @@ class ResidentEngine:
         """
         self.model, self.anatomy = model, anatomy
         self.whole: LoadedModel | None = None
-        self._replicas, self._same = replicas, same
+        self._replicas = replicas
         self._pad_id = tokenizer.pad_token_id
         self._ends = end_tokens(model, tokenizer)
         self._max_new_tokens = max_new_tokens
@@ -100,6 +86,7 @@ class ResidentEngine:
         self._keeps_blocks = prefill_reuse and self._device.type == "cpu"
         if self._keeps_blocks:
             keep_freed_blocks()
+        self._sizing = BatchSizing(self._device, max_new_tokens, self._prefill.wanted, same)
         self.batch_sizes: dict[str, int] = (
             dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
         )
@@ -198,7 +185,7 @@ class ResidentEngine:
         rows, result = self._share(prompts), []
         if "generate" not in self.batch_sizes:
             self._editor.wear(self._applied)
-            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, _PROBE_TOKENS, None))
+            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, PROBE_TOKENS, None))
         self._learn("generate", rows, edits)
         for together in self._passes(edits):
             with self._wearing(together, "generate", rows, steady=self._replays.steps() is not None) as assign:
@@ -341,49 +328,5 @@ class ResidentEngine:
         return len(batch) if self._whole_batches else first_cut([len(row) for row in batch])
 
     def _find_batch_size(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> None:
-        if phase in self.batch_sizes:
-            return
-        on_cpu, longest = self._device.type == "cpu", list(prompts)
-        longest.sort(key=len, reverse=True)
-        if self.max_edits_per_pass > 1 and not on_cpu:  # there will be rows of many trials
-            longest = [row for row in longest for _ in range(self.max_edits_per_pass)]
-        lend_spares()
-        most = self._most_rows(phase, longest, work)
-        if on_cpu:
-            longest = self._as_computed(phase, longest)
-        clock = time.process_time if on_cpu else time.perf_counter
-
-        def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
-            return sum(len(row) + (_PROBE_TOKENS if phase == "generate" else 0) for row in longest[:count])
-
-        self.batch_sizes[phase] = measure_batch_size(
-            lambda count: work(longest[:count]), most, phase, self._same, clock, tokens
-        )
-
-    def _as_computed(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
-        """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have."""
-        share = _SHARE_COMPUTED if self._prefill.wanted and phase != "capture" else 1.0
-        if phase == "generate":
-            share *= min(1.0, _PROBE_TOKENS / self._max_new_tokens)
-        return [row[-max(1, round(share * len(row))) :] for row in rows]
-
-    def _most_rows(self, phase: str, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
-        """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first.
-
-        A CPU has to be asked how much memory it has: a process that takes more is ended, and cannot try again.
-        """
-        most = min(len(longest), MOST_ROWS)
-        if self._device.type != "cpu":
-            return most
-        longest, fitting = self._as_they_end(phase, longest[:most]), most
-        try:
-            fitting = rows_that_fit(lambda count: work(longest[:count]), most, self._device)
-        except Exception as error:
-            if not is_out_of_memory(error):  # which measuring finds anew, and deals with
-                raise
-        return int(self._same(fitting))
-
-    def _as_they_end(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
-        """Rows as long as they will be when the last tokens of their answers are decoded."""
-        added = max(0, self._max_new_tokens - _PROBE_TOKENS) if phase == "generate" else 0
-        return [[*row, *([row[-1]] * added)] for row in rows]
+        if phase not in self.batch_sizes:
+            self.batch_sizes[phase] = self._sizing.find(phase, prompts, work, self.max_edits_per_pass)

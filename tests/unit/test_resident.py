@@ -222,8 +222,8 @@ def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(mo
         measured.append(most)
         return most
 
-    monkeypatch.setattr("heretic_ds.engines.resident.rows_that_fit", rows_that_fit)
-    monkeypatch.setattr("heretic_ds.engines.resident.measure_batch_size", measure_batch_size)
+    monkeypatch.setattr("heretic_ds.engines.batch_sizes.rows_that_fit", rows_that_fit)
+    monkeypatch.setattr("heretic_ds.engines.batch_sizes.measure_batch_size", measure_batch_size)
     engine = ResidentEngine(
         model := families.build("llama"), families.tokenizer(), find_anatomy(model), 64, prefill_reuse=True
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from heretic_ds.engines.memory import measure_batch_size
+from heretic_ds.engines.batch_sizes import measure_batch_size
 from heretic_ds.errors import UserError
 
 
