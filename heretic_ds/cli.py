@@ -30,7 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from heretic_ds import __version__, rank_guard, sweep_summary
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import SearchFailed, UserError
-from heretic_ds.settings import TASKS, Settings, register_schemas, validate
+from heretic_ds.settings import TASKS, Settings, register_schemas
+from heretic_ds.settings_checks import validate
 
 Objective = tuple[float, float]
 """What a sweep minimises: the verified (refusal rate, KL divergence in nats)."""

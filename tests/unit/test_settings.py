@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from heretic_ds.cli import conf_dir
 from heretic_ds.cli_errors import setting_keys
 from heretic_ds.errors import UserError
-from heretic_ds.settings import TASKS, ModelSettings, ProfileSettings, Settings, validate
+from heretic_ds.settings import TASKS, ModelSettings, ProfileSettings, Settings
+from heretic_ds.settings_checks import validate
 from tests.conftest import ROOT, ComposeSettings
 
 PROMISED_DEFAULTS = {
