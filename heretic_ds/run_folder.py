@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -14,89 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-
 from heretic_ds.errors import UserError
-from heretic_ds.settings import Settings
+from heretic_ds.fingerprint import differences
 
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
-_SAMPLED_BYTES = 65536
-
-_SCORE_SETTINGS = (
-    "model.path",
-    "model.revision",
-    "model.dtype",
-    "prompts",
-    "direction",
-    "ablation.row_norm",
-    "ablation.through_norm",
-    "search.seed",
-    "search.startup_trials",
-    "search.kl_target",
-    "generation.max_new_tokens",
-    "scoring.scorers",
-    "scoring.markers",
-)
-"""Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
-
-
-def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
-    """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
-
-    Beside the settings themselves: identities of a local model's files and of prompt files, so that a model
-    trained anew under the same name is told from the old one. ``more`` adds what is known only once inputs are read:
-    digests of all prompts and of the chat template, the commit of a hub model. A fixed edit does not count: any number
-    of edits may be evaluated in one folder.
-    """
-    tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
-    evaluating = settings.task.name == "evaluate"
-    flat: dict[str, Any] = {"task.name": "evaluate" if evaluating else "abliterate"}
-    for key in _SCORE_SETTINGS:
-        value = OmegaConf.select(tree, key)
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
-        _flatten(key, value, flat)
-    model = Path(settings.model.path).expanduser()
-    if model.is_dir():
-        flat["model.path"] = str(model.resolve())
-        flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
-    for key in [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]:
-        source = Path(str(flat[key])).expanduser()
-        if source.is_file():
-            flat[key] = str(source.resolve())
-            digest = hashlib.sha256(source.read_bytes()).hexdigest()
-            flat[key.removesuffix("source") + "content"] = digest[:16]
-    template = Path(str(flat["prompts.template"] or "")).expanduser()
-    if "{" not in template.name and template.is_file():
-        flat["prompts.template"] = str(template.resolve())
-        flat["prompts.template.content"] = hashlib.sha256(template.read_bytes()).hexdigest()[:16]
-    flat.update(more)
-    return json.loads(json.dumps(flat))
-
-
-def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _flatten(f"{key}.{name}", inner, into)
-    else:
-        into[key] = value
-
-
-def _model_files(folder: Path) -> list[Path]:
-    """Files that decide what a checkpoint computes: weights, configuration, tokenizer, code."""
-    kinds = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".py"}
-    return sorted(file for file in folder.iterdir() if file.suffix in kinds and file.is_file())
-
-
-def _identity(file: Path) -> str:
-    """Size and a digest of both ends: enough to tell two checkpoints apart without reading gigabytes."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        ends = stream.read(_SAMPLED_BYTES)
-        stream.seek(max(size - _SAMPLED_BYTES, 0))
-        ends += stream.read(_SAMPLED_BYTES)
-    return f"{size} bytes, {hashlib.sha256(ends).hexdigest()[:12]}"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -202,7 +123,7 @@ class RunFolder:
         return json.loads(self._measured.read_text(encoding="utf-8"))
 
     def remember(self, **values: Any) -> None:
-        """Add to :attr:`measured`, or replace in it."""
+        """Add to :attr:`measured`, or replace in it; the file is written only where that changes it."""
         before = self.measured
         if (content := {**before, **values}) != before or not self._measured.exists():
             write_atomically(self._measured, json.dumps(content, indent=1) + "\n")
@@ -302,30 +223,6 @@ def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
             f"{path} holds a run with other settings: {'; '.join(differences(stored, current))}. "
             "Give another run.dir, or the same settings as before"
         )
-
-
-def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One phrase for every key with different values, naming both."""
-    phrases = []
-    for key in sorted({*stored, *current}):
-        before, now = stored.get(key), current.get(key)
-        if before == now:
-            continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            phrases += differences(
-                {f"{key}.{name}": value for name, value in before.items()},
-                {f"{key}.{name}": value for name, value in now.items()},
-            )
-        elif _short(before) == _short(now):
-            phrases.append(f"{key} has other content")
-        else:
-            phrases.append(f"{key} was {_short(before)}, is now {_short(now)}")
-    return phrases
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _acquire(lock: IO[str], path: Path) -> None:

@@ -13,29 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
 from heretic_ds import run_folder
 from heretic_ds.errors import UserError
-from heretic_ds.run_folder import RunFolder, fingerprint, finished_results, write_atomically
-from heretic_ds.settings import Settings
+from heretic_ds.run_folder import RunFolder, finished_results, write_atomically
 
 HELD = {"model.path": "a/model", "search.seed": 0}
 
 
 def opened(path: Path, held: dict[str, Any] | None = None) -> RunFolder:
     return RunFolder.open(path, "task: {}\n", HELD if held is None else held)
-
-
-def settings(*overrides: str) -> Settings:
-    base = OmegaConf.structured(Settings())
-    sources = [
-        f"prompts.{kind}.{part}.source=some/{kind}" for kind in ("target", "baseline") for part in ("train", "eval")
-    ]
-    merged = OmegaConf.merge(base, OmegaConf.from_dotlist(["model.path=some/model", *sources, *overrides]))
-    result = OmegaConf.to_object(merged)
-    assert isinstance(result, Settings)
-    return result
 
 
 def start(code: str, argument: Path, stdout: int | None = None) -> subprocess.Popen[bytes]:
@@ -90,15 +77,6 @@ def test_other_settings_are_named_and_nothing_is_written(tmp_path: Path) -> None
     assert files_below(tmp_path) == before
     with pytest.raises(UserError, match=r"search.seed was 0, is now 1"):
         opened(tmp_path / "run", HELD | {"search.seed": 1})
-
-
-def test_long_values_that_differ_at_the_end_are_still_named() -> None:
-    long = [f"marker number {number}" for number in range(40)]
-    assert run_folder.differences({"scoring.markers": long}, {"scoring.markers": [*long, "x"]}) == [
-        "scoring.markers has other content"
-    ]
-    one, two = {"model.files": {"a": "1", "b": "2"}}, {"model.files": {"a": "1", "b": "3"}}
-    assert run_folder.differences(one, two) == ['model.files.b was "2", is now "3"']
 
 
 def test_someone_elses_folder_is_refused_untouched(tmp_path: Path) -> None:
@@ -206,6 +184,32 @@ def test_measured_values_are_kept(tmp_path: Path) -> None:
         assert folder.measured == {"batch_size": {"capture": 48}, "trials_per_pass": 8}
 
 
+def test_what_is_known_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    write = run_folder.write_atomically
+    monkeypatch.setattr(run_folder, "write_atomically", lambda path, data: written.append(path) or write(path, data))
+    with opened(tmp_path / "run") as folder:
+        written.clear()
+        for values in ({"batch_size": {"kl": 7}}, {"batch_size": {"kl": 7}}, {"batch_size": {"kl": 8}}):
+            folder.remember(**values)
+        assert len(written) == 2 and folder.measured == {"batch_size": {"kl": 8}}
+
+
+def test_every_trial_of_the_results_has_a_line(tmp_path: Path) -> None:
+    results = {
+        "versions": {"torch": "2"}, "trials": [{"index": 0, "kl": 0.5}, {"index": 1, "text": "a\nb"}],
+        "front": [0, 1], "none": None, "empty": [],
+    }  # fmt: skip
+    with opened(tmp_path / "run") as folder:
+        folder.save_results(results)
+        assert folder.load_results() == results
+        lines = folder.results.read_text().splitlines()
+    assert [line.strip() for line in lines if "index" in line] == [
+        '{"index": 0, "kl": 0.5},', '{"index": 1, "text": "a\\nb"}',
+    ]  # fmt: skip
+    assert len(lines) == 10 and ' "front": [0, 1],' in lines
+
+
 def test_log_is_appended_and_let_go(tmp_path: Path) -> None:
     logger = logging.getLogger("heretic_ds_test_log")
     logger.setLevel(logging.INFO)
@@ -217,57 +221,3 @@ def test_log_is_appended_and_let_go(tmp_path: Path) -> None:
         assert logger.handlers == []
     lines = folder.log.read_text().splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == ["first run", "second run"]
-
-
-SCORE_CHANGES = [
-    "model.path=other/model", "model.revision=v2", "model.dtype=float32", "prompts.system=hello",
-    "prompts.target.eval.slice='0:10'", "prompts.baseline.train.source=other/set",
-    "prompts.response_prefix=''",
-    "direction.orthogonalize=false", "direction.winsorize_quantile=0.9", "ablation.row_norm=none",
-    "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
-    "generation.max_new_tokens=50", "scoring.scorers=[a.b.C]", "scoring.markers=[sorry]",
-]  # fmt: skip
-FREE_CHANGES = [
-    "search.trials=5", "search.trials_per_pass=4", "capture.placement=zero3", "evaluate.degree=2",
-    "generation.batch_size=3", "generation.early_stop=false", "export.max_kl=1", "export.dir=x", "run.dir=y",
-    "scoring.print_answers=true", "model.device=cpu", "task.name=export",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("override", SCORE_CHANGES)
-def test_what_changes_scores_changes_the_fingerprint(override: str) -> None:
-    before, now = fingerprint(settings()), fingerprint(settings(override))
-    key = override.split("=")[0]
-    assert len(run_folder.differences(before, now)) == 1
-    assert run_folder.differences(before, now)[0].startswith(f"{key} ")
-
-
-@pytest.mark.parametrize("override", FREE_CHANGES)
-def test_what_does_not_change_scores_is_free(override: str) -> None:
-    assert fingerprint(settings()) == fingerprint(settings(override))
-
-
-def test_any_fixed_edit_is_evaluated_in_one_folder_that_is_not_the_search_s() -> None:
-    edit = "ablation.profiles.mlp.max_weight=1.0"
-    assert fingerprint(settings("task.name=evaluate")) != fingerprint(settings())
-    assert fingerprint(settings("task.name=evaluate")) == fingerprint(settings("task.name=evaluate", edit))
-
-
-def test_local_files_count_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tmp_path / "model", tmp_path / "prompts.txt"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"\1" * 300000)
-    prompts.write_text("one\n")
-    overrides = [f"model.path={model}", f"prompts.target.eval.source={prompts}"]
-    before = fingerprint(settings(*overrides))
-    monkeypatch.chdir(tmp_path)
-    assert fingerprint(settings("model.path=model", "prompts.target.eval.source=prompts.txt")) == before
-    prompts.write_text("two\n")
-    assert [text.split()[0] for text in run_folder.differences(before, fingerprint(settings(*overrides)))] == [
-        "prompts.target.eval.content"
-    ]
-    prompts.write_text("one\n")
-    (model / "model.safetensors").write_bytes(b"\1" * 299999 + b"\2")
-    (found,) = run_folder.differences(before, fingerprint(settings(*overrides)))
-    assert found.startswith("model.files.model.safetensors was ")
-    assert fingerprint(settings(), **{"model.commit": "abc"})["model.commit"] == "abc"
