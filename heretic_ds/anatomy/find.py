@@ -37,21 +37,21 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     decoder_path, row = _find_decoder(model)
     decoder = model.get_submodule(decoder_path)
     blocks_path = _join(decoder_path, row.blocks)
-    blocks = model.get_submodule(blocks_path)
+    blocks = list(model.get_submodule(blocks_path).children())
     width = _stream_width(decoder)
     writers = [
         writer
-        for index, block in enumerate(blocks.children())
+        for index, block in enumerate(blocks)
         for writer in _block_writers(block, index, f"{blocks_path}.{index}", width)
     ]
-    last_block = f"{blocks_path}.{len(blocks) - 1}"  # type: ignore[arg-type]
+    last_block = f"{blocks_path}.{len(blocks) - 1}"
     has_norm = isinstance(getattr(decoder, row.final_norm), nn.Module)
     return Anatomy(
         decoder=decoder_path,
         blocks=blocks_path,
         embedding=_join(decoder_path, row.embedding),
         final_norm=_join(decoder_path, row.final_norm) if has_norm else last_block,
-        n_blocks=len(blocks),  # type: ignore[arg-type]
+        n_blocks=len(blocks),
         width=width,
         writers=tuple(writers),
     )

@@ -338,6 +338,21 @@ def test_states_take_no_more_memory_than_allowed(monkeypatch):
     assert seen >= {(), (2,), (1, 2, 3)}
 
 
+def test_layouts_are_kept_for_the_batches_of_late(monkeypatch):
+    monkeypatch.setattr(prompt_states, "_LAYOUTS", 2)
+    rows, (device, pad) = prompts(), (torch.device("cpu"), families.PAD)
+    engine = engine_of(built())
+    scores(engine, rows, [EDITS])
+    states = kept(engine)[0]
+    first = states.layout(rows[:2], True, pad, device)
+    assert states.layout(rows[:2], True, pad, device) is first
+    for batch in (rows[2:4], rows[:3]):
+        assert len(states.layout(batch, True, pad, device).input_ids_BS) == len(batch)
+        assert len(states._layouts) == 2
+    again = states.layout(rows[:2], True, pad, device)
+    assert again is not first and torch.equal(again.index_BS, first.index_BS)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 7, 32])
 def test_boundaries_are_as_many_as_fit(blocks):
     assert boundaries_within(blocks, 10, 3, 10**9) == tuple(range(1, blocks))
