@@ -31,7 +31,7 @@ from typing import Any
 from against_heretic_models import CASES, edits
 from against_heretic_report import OURS, STOPPING, THEIRS, TOOLS, agreement, aims, ratios, summary, table, write
 from against_heretic_worker import Worker
-from search_profile import machine
+from figures import machine
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "against_heretic.json"
@@ -181,14 +181,8 @@ def run_case(name: str, options: argparse.Namespace, folder: Path) -> Iterator[d
                 "threads": threads,
                 "aims": aims(name, measured),
                 "cells": measured,
-                "machine": machine() | ({"gpu": _gpu()} if told["case"]["device"] == "cuda" else {}),
+                "machine": machine(gpu=told["case"]["device"] == "cuda"),
             }
-
-
-def _gpu() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
 
 
 def obstacle(shapes: Sequence[str], heretic_python: Path) -> str | None:

@@ -12,18 +12,17 @@ is the harder mark. ``output_hidden_states`` is how residuals are usually had: h
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import random
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from figures import keep
 
 RESULT = Path(__file__).resolve().parent / "results" / "capture_overhead.json"
 BATCH = 16
@@ -129,23 +128,6 @@ def alone(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(work, arguments)
 
 
-def machine(device: str) -> dict[str, Any]:
-    """What the numbers were made on, without names that lead to anybody."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    found = {"system": platform.system(), "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-    if device != "cpu":
-        found["gpu"] = alone(_gpu_name)
-    return found
-
-
-def _gpu_name() -> str:
-    import torch
-
-    return str(torch.cuda.get_device_name())
-
-
 def _count_parameters(device: str) -> int:
     return Subject(device).parameters
 
@@ -195,11 +177,8 @@ def main() -> int:
             way: {str(count): number for count, number in by_count.items()} for way, by_count in peaks.items()
         },
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
-        "machine": machine(options.device),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps(report, indent=1) + "\n")
+    keep(options.result, report, gpu=options.device != "cpu")
     return 0
 
 

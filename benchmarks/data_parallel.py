@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from figures import keep
 from placements import from_ranks, make_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "data_parallel.json"
@@ -96,8 +96,6 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=6, help="of the random model; the demo does twice as many")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    from heretic_ds.export.manifest import package_versions
-
     with tempfile.TemporaryDirectory(prefix="data_parallel_") as folder:
         make_model(Path(folder), 512)
         random = [folder, *RANDOM, "model.dtype=float32", "model.device=cpu", f"search.trials={options.trials}"]
@@ -107,10 +105,8 @@ def main() -> int:
             "demo": compare(demo, kinds, options.rounds),
             "random llama, 30 M parameters": compare(random, kinds, options.rounds),
         }
-    machine = {"cores": os.cpu_count(), "device": "cpu", "threads_a_rank": 1}
     trials = {"demo": 2 * options.trials, "random": options.trials, "rounds": options.rounds}
-    result = {"models": models, "trials": trials, "machine": machine, "versions": package_versions()}
-    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(options.result, {"models": models, "trials": trials, "threads_a_rank": 1})
     print(json.dumps(models, indent=1))
     return 0
 

@@ -28,7 +28,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import gpu_check  # noqa: E402
-from gpu_check import DTYPES, PROMPT_WORDS, SHAPES, Stage, engine_of, machine, run_apart, versions  # noqa: E402
+from figures import keep  # noqa: E402
+from gpu_check import DTYPES, PROMPT_WORDS, SHAPES, Stage, engine_of, run_apart  # noqa: E402
 
 RESULT = HERE / "results" / "gpu_bench.json"
 DTYPE = DTYPES[1]
@@ -194,11 +195,8 @@ def write(result: Path, shape: str, found: dict[str, dict[str, Any]]) -> None:
         "shape": shape,
         "model": SHAPES[shape],
         "measurements": found,
-        "machine": machine(),
-        "versions": dict(versions()),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(report, indent=1) + "\n")
+    keep(result, report, gpu=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

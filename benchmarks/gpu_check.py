@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from figures import keep
 
 RESULT = Path(__file__).resolve().parent / "results" / "gpu_check.json"
 SHAPES: dict[str, dict[str, int]] = {
@@ -246,25 +245,6 @@ def run_apart(stage: Stage, folder: Path, script: str = __file__) -> dict[str, A
     return {"error": lines[-1] if lines else f"exit status {done.returncode}"} | taken
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were made on, without names that lead to anybody."""
-    import torch
-
-    found: dict[str, Any] = {"system": platform.system(), "cpu": platform.machine(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def versions() -> Iterator[tuple[str, str]]:
-    """Of the packages that matter."""
-    for name in ("torch", "transformers", "deepspeed"):
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            yield name, "missing"
-
-
 def write(result: Path, shape: str, found: dict[str, dict[str, Any]]) -> None:
     """Keep what was found; measurements of an earlier run of the same shape stay where they were not made again."""
     earlier = json.loads(result.read_text()) if result.is_file() else {}
@@ -274,11 +254,8 @@ def write(result: Path, shape: str, found: dict[str, dict[str, Any]]) -> None:
         "shape": shape,
         "model": SHAPES[shape],
         "measurements": kept | found,
-        "machine": machine(),
-        "versions": dict(versions()),
     }
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(report, indent=1) + "\n")
+    keep(result, report, gpu=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from figures import keep
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "kill_and_resume.json"
@@ -88,14 +88,6 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were made on, without names that lead to anybody."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"system": platform.system(), "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
@@ -121,11 +113,8 @@ def main() -> int:
         "kills": kills,
         "kills_that_hit": sum(not kill["ended_by_itself"] for kill in kills),
         "differences": different,
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "optuna", "numpy")},
     }
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    keep(RESULT, report)
     print(f"{report['kills_that_hit']} kills, {trials} trials, differences: {', '.join(different) or 'none'}")
     return 1 if different else 0
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from figures import keep
 
 RESULT = Path(__file__).resolve().parent / "results" / "placements.json"
 MARK = "placement figures: "
@@ -178,16 +179,11 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16)
     options = parser.parse_args()
-    from heretic_ds.export.manifest import package_versions
-
     with tempfile.TemporaryDirectory(prefix="placements_") as folder:
         sizes = {kind: make_model(Path(folder) / kind, options.width, kind) for kind in ("llama", "mixtral")}
         rows = [launch(Path(folder), row, options.tokens) for row in ROWS]
     print(table(rows))
-    machine = {"cores": os.cpu_count(), "processor": platform.machine(), "device": "cpu", "threads_a_rank": 1}
-    result = {"model_bytes": sizes, "rows": rows, "machine": machine, "versions": package_versions()}
-    options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(options.result, {"model_bytes": sizes, "rows": rows, "threads_a_rank": 1})
     return 0
 
 

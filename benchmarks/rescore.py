@@ -17,10 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from figures import keep
+
 from heretic_ds import stages
 from heretic_ds.ablation import Edit
 from heretic_ds.cli import compose
-from heretic_ds.export.manifest import package_versions
 from heretic_ds.report.console import console_of, messages_to
 from heretic_ds.world import World
 
@@ -62,7 +63,7 @@ def main(arguments: list[str]) -> int:
     print("\n".join(wrong) or f"all {len(recorded)} trials: equal refusals, KL within {largest:.2g} nats ({placed})")
     if target is not None:
         figures = {"trials": len(recorded), "different": wrong, "largest_kl_difference": largest, "world": placed}
-        target.write_text(json.dumps({**figures, "versions": package_versions()}, indent=1) + "\n", encoding="utf-8")
+        keep(target, figures)
     return 1 if wrong else 0
 
 

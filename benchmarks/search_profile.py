@@ -15,15 +15,14 @@ import argparse
 import contextlib
 import functools
 import json
-import os
-import platform
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from figures import keep
 
 RESULT = Path(__file__).resolve().parent / "results" / "search_profile.json"
 FORWARD, REST = "forward passes", "everything else"
@@ -132,14 +131,6 @@ def profile(trials: int, together: str, threads: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were made on, without names that lead to anybody."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"system": platform.system(), "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=40)
@@ -161,13 +152,8 @@ def main() -> None:
             together: min(rounds, key=lambda each: each["seconds_per_trial"]["processor"])
             for together, rounds in found.items()
         },
-        "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("heretic-ds", "torch", "transformers", "optuna")},
     }
-    options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(keep(options.result, result), indent=1))
 
 
 if __name__ == "__main__":

@@ -23,17 +23,15 @@ import logging
 import math
 import multiprocessing
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import keep
 from search_objectives import PROBLEMS, TABLE, problem, record
-from search_profile import machine
 
 RESULT = Path(__file__).resolve().parent / "results" / "search_quality.json"
 TRIALS, STARTUP_TRIALS, CHECKPOINTS = 80, 10, (40, 80)
@@ -197,12 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         "objectives": {name: problem(name, 0).described() for name in options.objectives},
         "verdict": verdict(rows, MOST_TRIALS),
         "rows": rows,
-        "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("heretic-ds", "optuna", "numpy")},
     }
-    options.result.parent.mkdir(exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=1) + "\n")
+    keep(options.result, result)
     print(table(rows))
     print(json.dumps(result["verdict"], indent=1))
     return 0 if result["verdict"]["passes"] else 1

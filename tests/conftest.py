@@ -6,6 +6,7 @@ The environment is set here, at import, because torch and the Hugging Face libra
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,6 +41,15 @@ from heretic_ds.settings import Settings  # noqa: E402
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 ComposeSettings = Callable[..., Settings]
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of ``benchmarks/``, which finds those beside it as it does when it is run."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
 
 
 @pytest.fixture(scope="session")

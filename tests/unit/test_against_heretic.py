@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from heretic_ds.ablation import Edit
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(FOLDER))
-
+from tests.conftest import ROOT, benchmark
 
 main, models, report, worker = (
-    load(f"against_heretic{part}") for part in ("", "_models", "_report", "_worker")
+    benchmark(f"against_heretic{part}") for part in ("", "_models", "_report", "_worker")
 )  # fmt: skip
 
 
@@ -154,7 +142,7 @@ def test_table_and_file_hold_every_model(tmp_path: Path) -> None:
 def test_a_tool_is_asked_one_thing_at_a_time(tmp_path: Path) -> None:
     script = tmp_path / "tool.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
         "from against_heretic_worker import serve\n"
         "def twice(number):\n    print('a word that is no reply'); return 2 * number\n"
         "def fails():\n    raise ValueError('no such thing')\n"

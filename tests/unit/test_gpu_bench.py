@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +11,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from heretic_ds.engines import replays
+from tests.conftest import benchmark
 from tests.recorded_graphs import Recorder
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 RATES = {"bytes_per_second": 4e12, "operations_per_second": 8e14}
 
 
 @pytest.fixture(scope="module")
-def gpu_bench() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield importlib.import_module("gpu_bench")
-    finally:
-        sys.path.remove(str(FOLDER))
+def gpu_bench() -> ModuleType:
+    return benchmark("gpu_bench")
 
 
 def test_a_step_moves_all_weights_but_the_embedding_and_every_rows_keys_and_values(gpu_bench: ModuleType) -> None:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from heretic_ds.search.space import edit_of, search_space
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.conftest import benchmark
 
 
 @pytest.fixture(scope="module")
 def search_quality() -> ModuleType:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import search_quality
-    finally:
-        sys.path.remove(str(FOLDER))
-    return search_quality
+    return benchmark("search_quality")
 
 
 @pytest.fixture(scope="module")
