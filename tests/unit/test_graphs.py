@@ -13,7 +13,7 @@ from heretic_ds.engines import graphs, memory
 from heretic_ds.engines.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
 from heretic_ds.engines.slots import Slots
 from tests import families
-from tests.recorded_graphs import RecordedGraph, Recorder
+from tests.recorded_graphs import Recorder
 
 
 def test_sizes_halve_down_to_few_rows_and_double_up_to_all_columns():
@@ -73,14 +73,14 @@ class TestTheStandIn:
 
     def test_it_reads_what_its_memory_holds_now(self):
         memory, out = torch.tensor([1.0, 2.0]), torch.zeros(2)
-        graph = RecordedGraph(lambda: out.copy_((memory * 2).view(2, 1).reshape(-1) + 1))
+        graph = Recorder()(lambda: out.copy_((memory * 2).view(2, 1).reshape(-1) + 1))
         memory.copy_(torch.tensor([5.0, 6.0]))
         graph.replay()
         assert out.tolist() == [11, 13]
 
     def test_it_does_not_see_memory_that_takes_the_place_of_its_own(self):
         held, out = {"memory": torch.tensor([1.0])}, torch.zeros(1)
-        graph = RecordedGraph(lambda: out.copy_(held["memory"] + 1))
+        graph = Recorder()(lambda: out.copy_(held["memory"] + 1))
         held["memory"] = torch.tensor([7.0])
         graph.replay()
         assert out.item() == 2
@@ -92,7 +92,7 @@ class TestTheStandIn:
             count[0] += 1
             out.add_(count[0])
 
-        graph = RecordedGraph(step)
+        graph = Recorder()(step)
         graph.replay()
         graph.replay()
         assert count == [1] and out.item() == 3
@@ -110,7 +110,7 @@ class TestTheStandIn:
     )
     def test_it_refuses_what_waits_for_the_device(self, step):
         with pytest.raises(RuntimeError, match="not permitted"):
-            RecordedGraph(lambda: step(torch.arange(4)))
+            Recorder()(lambda: step(torch.arange(4)))
 
 
 def test_tokens_are_those_of_the_time_of_asking():
