@@ -48,7 +48,7 @@ _NEVER_MIXED = {_aten.index_select.default, _aten.gather.default, _aten.embeddin
 """Which take not even a single number of another device."""
 _WAITING = {
     _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default,
-    _aten.repeat_interleave.Tensor, _aten._unique2.default,
+    _aten.repeat_interleave.Tensor, _aten._unique2.default, _aten.unique_consecutive.default, _aten.bincount.default,
 }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if ours and others and func not in _COPIES:
         _refuse_mixed(func, args, ours, others)
-    if ours and (func in _WAITING or _crosses(func, args, kwargs, others, to_device)):
+    if (ours and func in _WAITING) or _crosses(func, args, kwargs, others, to_device):
         _wait(str(func))
     kwargs = {name: _each(_held, value) for name, value in kwargs.items()}
     if kwargs.get("device") is not None:
@@ -152,11 +152,13 @@ def _goes_to_device(func: Any, args: Any, kwargs: dict[str, Any], ours: bool) ->
 
 def _crosses(func: Any, args: Any, kwargs: dict[str, Any], others: list[Tensor], to_device: bool) -> bool:
     """Whether the host waits for a copy between it and the device, or for a number of elements."""
-    if func in _BY_INDEX:
+    if func in _BY_INDEX and isinstance(args[0], OnDevice):
         return any(i is not None and (i.dtype == torch.bool or not isinstance(i, OnDevice)) for i in args[1])
     if func in _COPIES:
         return bool(others) and not (len(args) > 2 and args[2])
-    return func is _aten._to_copy.default and not to_device and not kwargs.get("non_blocking")
+    if func is not _aten._to_copy.default:
+        return False
+    return isinstance(args[0], OnDevice) is not to_device and not kwargs.get("non_blocking")
 
 
 def _wait(operation: str) -> None:

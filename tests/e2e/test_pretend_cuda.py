@@ -94,8 +94,12 @@ with pretend_cuda.pretended():
         else:
             raise AssertionError(f"{operation} was not refused")
     torch.cuda.set_sync_debug_mode("error")
-    eval("there.to('cpu', non_blocking=True) + 1")
-    for operation in ("there.tolist()", "there[0, 0].item()", "there.cpu()", "there[there > 0]", "there[:, here]"):
+    for operation in ("there.to('cpu', non_blocking=True)", "here.to('cuda', non_blocking=True)", "there[:, there[0]]"):
+        eval(operation)
+    for operation in (
+        "there.tolist()", "there[0, 0].item()", "there.cpu()", "there[there > 0]", "there[:, here]", "there[:, [0, 1]]",
+        "here.to('cuda')", "torch.tensor([1, 2], device='cuda')", "torch.bincount(there[0])", "there.copy_(here)",
+    ):
         try:
             eval(operation)
         except RuntimeError as error:
