@@ -22,7 +22,7 @@ SAME_KL = 1e-4
 
 def summary(replies: Sequence[dict[str, Any]], together: int) -> dict[str, Any]:
     """Seconds per trial from the replies to requests of ``together`` edits each: medians over the turns, since what
-    else a machine does comes in bursts."""
+    else a machine does comes in bursts. Trials an hour are those of all turns: edits differ in what they cost."""
 
     def median(values: Sequence[float]) -> float:
         return round(statistics.median(values) / together, 4)
@@ -39,7 +39,7 @@ def summary(replies: Sequence[dict[str, Any]], together: int) -> dict[str, Any]:
         "seconds_per_trial": median(clock),
         "processor_seconds_per_trial": median(processor),
         "parts": parts,
-        "trials_per_hour": round(3600 * together / statistics.median(clock), 1),
+        "trials_per_hour": round(3600 * together * len(clock) / sum(clock), 1),
         "trials": together * len(replies),
         "seconds": [round(seconds / together, 4) for seconds in clock],
         "processor_seconds": [round(seconds / together, 4) for seconds in processor],
@@ -68,15 +68,14 @@ def agreement(found: dict[str, list[dict[str, float]]], row_norm: str) -> dict[s
 
 
 def ratios(cell: dict[str, Any]) -> dict[str, float]:
-    """How many times as many trials an hour, by the clock and by the processor's time (the median over turns), and how
-    much of the memory."""
+    """How many times as many trials an hour, by the clock and by the processor's time of all turns, and how much of
+    the memory."""
     theirs = cell["tools"][THEIRS]
     found = {}
     for tool, name in ((OURS, "same_tokens"), (STOPPING, "early_stop")):
         ours = cell["tools"][tool]
         for key, kind in (("seconds", "clock"), ("processor_seconds", "processor")):
-            turns = [a / b for a, b in zip(theirs[key], ours[key], strict=True)]
-            found[f"{name}_{kind}"] = round(statistics.median(turns), 2)
+            found[f"{name}_{kind}"] = round(sum(theirs[key]) / sum(ours[key]), 2)
     found["peak_memory"] = round(cell["peak_bytes"][OURS] / cell["peak_bytes"][THEIRS], 3)
     return found
 
@@ -148,7 +147,7 @@ def write(result: Path, found: dict[str, dict[str, Any]], order: list[str]) -> d
     kept: dict[str, dict[str, Any]] = earlier.get("cases", {}) | found
     report = {
         "what": "seconds per trial, memory and scores of heretic-llm and heretic_ds, taking turns in one run",
-        "ratios": "theirs / ours; above 1 this project does more trials an hour",
+        "ratios": "theirs / ours, of all turns together; above 1 this project does more trials an hour",
         "cases": {name: kept[name] for name in sorted(kept, key=order.index)},
     }
     result.parent.mkdir(parents=True, exist_ok=True)
