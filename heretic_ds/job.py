@@ -16,6 +16,7 @@ from torch import Tensor
 from heretic_ds.anatomy import Anatomy, find_anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.loading import OpenedModel, open_model
+from heretic_ds.model_source import refuse_wrong_path
 from heretic_ds.prompts import ChatFormat, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import Scorer
@@ -45,6 +46,7 @@ class Job:
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
+        world.agree(lambda: refuse_wrong_path(settings.model.path))  # before data sets are downloaded
         texts = world.decide(lambda: _all_prompts(settings)) if with_prompts else {}
         scorers = world.agree(lambda: make_scorers(settings.scoring))
         world.decide(lambda: open_model(settings.model) and None)  # one rank downloads what all will read

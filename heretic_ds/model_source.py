@@ -79,19 +79,27 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None
 
 
+def refuse_wrong_path(path: str) -> None:
+    """Raises UserError where `path` is neither a folder here nor reads as a hub id; asks no hub."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return
+    if local.exists():
+        raise UserError(f"model.path={path} is a file; expected a model's folder or a hub id.")
+    if not is_hub_id(path):
+        raise UserError(f"model.path={path}: there is no such folder; expected a model's folder or a hub id.")
+
+
 def resolve_source(path: str, revision: str | None = None) -> ModelSource:
     """The folder of the model that `path` names: itself, or a hub model's snapshot, downloaded where missing.
 
     Of a hub model only the weights that transformers would load are fetched, not their duplicates in other
     formats. Raises UserError where there is no such folder, or the hub does not give the model.
     """
+    refuse_wrong_path(path)
     local = Path(path).expanduser()
     if local.is_dir():
         return ModelSource(local.resolve(), local.resolve().name, None, is_hub=False)
-    if local.exists():
-        raise UserError(f"model.path={path} is a file; expected a model's folder or a hub id.")
-    if not is_hub_id(path):
-        raise UserError(f"model.path={path}: there is no such folder; expected a model's folder or a hub id.")
     folder = _fetch(path, revision)
     return ModelSource(folder, path, folder.name, is_hub=True)
 

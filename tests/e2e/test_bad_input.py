@@ -47,7 +47,7 @@ def damaged(material: Material, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def test_missing_model_folder(refused, material: Material, tmp_path: Path) -> None:
-    line = refused(material.words(tmp_path / "nowhere"))
+    line = refused(material.words(tmp_path / "nowhere", "prompts.target.train.source=a-set/of-the-hub"))
     assert f"model.path={tmp_path / 'nowhere'}" in line and "no such folder" in line
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from heretic_ds.engines.batch_sizes import measure_batch_size
+from heretic_ds.engines.batch_sizes import BatchSizing, measure_batch_size
+from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.errors import UserError
 
 
@@ -68,3 +69,21 @@ def test_ranks_run_alike_and_take_the_first_ones_measure() -> None:
     heard, other = iter(told), {"clock": lambda: second.now, "amount": lambda rows: 1.0}
     assert measure_batch_size(second.run, 64, "capture", lambda _: next(heard), **other) == found
     assert second.runs == first.runs and next(heard, None) is None
+
+
+@pytest.mark.parametrize(("device", "most"), [("cuda", 6), ("cpu", 2)])
+def test_on_an_accelerator_batches_of_many_trials_rows_are_measured(device: str, most: int) -> None:
+    """They have more rows than there are prompts. On a CPU more rows than that would gain nothing."""
+    seen: list[list[int]] = []
+
+    def work(rows: TokenRows) -> None:
+        seen.append(list(map(len, rows)))
+
+    sizing = BatchSizing(torch.device(device), 16, starts_late=False, same=lambda value: value)
+    assert 1 <= sizing.find("kl", [[5] * 4, [6] * 9], work, trials=3) <= most
+    longest = max(seen, key=len)
+    assert longest == [9, 9, 9, 4, 4, 4][: len(longest)] if device == "cuda" else longest == [9, 4]
+    assert len(longest) >= min(most, 4)  # doubled twice whatever is gained
+    seen.clear()
+    sizing.find("kl", [[5] * 4, [6] * 9], work, trials=1)
+    assert max(seen, key=len) == [9, 4]

@@ -226,3 +226,38 @@ def test_questions_are_asked_at_each_answers_own_length(monkeypatch):
 
     list(finished_answers(model, prompts(), PAD, ENDS, NEW_TOKENS, decided, rows_at_once=3))
     assert lengths == {decoding._DECIDE_EVERY}
+
+
+@pytest.mark.parametrize("most", [4, 6, 8])
+def test_answers_have_no_more_tokens_than_asked_for(most):
+    """Also where they are full when the scorers are asked, who then have no say."""
+    model, asked = families.build("llama"), []
+
+    def undecided(answers):
+        asked.extend(map(len, answers))
+        return [False] * len(answers)
+
+    for rows_at_once in (None, 5):
+        answers = dict(finished_answers(model, prompts(), PAD, (), most, undecided, rows_at_once=rows_at_once))
+        assert {len(answer) for answer in answers.values()} == {most}
+        assert answers == dict(finished_answers(model, prompts(), PAD, (), most, rows_at_once=rows_at_once))
+    assert all(length < most for length in asked) and (asked or most == 4)
+
+
+@pytest.mark.parametrize(("stopped", "left"), [(1, 8), (2, 6)])
+def test_rows_leave_a_batch_once_a_quarter_of_it_has_stopped(stopped, left):
+    """Earlier they would be moved about too often, and later too much would be computed for nothing."""
+    model, rows = families.build("llama"), [prompts()[0]] * 8
+    with Watched(model) as watched:
+        decode(model, rows, PAD, (), 8, lambda answers: [at < stopped for at in range(len(answers))])
+    assert watched.rows == [(8, len(rows[0])), *[(8, 1)] * 3, *[(left, 1)] * 4]
+    with Watched(model) as watched:  # and then are the next prompts'
+        verdicts = [[at < stopped for at in range(8)]]
+        dict(
+            finished_answers(
+                model, rows * 2, PAD, (), 8,
+                lambda answers: verdicts.pop() if verdicts else [False] * len(answers), rows_at_once=8,
+            )
+        )  # fmt: skip
+    assert watched.rows[4] == ((2, len(rows[0])) if stopped == 2 else (8, 1))
+    assert watched.rows[5] == (8, 1)

@@ -95,6 +95,35 @@ def test_scores_are_those_of_whole_passes(family):
         assert answered.shared == 5
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("phases", [("kl", "generate"), ("generate", "kl")])
+def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_learned(phases, family):
+    """Trials one at a time: the first phase leaves the edit of the first one in the weights that the second learns."""
+    model, rows = built(family), prompts()
+    edits, found = (edit(1, None, 3.0), edit(3)), {}
+    for reuse in (False, True):
+        engine = engine_of(model, reuse, "none")
+        reference = engine.reference(rows)
+        score = {
+            "kl": lambda one, engine=engine, reference=reference: engine.kl(rows, reference, [one]),
+            "generate": lambda one, engine=engine: engine.generate(rows, [one]),
+        }
+        found[reuse] = [score[phase](one) for one in edits for phase in phases]
+        engine.restore()
+    kl, answers = phases.index("kl"), phases.index("generate")
+    assert_same(*(([each for (each,) in found[reuse][kl::2]], found[reuse][answers::2]) for reuse in (True, False)))
+    states = {states.answers: states for states in kept(engine)}
+    original = engine_of(model)
+    original.kl(rows, original.reference(rows), [edits[1]])
+    original.generate(rows, [edits[1]])
+    original.restore()
+    for expected in kept(original):
+        for boundary in (1, 2, 3):
+            assert torch.allclose(
+                states[expected.answers].hidden_ND[boundary], expected.hidden_ND[boundary], rtol=1e-4, atol=1e-5
+            )
+
+
 @pytest.mark.parametrize("row_norm", ROW_NORMS)
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_every_form_of_edit(family, row_norm):
@@ -271,6 +300,25 @@ def test_memory_is_given_back_before_batches_get_smaller():
     assert_same(found, expected)
     assert not kept(engine) and engine.batch_sizes["generate"] == 4
     assert not engine._prefill.wants(rows, answers=True)
+
+
+def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypatch):
+    """Not only from the first who has any: what replayed steps keep goes too."""
+    monkeypatch.setattr(replays, "maker_for", lambda device: Recorder())
+    model, rows = built(), prompts()
+    engine = engine_of(model, cuda_graphs=True)
+    expected = scores(engine, rows, [EDITS])
+    assert any(states.bytes for states in kept(engine)) and engine._replays.steps() is not None
+    reference, logits, failures = engine.reference(rows), engine._first_token_logits, [torch.OutOfMemoryError("so")]
+
+    def full(batch):
+        if failures:
+            raise failures.pop()
+        return logits(batch)
+
+    monkeypatch.setattr(engine, "_first_token_logits", full)
+    assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert not kept(engine) and engine._replays.steps() is None and engine.batch_sizes["kl"] == 4
 
 
 def test_memory_that_learning_lacks_leaves_whole_passes():

@@ -40,3 +40,11 @@ def test_a_peak_is_measured_and_earlier_ones_are_not_forgotten():
     assert peak is not None and 60e6 < peak < 100e6
     assert peak_memory()["host"] >= highest
     assert headroom.free_bytes(CPU) > 0
+
+
+def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypatch):
+    monkeypatch.setattr(headroom, "_number", lambda file, field: {"MemAvailable": 4_000_003}[field])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert headroom.free_bytes(CPU) == 4_000_003
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert headroom.free_bytes(CPU) == 1_000_000

@@ -5,6 +5,7 @@ Graphs are stand-ins that do recorded operations again on the same memory, with 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -97,6 +98,30 @@ def test_new_edits_are_seen_by_what_was_captured_before(recorder, monkeypatch):
     engine.prepare(ablation_for(engine, "none"))
     engine.generate(prompts(), [edit(1.1), edit(0.6)])
     assert recorder.made == 4
+
+
+def test_steps_captured_with_other_directions_are_not_replayed(recorder):
+    model, edits = families.build("llama"), [edit(3.0), edit(2.0, None)]
+    engine, eager = engine_of(model, True), engine_of(model, False)
+    first = ablation_for(engine, "none")
+    answers = []
+    for ablation in (first, dataclasses.replace(first, directions_LD=first.directions_LD.flip(-1)), first):
+        for each in (engine, eager):
+            each.prepare(ablation)
+        answers.append(engine.generate(prompts(), edits))
+        assert answers[-1] == eager.generate(prompts(), edits)
+    assert answers[0] == answers[2] != answers[1] and recorder.replayed > 20
+
+
+def test_graphs_of_edits_that_got_other_memory_are_dropped(recorder):
+    """They are never replayed again; only those without edits of their rows are good for ever."""
+    model = families.build("llama")
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    engine.generate(prompts(), [edit(1.1)])
+    for number in range(2, 5):  # more trials in each pass than in any before
+        engine.generate(prompts(), [edit(0.3 * one) for one in range(1, number + 1)])
+        assert {kind for kind, _, _ in engine._replays.steps()._graphs} == {0, number - 1}
 
 
 def test_trials_without_any_edit_do_not_get_those_of_a_pass_before(recorder):

@@ -100,6 +100,20 @@ def test_kl_equals_that_of_unpadded_prompts_and_leaves_the_weights(family):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_reference_is_of_the_model_as_it_is_whatever_was_scored_last():
+    """Of the original, or of the edit that was applied."""
+    engine = engine_for(families.build("llama"))
+    engine.prepare(ablation_for(engine))
+    original, other = engine.reference(prompts()), Edit(None, EDIT.profiles)
+    engine.kl(prompts(), original, [EDIT])
+    assert torch.equal(engine.reference(prompts()), original)
+    engine.apply(EDIT)
+    edited = engine.reference(prompts())
+    assert not torch.allclose(edited, original, atol=1e-2)
+    engine.generate(prompts(), [other])
+    assert torch.equal(engine.reference(prompts()), edited)
+
+
 @torch.no_grad()
 def greedy_alone(model, row, ends, new_tokens=NEW_TOKENS):
     """Greedy answer to one prompt by whole forward passes without padding or cache, with its smallest margin."""
