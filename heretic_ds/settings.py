@@ -234,7 +234,8 @@ class GenerationSettings:
     """Stop a row as soon as every scorer has decided on it."""
     prefill_reuse: bool = True
     """Passes of edited models over prompts leave out the blocks before the first edited one, and pass once over the
-    tokens that all prompts begin with, where placement and model allow it."""
+    tokens that all prompts begin with, where placement and model allow it. On a CPU, memory that is freed is kept for
+    the next pass as well."""
     cuda_graphs: bool = True
     """On CUDA, capture steps of decoding as graphs and replay them, where placement and model allow it; elsewhere steps
     are launched one operation at a time, and the log says why."""

@@ -104,7 +104,6 @@ def measure_batch_size(
     count. ``same`` makes one rank's measurement that of all ranks, which have to run as often and come to one size.
     Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
     """
-    lend_spares()
     if math.isinf(_seconds(run, 1, same, clock)):  # also: first calls pay for what is set up lazily
         raise too_large(phase)
     rates: dict[int, float] = {}

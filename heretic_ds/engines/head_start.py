@@ -38,7 +38,7 @@ from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.prompt_learning import Learning
 from heretic_ds.engines.prompt_states import PromptStates, gathered
 from heretic_ds.engines.protocol import TokenRows
-from heretic_ds.engines.slot_decoding import OnRows
+from heretic_ds.engines.slot_decoding import Assign
 from heretic_ds.model_fitness import first_line
 from heretic_ds.world import ALONE, Replicas
 
@@ -57,7 +57,7 @@ _Key = tuple[bool, tuple[tuple[int, ...], ...]]
 class _Trials:
     """The trials in hand, and what passes of theirs begin with."""
 
-    def __init__(self, states: PromptStates, start: int, count: int, assign: OnRows) -> None:
+    def __init__(self, states: PromptStates, start: int, count: int, assign: Assign) -> None:
         self.states, self.count = states, count
         self.start = start
         """The first block that is computed; below it states are kept ones."""
@@ -149,7 +149,7 @@ class HeadStart(Prefill):
         log.debug("%d prompts: %.1f MiB of states kept", len(rows), states.bytes / 2**20)
 
     @contextmanager
-    def of(self, rows: TokenRows, answers: bool, edits: Sequence[Edit | None], assign: OnRows) -> Iterator[OnRows]:
+    def of(self, rows: TokenRows, answers: bool, edits: Sequence[Edit | None], assign: Assign) -> Iterator[Assign]:
         """While the context lasts, passes over some of the rows that were learned are those of models with the edits.
 
         Gives the function to be told each row's edit before each pass, in place of ``assign``.

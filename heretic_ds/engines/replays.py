@@ -19,7 +19,7 @@ from heretic_ds.engines.forward import Forward, Prefill, rope_depends_on_length
 from heretic_ds.engines.graphs import CannotReplay, CudaGraphs, MakeGraph, NoRoom, ReplayedSteps
 from heretic_ds.engines.memory import is_out_of_memory, release_memory, spares
 from heretic_ds.engines.protocol import Decided, TokenRows
-from heretic_ds.engines.slot_decoding import OnRows, replayed_answers
+from heretic_ds.engines.slot_decoding import Assign, replayed_answers
 from heretic_ds.engines.slots import Slots
 from heretic_ds.model_fitness import first_line
 
@@ -64,7 +64,7 @@ class Replays:
         max_new_tokens: int,
         decided: Decided | None,
         rows_at_once: int,
-        on_rows: OnRows,
+        on_rows: Assign,
         kind: int = 0,
         prefill: Prefill | None = None,
     ) -> Iterator[tuple[int, list[int]]]:
@@ -74,7 +74,7 @@ class Replays:
         """
         left, limits = dict.fromkeys(range(len(prompts))), (pad_id, ends, max_new_tokens, decided)
 
-        def begun_anew() -> tuple[list[int], list[Sequence[int]], OnRows]:
+        def begun_anew() -> tuple[list[int], list[Sequence[int]], Assign]:
             rest = list(left)
             return rest, [prompts[row] for row in rest], lambda at, into=None: on_rows([rest[p] for p in at], into)
 

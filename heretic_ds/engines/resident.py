@@ -27,7 +27,7 @@ from heretic_ds.engines.output_edits import OutputEdits, obstacle
 from heretic_ds.engines.padding import first_cut
 from heretic_ds.engines.protocol import Ablation, Decided, TokenRows
 from heretic_ds.engines.replays import Replays
-from heretic_ds.engines.slot_decoding import OnRows
+from heretic_ds.engines.slot_decoding import Assign
 from heretic_ds.engines.weights import WeightEditor
 from heretic_ds.loading import LoadedModel
 from heretic_ds.prompts import pad_left
@@ -160,7 +160,7 @@ class ResidentEngine:
             result += [math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts) for kl_N in kl_TN]
         return result
 
-    def _kl_of_pass(self, rows: TokenRows, reference: Tensor, trials: int, assign: OnRows) -> list[list[float]]:
+    def _kl_of_pass(self, rows: TokenRows, reference: Tensor, trials: int, assign: Assign) -> list[list[float]]:
         """KL divergences [trial][prompt]."""
         pairs = self._pairs(rows, trials)
         kl_TN = [[0.0] * len(rows) for _ in range(trials)]
@@ -203,7 +203,7 @@ class ResidentEngine:
         return answers
 
     def _answers_of_pass(
-        self, rows: TokenRows, trials: int, assign: OnRows, decided: Decided | None
+        self, rows: TokenRows, trials: int, assign: Assign, decided: Decided | None
     ) -> list[list[list[int]]]:
         """Answers [trial][prompt][token]; where memory runs out, those that are unfinished begin anew."""
         if self._whole_batches:
@@ -246,7 +246,7 @@ class ResidentEngine:
     @contextmanager
     def _wearing(
         self, edits: Sequence[Edit | None], phase: str, rows: TokenRows, steady: bool = False
-    ) -> Iterator[OnRows]:
+    ) -> Iterator[Assign]:
         """Edit the weights, or the outputs where there are several edits, while the context lasts.
 
         Gives the function to be told, before each forward pass over some of the ``rows`` of a phase, which of the edits
@@ -261,7 +261,7 @@ class ResidentEngine:
             yield told
 
     @contextmanager
-    def _edited(self, edits: Sequence[Edit | None], worn: Sequence[Edit | None], steady: bool) -> Iterator[OnRows]:
+    def _edited(self, edits: Sequence[Edit | None], worn: Sequence[Edit | None], steady: bool) -> Iterator[Assign]:
         if len(edits) == 1 or not any(edits):
             self._editor.wear(worn[0])
             yield lambda rows, into=None: None

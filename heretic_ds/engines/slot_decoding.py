@@ -27,7 +27,7 @@ _AHEAD = 1
 """Steps that the device may have been given beyond those whose tokens have been read."""
 
 
-class OnRows(Protocol):
+class Assign(Protocol):
     """Told before a forward pass, whenever rows have changed, which prompt each of them answers."""
 
     def __call__(self, rows: Sequence[int], /, into: Tensor | None = None) -> None:
@@ -46,7 +46,7 @@ class _SlotDecoder:
         prompts: TokenRows,
         answers: Answers,
         most: int,
-        on_rows: OnRows | None,
+        on_rows: Assign | None,
     ) -> None:
         self._prefill, self._steps, self._kind = prefill, steps, kind
         self._prompts, self._answers, self._on_rows = prompts, answers, on_rows
@@ -119,7 +119,7 @@ class _SlotDecoder:
             self._begin(rows[part.start : part.stop], free[part.start : part.stop])
 
     def _begin(self, rows: list[int], slots: list[int]) -> None:
-        self._announced = []
+        self._announced = []  # those of the next step have to be told again after these
         if self._on_rows is not None:
             self._on_rows(rows)
         memory, prompts = self._steps.slots, [self._prompts[row] for row in rows]
@@ -151,7 +151,7 @@ def replayed_answers(
     max_new_tokens: int,
     decided: Decided | None = None,
     rows_at_once: int | None = None,
-    on_rows: OnRows | None = None,
+    on_rows: Assign | None = None,
     kind: int = 0,
     prefill: Prefill | None = None,
 ) -> Iterator[tuple[int, list[int]]]:

@@ -75,7 +75,11 @@ def reply(seconds: float, scores: list[tuple[float, float]], **parts: float) -> 
 def test_seconds_are_those_of_a_trial_in_the_median_turn() -> None:
     turns = [reply(8, [], kl=4, generation=2), reply(4, [], kl=3, rest=1), reply(999, [], kl=996)]
     found = report.summary(turns, together=4)
-    assert found["seconds_per_trial"] == 2 and found["trials"] == 12 and found["trials_per_hour"] == pytest.approx(3600 * 12 / 1011, abs=0.1)
+    assert (
+        found["seconds_per_trial"] == 2
+        and found["trials"] == 12
+        and found["trials_per_hour"] == pytest.approx(3600 * 12 / 1011, abs=0.1)
+    )
     assert found["parts"]["kl"]["clock"] == 1 and found["parts"]["edit"]["clock"] == 0
     assert found["seconds"][:2] == [2, 1] and found["processor_seconds_per_trial"] == 1
 
