@@ -6,16 +6,18 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("heretic-ds", "torch", "transformers", "deepspeed", "optuna", "numpy")
+PACKAGES = ("deepspeed", "optuna", "numpy")
+"""Beside those that an export names."""
 
 
 def keep(result: Path, figures: Mapping[str, Any], gpu: bool = False) -> dict[str, Any]:
     """Write figures to a file, whole, and return what was written; with ``gpu`` the machine's is named."""
-    report = {**figures, "machine": machine(gpu), "versions": versions()}
+    from heretic_ds.export.manifest import package_versions  # with PyTorch, which orchestrating needs no sooner
+
+    report = {**figures, "machine": machine(gpu), "versions": package_versions(PACKAGES)}
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
@@ -32,15 +34,4 @@ def machine(gpu: bool = False) -> dict[str, Any]:
 
         if torch.cuda.is_available():
             found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a source tree that was not installed
-            found[package] = "not installed"
     return found

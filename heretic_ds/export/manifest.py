@@ -15,10 +15,10 @@ SCHEMA = 1
 _PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers in an export depend on."""
+def package_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python, of the packages that the numbers in an export depend on, and of ``more``."""
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # a source tree that was not installed

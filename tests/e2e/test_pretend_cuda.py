@@ -79,6 +79,16 @@ _OPERATIONS = """
 import torch
 from tests import pretend_cuda
 
+def refused(operations, why):
+    for operation in operations:
+        try:
+            eval(operation)
+        except RuntimeError as error:
+            assert why in str(error), (operation, error)
+        else:
+            raise AssertionError(f"{operation} was not refused")
+
+
 pretend_cuda.give_devices()
 here = torch.arange(3)
 with pretend_cuda.pretended():
@@ -86,26 +96,16 @@ with pretend_cuda.pretended():
     assert there.device.type == "cuda" and there.cpu().device.type == "cpu"
     for operation in ("there[:, here]", "there + here.sum()", "there.copy_(here)", "there.tolist()"):
         eval(operation)
-    for operation in ("there + here", "there.index_select(0, here)", "torch.cat([there[0], here])", "here[there[0]]"):
-        try:
-            eval(operation)
-        except RuntimeError as error:
-            assert "on the same device" in str(error)
-        else:
-            raise AssertionError(f"{operation} was not refused")
+    mixed = ("there + here", "there.index_select(0, here)", "torch.cat([there[0], here])", "here[there[0]]")
+    refused(mixed, "on the same device")
     torch.cuda.set_sync_debug_mode("error")
     for operation in ("there.to('cpu', non_blocking=True)", "here.to('cuda', non_blocking=True)", "there[:, there[0]]"):
         eval(operation)
-    for operation in (
+    waiting = (
         "there.tolist()", "there[0, 0].item()", "there.cpu()", "there[there > 0]", "there[:, here]", "there[:, [0, 1]]",
         "here.to('cuda')", "torch.tensor([1, 2], device='cuda')", "torch.bincount(there[0])", "there.copy_(here)",
-    ):
-        try:
-            eval(operation)
-        except RuntimeError as error:
-            assert "synchronizing" in str(error)
-        else:
-            raise AssertionError(f"{operation} did not wait")
+    )
+    refused(waiting, "synchronizing")
 """
 
 
