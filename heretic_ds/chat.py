@@ -99,9 +99,10 @@ def stream_answer(
     """The greedy answer to `ids`, passed to `write` as it comes, and whether Ctrl-C cut it short."""
     streamer = AnswerStreamer(tokenizer, write)
     inputs = torch.tensor([ids], device=model.device)
+    generate: Any = model.generate  # which its class inherits where it can generate at all
     try:
         with torch.inference_mode():
-            model.generate(  # type: ignore[operator]
+            generate(
                 inputs=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,

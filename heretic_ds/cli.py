@@ -152,7 +152,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpars
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; heretic-ds --help shows the usage")
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]  # argparse itself would print its usage and exit
     return parser.parse_intermixed_args(arguments)
 
 

@@ -57,6 +57,7 @@ def lay_out(
     try:
         _inject(model, group, degree)
     except (AssertionError, ValueError, AttributeError, TypeError, KeyError, NotImplementedError) as error:
+        # All that DeepSpeed is known to raise for models that it was not written for; others are faults, and are shown.
         raise CannotSplit(f"DeepSpeed's AutoTP cannot split {type(model).__name__} ({first_line(error)})") from error
     for module, held in buffers:  # DeepSpeed converted them to the weights' dtype, or gave them memory without numbers
         module._buffers.update(held)

@@ -185,7 +185,8 @@ def keeps_positions(model: PreTrainedModel) -> bool:
 
 
 def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, H, S, K] of every layer. Raises NotImplementedError where one has none of its own."""
+    """Keys and values [B, H, S, K] of every layer. Raises NotImplementedError where one has none of its
+    own, as in models whose blocks share them; passes over such prompts have to be whole."""
     layers: list[Any] = cache.layers
     without = [block for block, layer in enumerate(layers) if not layer.is_initialized]
     if without:

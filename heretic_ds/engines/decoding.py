@@ -89,7 +89,7 @@ class _Batch:
     def keep(self, positions: Sequence[int]) -> None:
         """Leave the rows at ``positions``."""
         keep_B = self._positions(positions)
-        self.cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # a name for int64 tensors
+        self.cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # transformers says LongTensor
         self.token_B, self.mask_BS = self.token_B[keep_B], self.mask_BS[keep_B]
         self.position_B1 = self.position_B1[keep_B]
         self._keep_rows(positions)

@@ -72,7 +72,8 @@ def dispatch_edits(model: PreTrainedModel, paths: Sequence[str]) -> None:
 
     Without edits they compute what they did before, by the implementation chosen before.
     """
-    for chosen in {str(model.get_submodule(path).config._experts_implementation) for path in paths}:  # type: ignore[union-attr]
+    experts: list[Any] = [model.get_submodule(path) for path in paths]
+    for chosen in {str(each.config._experts_implementation) for each in experts}:
         if not chosen.startswith(_PREFIX):
             ALL_EXPERTS_FUNCTIONS.register(_PREFIX + chosen, _edited_by_slot(chosen))
             model.set_experts_implementation(_PREFIX + chosen)

@@ -72,7 +72,7 @@ class ExpertLayers:
         try:
             parser = AutoEP(self._model, config)
             return parser, parser.ep_parser()
-        except (ValueError, AttributeError, NotImplementedError) as error:
+        except (ValueError, AttributeError, NotImplementedError) as error:  # for layouts that DeepSpeed does not know
             raise UserError(
                 f"{phase}=expert_parallel: DeepSpeed's AutoEP cannot serve this {kind} model ({first_line(error)}); "
                 f"{self._otherwise}"

@@ -48,7 +48,8 @@ def sum_experts_over_ranks(model: PreTrainedModel, anatomy: Anatomy, group: dist
 
 def computation(module: nn.Module, implementation: str | None) -> Callable[..., Tensor]:
     """The function that computes a module of experts under the name of an implementation."""
-    eager: Any = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    forward: Any = type(module).forward
+    eager = forward.__wrapped__  # beneath the decorator that looks an implementation up
     chosen: Any = eager if implementation in (None, "None", "eager") else ALL_EXPERTS_FUNCTIONS[implementation]
     compute: Callable[..., Tensor] = chosen
     return compute

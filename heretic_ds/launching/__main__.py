@@ -84,7 +84,7 @@ def _parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; {parser.prog} --help shows the usage")
 
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]  # argparse itself would print its usage and exit
     own = _count_own(parser, words)
     arguments = list(words[own:])
     return parser.parse_args(words[:own]), arguments[1:] if arguments[:1] == ["--"] else arguments

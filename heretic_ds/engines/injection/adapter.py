@@ -112,24 +112,29 @@ class Adapter:
 class InjectedBlock(nn.Module):
     """One of DeepSpeed's blocks in the place of one of transformers', called and answering as that was."""
 
+    injected: Any
+    """One of DeepSpeed's blocks; its attributes are declared nowhere."""
+
     def __init__(self, injected: nn.Module, adapter: Adapter, returns_pair: bool) -> None:
         super().__init__()
         self.injected = injected
         self._adapter, self._returns_pair = adapter, returns_pair
-        injected._should_allocate_workspace = False  # type: ignore[assignment]  # the adapter does, and more than once
+        self.injected._should_allocate_workspace = False  # the adapter does, and more than once
 
     @property
     def past(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values [B, heads, T, head size] after the last pass, as views of the workspace."""
-        return self.injected.layer_past  # type: ignore[return-value]
+        views: tuple[Tensor, Tensor] | None = self.injected.layer_past
+        return views
 
     @past.setter
     def past(self, views: tuple[Tensor, Tensor] | None) -> None:
-        self.injected.layer_past = views  # type: ignore[assignment]
+        self.injected.layer_past = views
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.injected.attention.attn_ow.dtype  # type: ignore[union-attr,return-value]
+        dtype: torch.dtype = self.injected.attention.attn_ow.dtype
+        return dtype
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """The stream after this block [B, S, D]."""
