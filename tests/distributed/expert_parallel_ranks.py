@@ -186,6 +186,17 @@ def batch_sizes(world: World, folder: str) -> dict[str, int]:
     return engine.batch_sizes
 
 
+def most_rows_tried(world: World, folder: str) -> int:
+    """Rows of the largest batch that is measured, where one rank's memory has room for fewer than the other's."""
+    engine, tried = _engine(world, folder, None, batch_size=0), []
+    forward = engine._first_token_logits
+    engine._first_token_logits = lambda rows: tried.append(len(rows)) or forward(rows)  # type: ignore[method-assign]
+    with mock.patch("heretic_ds.engines.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
+        engine.reference(prompts())
+    engine.close()
+    return max(tried)
+
+
 def captured(world: World, folder: str) -> Tensor:
     """Means from the capture phase, whose engine the evaluation shares or not."""
     job: Job = job_for(world, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -190,3 +191,13 @@ def test_chat_from_a_pipe(
     assert answer.strip() in said["original"] and said["original"] != said["edited"]
     trial = files_below(tmp_path / "runs").keys()
     assert trial == before.keys()
+
+
+def test_other_libraries_do_not_speak_through_hydra(heretic: Heretic, material: Material, tmp_path: Path) -> None:
+    """Whose own messages about the jobs of a sweep are shown, once."""
+    words = material.words(material.model("llama"), "task=evaluate")
+    outcome = heretic(*words, "-m", f"run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep")
+    assert outcome.status == 0, outcome.err
+    assert outcome.out.count("[HYDRA] Launching 1 jobs locally") == 1
+    handlers = [type(handler).__name__ for handler in logging.getLogger().handlers]
+    assert "StreamHandler" not in handlers and not logging.getLogger("hydra").propagate

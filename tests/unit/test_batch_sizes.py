@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from heretic_ds.engines import batch_sizes
 from heretic_ds.engines.batch_sizes import BatchSizing, measure_batch_size
 from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.errors import UserError
@@ -87,3 +88,23 @@ def test_on_an_accelerator_batches_of_many_trials_rows_are_measured(device: str,
     seen.clear()
     sizing.find("kl", [[5] * 4, [6] * 9], work, trials=1)
     assert max(seen, key=len) == [9, 4]
+
+
+def test_where_ranks_cannot_try_again_the_least_of_all_ranks_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every device; and a lack of memory while that is found out ends them all."""
+    ran: list[int] = []
+    monkeypatch.setattr(batch_sizes, "rows_that_fit", lambda run, most, device: 6)
+    for device in ("cpu", "cuda"):
+        ran.clear()
+        sizing = BatchSizing(torch.device(device), 16, False, lambda value: value, least=lambda rows: rows - 3)
+        sizing.find("kl", [[5] * 4] * 12, lambda rows: ran.append(len(rows)), trials=1)
+        assert max(ran) == 3
+
+    def full(run: object, most: int, device: object) -> int:
+        raise torch.OutOfMemoryError("pretended")
+
+    monkeypatch.setattr(batch_sizes, "rows_that_fit", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sizing.find("kl", [[5] * 4] * 12, lambda rows: None, trials=1)
+    alone = BatchSizing(torch.device("cpu"), 16, False, lambda value: value)
+    assert 1 <= alone.find("kl", [[5] * 4] * 12, lambda rows: None, trials=1) <= 12
