@@ -42,7 +42,7 @@ class Subject:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from heretic_ds.anatomy import find_anatomy
-        from heretic_ds.engines.resident import ResidentEngine
+        from heretic_ds.runner.engine import ResidentEngine
 
         torch.manual_seed(0)
         self.torch, self.device = torch, device

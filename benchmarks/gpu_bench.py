@@ -101,8 +101,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
     """Trials an hour: KL and answers of as many edits as a pass takes, the batch sizes found by measuring."""
     import torch
 
-    from heretic_ds.ablation import Edit
-    from heretic_ds.engines.protocol import Ablation
+    from heretic_ds.ablation import Ablation, Edit
     from heretic_ds.stages.search import MOST_TRIALS
 
     steps, together = what.split("-")

@@ -120,8 +120,8 @@ def model_in(folder: Path, shape: str) -> Path:
 def engine_of(folder: Path, placement: str, dtype: str, phase: str, *overrides: str) -> tuple[Any, list[list[int]]]:
     """The engine of a placement as a run would build it, and the prompts."""
     from heretic_ds.cli import compose
-    from heretic_ds.engines import build_engine
     from heretic_ds.job import Job
+    from heretic_ds.placements import build_engine
     from heretic_ds.world import World
 
     parts = [
@@ -141,9 +141,8 @@ def parity(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     """
     import torch
 
-    from heretic_ds.ablation import Edit
-    from heretic_ds.engines.injection import parity as forced
-    from heretic_ds.engines.protocol import Ablation
+    from heretic_ds.ablation import Ablation, Edit
+    from heretic_ds.placements.kernel_inject import parity as forced
 
     engine, rows = engine_of(folder, placement, dtype, "evaluate")
     file = folder / "reference.pt"

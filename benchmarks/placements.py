@@ -71,8 +71,8 @@ def make_model(folder: Path, width: int, kind: str = "llama") -> int:
 def measure(model: str, placement: str, degree: int | None, evaluates: bool, tokens: int) -> None:
     """What one rank does: lay the model out, capture, generate; rank 0 prints every rank's figures."""
     from heretic_ds.cli import compose
-    from heretic_ds.engines import build_engine
     from heretic_ds.job import Job
+    from heretic_ds.placements import build_engine
     from heretic_ds.world import World
 
     world = World.join()

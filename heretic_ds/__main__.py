@@ -2,8 +2,8 @@
 
 import sys
 
-from heretic_ds import rank_guard
 from heretic_ds.cli import main
+from heretic_ds.launching import rank_guard
 
 if __name__ == "__main__":
     sys.exit(rank_guard.run(main))

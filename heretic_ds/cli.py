@@ -27,9 +27,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import __version__, rank_guard, sweep_summary
+from heretic_ds import __version__, sweep_summary
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.launching import rank_guard
 from heretic_ds.settings import TASKS, Settings, register_schemas
 from heretic_ds.settings_checks import validate
 

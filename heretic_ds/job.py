@@ -14,13 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
+from heretic_ds.checkpoint.open import OpenedModel, open_model
+from heretic_ds.checkpoint.source import refuse_wrong_path
 from heretic_ds.errors import UserError
-from heretic_ds.loading import OpenedModel, open_model
-from heretic_ds.model_source import refuse_wrong_path
-from heretic_ds.prompts import ChatFormat, check_lengths, decode_answers, load_prompts
+from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import Scorer
-from heretic_ds.search.objective import PromptSet
 from heretic_ds.settings import PromptSource, Settings
 from heretic_ds.world import World
 

@@ -66,8 +66,8 @@ def compose_settings() -> ComposeSettings:
 @pytest.fixture
 def evaluated(compose_settings: ComposeSettings, tmp_path: Path) -> Callable[..., Any]:
     """`evaluated("generation.cuda_graphs=false")`: the engine that a run over a tiny model evaluates with."""
-    from heretic_ds.engines import build_engine
     from heretic_ds.job import Job
+    from heretic_ds.placements import build_engine
     from heretic_ds.world import World
     from tests import families
 

@@ -1,6 +1,7 @@
 """Directions, profiles and edits: pure tensor mathematics without files, ranks or configuration."""
 
 from heretic_ds.ablation.directions import (
+    Ablation,
     ResidualMeans,
     behaviour_directions,
     block_direction,
@@ -23,6 +24,7 @@ from heretic_ds.ablation.profile import COMPONENTS, Profile
 __all__ = [
     "COMPONENTS",
     "ROW_NORMS",
+    "Ablation",
     "Edit",
     "OutputOperator",
     "Profile",

@@ -7,6 +7,7 @@ after each block, the last of them after the final norm. Block i uses entry i+1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -85,3 +86,24 @@ def through_norm(direction_D: Tensor, gain_D: Tensor | None) -> Tensor:
     The stream receives gain ∘ (y / rms(y)), whose component along v is (gain ∘ v)·y / rms(y).
     """
     return direction_D if gain_D is None else _normalise(gain_D.to(direction_D) * direction_D)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What all edits of a run share: the directions and the form of the edit."""
+
+    directions_LD: Tensor
+    """Unit directions [L+1, D], float64."""
+    row_norm: str
+    """One of :data:`heretic_ds.ablation.ROW_NORMS`."""
+    through_norm: bool
+    """Edit along the direction that a norm after the writer maps onto the stream's."""
+
+    def writer_direction(self, block: int, gain_D: Tensor | None, direction_index: float | None) -> Tensor:
+        """Unit direction [D] along which a writer of ``block`` is edited; ``gain_D`` is that of a norm after it."""
+        direction_D = block_direction(self.directions_LD, block, direction_index)
+        return (
+            through_norm(direction_D, gain_D.to(direction_D) if gain_D is not None else None)
+            if self.through_norm
+            else direction_D
+        )

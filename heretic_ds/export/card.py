@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import yaml
 
+from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.names import public_data_name, public_model_name
-from heretic_ds.loading import LoadedModel
-from heretic_ds.model_source import CARD_NAME, LICENCE_FILES
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from heretic_ds.errors import UserError
-from heretic_ds.export.target import MANIFEST_NAME, check_export_target, replaced_folder
-from heretic_ds.loading import LoadedModel
-from heretic_ds.model_source import (
+from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.checkpoint.source import (
     CARD_NAME,
     CODE_FILES,
     CONFIG_NAME,
@@ -29,6 +27,8 @@ from heretic_ds.model_source import (
     read_headers,
     read_json,
 )
+from heretic_ds.errors import UserError
+from heretic_ds.export.target import MANIFEST_NAME, check_export_target, replaced_folder
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.export.names import public_model_name
-from heretic_ds.loading import LoadedModel
 
 SCHEMA = 1
 _PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")

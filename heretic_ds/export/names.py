@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from heretic_ds.loading import LoadedModel
-from heretic_ds.model_source import CONFIG_NAME, is_hub_id, read_json
+from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.checkpoint.source import CONFIG_NAME, is_hub_id, read_json
 
 
 def public_model_name(loaded: LoadedModel) -> str:

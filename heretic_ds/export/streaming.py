@@ -15,14 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from heretic_ds.ablation import Edit, edit_weight_
+from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.engines.protocol import Ablation
+from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
+from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
+from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.checkpoint.sources import Assembled
 from heretic_ds.errors import UserError
-from heretic_ds.loading import LoadedModel, OpenedModel
-from heretic_ds.model_source import TensorInfo
-from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles
-from heretic_ds.sharded_loading.sources import Assembled
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from heretic_ds.errors import UserError
-from heretic_ds.model_source import (
+from heretic_ds.checkpoint.source import (
     CARD_NAME,
     CODE_FILES,
     CONFIG_NAME,
@@ -24,6 +23,7 @@ from heretic_ds.model_source import (
     TOKENIZER_FILES,
     read_json,
 )
+from heretic_ds.errors import UserError
 
 MANIFEST_NAME = "heretic_ds.json"
 _REPLACEABLE = (

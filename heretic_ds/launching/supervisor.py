@@ -19,9 +19,9 @@ from typing import Protocol
 
 import psutil
 
-from heretic_ds import rank_guard
+from heretic_ds.launching import rank_guard
 from heretic_ds.launching.plan import Launch, make_plan
-from heretic_ds.rank_guard import is_alive
+from heretic_ds.launching.rank_guard import is_alive
 
 _LOOK_SECONDS = 0.1
 LAUNCHER_SECONDS = 10.0

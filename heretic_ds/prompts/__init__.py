@@ -1,6 +1,6 @@
 """Prompts: where they come from, how they are put to a chat model, how they are batched."""
 
-from heretic_ds.prompts.batching import Batch, check_lengths, pad_left
+from heretic_ds.prompts.batching import Batch, PromptSet, TokenRows, check_lengths, pad_left
 from heretic_ds.prompts.chat import ChatFormat, decode_answers
 from heretic_ds.prompts.prefix import detect_response_prefix, find_response_prefix
 from heretic_ds.prompts.sources import load_prompts
@@ -8,6 +8,8 @@ from heretic_ds.prompts.sources import load_prompts
 __all__ = [
     "Batch",
     "ChatFormat",
+    "PromptSet",
+    "TokenRows",
     "check_lengths",
     "decode_answers",
     "detect_response_prefix",

@@ -11,6 +11,17 @@ from transformers import PreTrainedConfig
 
 from heretic_ds.errors import UserError
 
+TokenRows = Sequence[Sequence[int]]
+"""Prompts as token ids, one row each, unpadded, ending where the answer starts."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts of one kind and part, as text and as the token ids that are put to the model."""
+
+    texts: Sequence[str]
+    rows: TokenRows
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from omegaconf import MISSING
 
+from heretic_ds.checkpoint.fitness import some_names
 from heretic_ds.errors import UserError
-from heretic_ds.model_fitness import some_names
 from heretic_ds.settings import PromptSource
 
 log = logging.getLogger(__name__)

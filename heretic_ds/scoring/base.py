@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 from heretic_ds.settings import ScoringSettings
 
+Decided = Callable[[Sequence[Sequence[int]]], Sequence[bool]]
+"""For each of several answers, given by their first tokens: whether its scores can no longer change."""
+
 
 class Scorer(ABC):
     """Gives answers a number, which the search minimises for the first of ``scoring.scorers``.

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from heretic_ds.ablation import Edit
-from heretic_ds.engines.protocol import Decided, Engine, TokenRows
-from heretic_ds.scoring.base import Scorer
+from heretic_ds.placements.base import Engine
+from heretic_ds.prompts import PromptSet
+from heretic_ds.scoring.base import Decided, Scorer
 from heretic_ds.search.trials import TrialScores
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one kind and part, as text and as the token ids that are put to the model."""
-
-    texts: Sequence[str]
-    rows: TokenRows
 
 
 class Objective:

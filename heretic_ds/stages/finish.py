@@ -10,11 +10,11 @@ from typing import Any
 
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
+from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
 from heretic_ds.export.streaming import weight_writer
 from heretic_ds.export.target import MANIFEST_NAME
-from heretic_ds.model_source import is_whole, read_json
 from heretic_ds.report import pareto_table, plot_front
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic_ds.ablation import Edit, Profile
+from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
-from heretic_ds.model_source import read_json
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from heretic_ds.ablation import behaviour_directions
-from heretic_ds.engines.protocol import Ablation
+from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
 from heretic_ds.run_folder import write_atomically

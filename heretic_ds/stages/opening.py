@@ -16,16 +16,16 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from heretic_ds.engines import Engine, build_engine
-from heretic_ds.engines.memory import peak_memory
-from heretic_ds.engines.protocol import Ablation
+from heretic_ds.ablation import Ablation
+from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
-from heretic_ds.model_source import is_whole, read_json
+from heretic_ds.placements import Engine, build_engine
 from heretic_ds.run_folder import RunFolder, finished_results
+from heretic_ds.runner.memory import peak_memory
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import PlacementSettings, Settings
 from heretic_ds.world import World

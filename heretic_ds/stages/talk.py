@@ -9,12 +9,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from heretic_ds.chat import chat
-from heretic_ds.engines import Engine, build_engine
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
 from heretic_ds.job import Job
-from heretic_ds.menu import MenuActions, run_menu
+from heretic_ds.placements import Engine, build_engine
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import pareto_front
 from heretic_ds.search.study import Search
@@ -25,6 +23,8 @@ from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
 from heretic_ds.stages.search import continue_search
+from heretic_ds.terminal.chat import chat
+from heretic_ds.terminal.menu import MenuActions, run_menu
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)

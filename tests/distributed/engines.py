@@ -12,13 +12,12 @@ from unittest import mock
 
 import torch
 
-from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines.protocol import Ablation
-from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.checkpoint.open import open_model
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.loading import open_model
+from heretic_ds.runner.engine import ResidentEngine
 from heretic_ds.settings import PlacementSettings, Settings
 from heretic_ds.world import World
 from tests import families
@@ -77,7 +76,7 @@ def measure_tensor_parallel(
     world: World, folder: str, degree: int, backend: str = "auto", count: int = len(LENGTHS)
 ) -> dict[str, Any]:
     """:func:`measure` on the placement `tensor_parallel`."""
-    from heretic_ds.engines import tensor_parallel
+    from heretic_ds.placements import tensor_parallel
 
     placement = PlacementSettings("tensor_parallel", degree, backend)
     engine = tensor_parallel.build(job_for(world, folder), placement, "evaluate")
@@ -91,7 +90,7 @@ def measure_tensor_parallel(
 
 def refusal(world: World, folder: str, degree: int, backend: str = "auto", dtype: str = "float32") -> str:
     """The message with which the placement `tensor_parallel` refuses a model; "accepted" where it does not."""
-    from heretic_ds.engines import tensor_parallel
+    from heretic_ds.placements import tensor_parallel
 
     job, placement = job_for(world, folder, dtype=dtype), PlacementSettings("tensor_parallel", degree, backend)
     try:
@@ -104,8 +103,8 @@ def refusal(world: World, folder: str, degree: int, backend: str = "auto", dtype
 
 def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
     """The dtype that a placement ends with where it tries float16 first, then float32."""
-    from heretic_ds.engines import build_engine
-    from heretic_ds.loading import OpenedModel
+    from heretic_ds.checkpoint.open import OpenedModel
+    from heretic_ds.placements import build_engine
 
     job = job_for(world, folder)
     getattr(job.settings, phase).placement = placement
@@ -119,7 +118,7 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
 
 def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
     """:func:`measure` on the placement `replicated`, in this process alone, by whole passes."""
-    from heretic_ds.engines import replicated
+    from heretic_ds.placements import replicated
 
     job = job_for(World(), str(folder))
     job.settings.generation.prefill_reuse = False
@@ -135,7 +134,8 @@ LATE = [
 
 def measure_late_starts(world: World, folder: str, degree: int, reuse: bool = True) -> dict[str, Any]:
     """Scores of edits that begin late, on prompts that begin alike, and what passes over them may start from."""
-    from heretic_ds.engines import prompt_learning, tensor_parallel
+    from heretic_ds.placements import tensor_parallel
+    from heretic_ds.runner import prompt_learning
 
     job, rows = job_for(world, folder), [prompts()[3][:5] + row for row in prompts()]
     job.settings.generation.prefill_reuse = reuse
@@ -171,7 +171,7 @@ def memory_of_loading(world: World, folder: str, backend: str, parity_check: boo
     """Bytes of host memory that loading took at its peak above what was used before, and what is held afterwards."""
     import deepspeed  # noqa: F401 - its modules are no part of the model
 
-    from heretic_ds.engines import tensor_parallel
+    from heretic_ds.placements import tensor_parallel
 
     job = job_for(world, folder)
     gc.collect()

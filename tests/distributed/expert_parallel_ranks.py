@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from heretic_ds.engines import build_engine, expert_parallel, replicated, resident
-from heretic_ds.engines.in_step import InStepEngine
-from heretic_ds.engines.release import Originals
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.placements import build_engine, expert_parallel, replicated
+from heretic_ds.placements.deepspeed import Originals
+from heretic_ds.runner import engine as resident
+from heretic_ds.runner.in_step import InStepEngine
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed import output_edits_ranks
@@ -191,7 +192,7 @@ def most_rows_tried(world: World, folder: str) -> int:
     engine, tried = _engine(world, folder, None, batch_size=0), []
     forward = engine._first_token_logits
     engine._first_token_logits = lambda rows: tried.append(len(rows)) or forward(rows)  # type: ignore[method-assign]
-    with mock.patch("heretic_ds.engines.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
+    with mock.patch("heretic_ds.runner.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
         engine.reference(prompts())
     engine.close()
     return max(tried)

@@ -10,8 +10,8 @@ from unittest import mock
 import torch.distributed as dist
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
-from heretic_ds.engines import replicated, tensor_parallel
-from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.placements import replicated, tensor_parallel
+from heretic_ds.runner.engine import ResidentEngine
 from heretic_ds.settings import PlacementSettings
 from heretic_ds.world import World
 from tests.distributed.engines import EDIT, ablation_for, job_for, prompts

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from heretic_ds import rank_guard
+from heretic_ds.launching import rank_guard
 
 ENVIRONMENT = (
     "RANK",

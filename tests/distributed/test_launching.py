@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from heretic_ds.launching.plan import free_port
-from heretic_ds.rank_guard import is_alive
+from heretic_ds.launching.rank_guard import is_alive
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]

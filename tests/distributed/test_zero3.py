@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from heretic_ds.engines.offload import check_offload, load_reader
 from heretic_ds.errors import UserError
+from heretic_ds.placements.zero3.offload import check_offload, load_reader
 from heretic_ds.settings import CaptureSettings
 from tests import families
 from tests.distributed import zero3_ranks

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from heretic_ds.engines import build_engine, replicated, zero3
-from heretic_ds.engines.deepspeed_start import start_deepspeed
-from heretic_ds.engines.host_memory import give_back_memory
-from heretic_ds.engines.release import Originals
-from heretic_ds.engines.zero3_partitions import Partitions
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.placements import build_engine, replicated, zero3
+from heretic_ds.placements.deepspeed import Originals, start_deepspeed
+from heretic_ds.placements.zero3.partitions import Partitions
+from heretic_ds.runner.host_memory import give_back_memory
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed.engines import job_for, prompts
@@ -183,8 +182,7 @@ def refusal(world: World, folder: str, phase: str = "capture", **options: Any) -
 
 def refusal_of_edits(world: World, folder: str) -> list[str]:
     """What an engine says to those who want to edit its weights."""
-    from heretic_ds.ablation import Edit, Profile
-    from heretic_ds.engines.protocol import Ablation
+    from heretic_ds.ablation import Ablation, Edit, Profile
 
     engine = build_engine(zero3_job(world, folder), "capture")
     edit = Edit(None, {"mlp": Profile(1.0, 1.0, 1.0, 1.0)})

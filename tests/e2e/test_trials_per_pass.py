@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from heretic_ds.ablation import Edit, Profile
-from heretic_ds.engines.head_start import HeadStart
-from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.reuse import HeadStart
 from tests.e2e.conftest import Heretic, Material, read_results
 
 TRIALS = 8

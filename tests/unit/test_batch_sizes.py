@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from heretic_ds.engines import batch_sizes
-from heretic_ds.engines.batch_sizes import BatchSizing, measure_batch_size
-from heretic_ds.engines.protocol import TokenRows
 from heretic_ds.errors import UserError
+from heretic_ds.prompts import TokenRows
+from heretic_ds.runner import batch_sizes
+from heretic_ds.runner.batch_sizes import BatchSizing, measure_batch_size
 
 
 class Machine:

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heretic_ds import chat as chat_module
-from heretic_ds.chat import Conversation, chat, context_length, stream_answer
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat
 from heretic_ds.settings import PromptSettings
+from heretic_ds.terminal import chat as chat_module
+from heretic_ds.terminal.chat import Conversation, chat, context_length, stream_answer
 from tests import families
 
 
@@ -163,7 +163,7 @@ def test_context_length_of_a_silent_configuration() -> None:
 def test_piped_input_is_read_without_a_prompt() -> None:
     """Piped lines are read until they end; the prompt is for terminals."""
     code = (
-        "from heretic_ds.chat import read_line\n"
+        "from heretic_ds.terminal.chat import read_line\n"
         "try:\n    while True: print(repr(read_line('> ')))\nexcept EOFError: print('end')"
     )
     done = subprocess.run(

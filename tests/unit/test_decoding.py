@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic_ds.engines import decoding, padding
-from heretic_ds.engines.caches import Padded, RoomyLayer, StartedLayer, new_cache, takes_rows
-from heretic_ds.engines.decoding import decode, finished_answers
-from heretic_ds.engines.padding import batches_of, first_cut
+from heretic_ds.runner import decode as decoding
+from heretic_ds.runner import padding
+from heretic_ds.runner.caches import Padded, RoomyLayer, StartedLayer, new_cache, takes_rows
+from heretic_ds.runner.decode import decode, finished_answers
+from heretic_ds.runner.padding import batches_of, first_cut
 from tests import families
 from tests.unit.test_resident import greedy_alone
 
@@ -138,7 +139,7 @@ def test_which_caches_take_rows():
 
 
 def test_a_roomy_layer_holds_what_a_growing_one_does(monkeypatch):
-    monkeypatch.setattr("heretic_ds.engines.caches._ROOM", 3)
+    monkeypatch.setattr("heretic_ds.runner.caches._ROOM", 3)
     from transformers.cache_utils import DynamicLayer
 
     roomy, plain = RoomyLayer(), DynamicLayer()
@@ -156,7 +157,7 @@ def test_a_roomy_layer_holds_what_a_growing_one_does(monkeypatch):
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_roomy_layer_shrinks_in_its_memory(joined, monkeypatch):
-    monkeypatch.setattr("heretic_ds.engines.caches._ROOM", 3)
+    monkeypatch.setattr("heretic_ds.runner.caches._ROOM", 3)
     layer, states = RoomyLayer(), [torch.randn(5, 2, 6, 4) for _ in range(2)]
     layer.update(*states)
     if joined:  # memory without room

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines.expert_parallel_edits import TravellingRows
-from heretic_ds.engines.expert_parallel_layers import ExpertLayers, renamed
-from heretic_ds.engines.from_files import empty_model
-from heretic_ds.engines.output_edits import Rows
+from heretic_ds.checkpoint.from_files import empty_model
+from heretic_ds.checkpoint.open import open_model
+from heretic_ds.checkpoint.sources import Assembled
+from heretic_ds.edits.tables import Rows
 from heretic_ds.errors import UserError
-from heretic_ds.loading import open_model
+from heretic_ds.placements.expert_parallel.edits import TravellingRows
+from heretic_ds.placements.expert_parallel.layers import ExpertLayers, renamed
 from heretic_ds.settings import ModelSettings
-from heretic_ds.sharded_loading.sources import Assembled
 from tests import families
 
 SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3")

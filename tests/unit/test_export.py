@@ -16,6 +16,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from heretic_ds.checkpoint.open import LoadedModel, load_model
+from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
 from heretic_ds.export import (
     CardFacts,
@@ -29,8 +31,6 @@ from heretic_ds.export import (
     target as target_module,
 )
 from heretic_ds.export.target import recover_leftovers
-from heretic_ds.loading import LoadedModel, load_model
-from heretic_ds.model_source import read_headers
 from heretic_ds.settings import ModelSettings
 from tests import families
 from tests.unit.test_loading import edit_json, quantised_gpt_oss

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from heretic_ds.engines import replays
+from heretic_ds.runner import replays
 from tests.conftest import benchmark
 from tests.recorded_graphs import Recorder
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heretic_ds.engines import graphs, memory
-from heretic_ds.engines.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
-from heretic_ds.engines.slots import Slots
+from heretic_ds.runner import graphs, memory
+from heretic_ds.runner.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
+from heretic_ds.runner.slots import Slots
 from tests import families
 from tests.recorded_graphs import Recorder
 

@@ -10,11 +10,12 @@ import torch
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import head_start, prompt_learning, prompt_states, replays
-from heretic_ds.engines.closeness import is_rounding
-from heretic_ds.engines.forward import rope_depends_on_length
-from heretic_ds.engines.memory import spares
-from heretic_ds.engines.prompt_learning import boundaries_within, shared_beginning
+from heretic_ds.runner import prompt_learning, prompt_states, replays
+from heretic_ds.runner import reuse as head_start
+from heretic_ds.runner.closeness import is_rounding
+from heretic_ds.runner.forward import rope_depends_on_length
+from heretic_ds.runner.memory import spares
+from heretic_ds.runner.prompt_learning import boundaries_within, shared_beginning
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import stop_some

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from heretic_ds.engines import headroom
-from heretic_ds.engines.host_memory import give_back_memory
-from heretic_ds.engines.memory import peak_memory
+from heretic_ds.runner import headroom
+from heretic_ds.runner.host_memory import give_back_memory
+from heretic_ds.runner.memory import peak_memory
 
 CPU = torch.device("cpu")
 

@@ -12,21 +12,19 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import build_engine, kernel_inject
-from heretic_ds.engines.injection import parity
-from heretic_ds.engines.injection.adapter import ResidualSum
-from heretic_ds.engines.injection.families import FAMILIES, find_family
-from heretic_ds.engines.injection.inject import Injected, inject
-from heretic_ds.engines.injection.op import load_kernels
-from heretic_ds.engines.injection.workspace import Shape, Workspace
-from heretic_ds.engines.kernel_inject import KernelInjectEngine
-from heretic_ds.engines.protocol import Ablation
-from heretic_ds.engines.release import Originals
-from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.placements import build_engine, kernel_inject
+from heretic_ds.placements.deepspeed import Originals
+from heretic_ds.placements.kernel_inject import KernelInjectEngine, parity
+from heretic_ds.placements.kernel_inject.adapter import ResidualSum
+from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
+from heretic_ds.placements.kernel_inject.inject import Injected, inject
+from heretic_ds.placements.kernel_inject.op import load_kernels
+from heretic_ds.placements.kernel_inject.workspace import Shape, Workspace
+from heretic_ds.runner.engine import ResidentEngine
 from heretic_ds.world import World
 from tests import families
 from tests.conftest import ComposeSettings
@@ -76,7 +74,7 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[InferenceOp]:
     """The stand-in, where DeepSpeed looks for its compiled module."""
     from deepspeed.ops.transformer.inference.op_binding.base import BaseOp
 
-    from heretic_ds.engines.injection.policies import forget
+    from heretic_ds.placements.kernel_inject.policies import forget
 
     stand_in = InferenceOp(pairs_as_in_half=True)
     monkeypatch.setattr(BaseOp, "inference_module", stand_in)
@@ -341,8 +339,8 @@ def test_a_run_builds_the_placement_from_its_settings(
     job = Job.check(settings, World())
     with pytest.raises(UserError, match="CUDA devices only"):
         build_engine(job, "capture")
-    monkeypatch.setattr("heretic_ds.engines.injection.op.refuse_without_cuda", lambda device: None)
-    monkeypatch.setattr("heretic_ds.engines.injection.op.load_kernels", lambda: None)
+    monkeypatch.setattr("heretic_ds.placements.kernel_inject.op.refuse_without_cuda", lambda device: None)
+    monkeypatch.setattr("heretic_ds.placements.kernel_inject.op.load_kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine, rows = build_engine(job, "evaluate"), job.prompts("target.eval").rows
     assert isinstance(engine, KernelInjectEngine) and engine.whole is None and engine.max_edits_per_pass == 1
@@ -376,5 +374,5 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
     injected.close()
     expected = parity.sample(model)
     twin, unlimited = injected_copy(model)
-    monkeypatch.setattr("heretic_ds.engines.injection.workspace.refuse_long", lambda tokens, limit: None)
+    monkeypatch.setattr("heretic_ds.placements.kernel_inject.workspace.refuse_long", lambda tokens, limit: None)
     assert parity.error_of(twin, unlimited.adapter, expected) > 1e-3  # 9 + 5 tokens, as many as the window has

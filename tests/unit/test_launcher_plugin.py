@@ -20,7 +20,7 @@ from heretic_ds.launching.plan import Launch, Plan
 
 RANK = """
 import json, os, signal, sys
-from heretic_ds import rank_guard
+from heretic_ds.launching import rank_guard
 
 def main():
     values = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)

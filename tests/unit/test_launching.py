@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from heretic_ds import rank_guard
 from heretic_ds.errors import UserError
 from heretic_ds.launching import __main__ as command
-from heretic_ds.launching import nodes, plan
+from heretic_ds.launching import nodes, plan, rank_guard
 from heretic_ds.launching.plan import Launch, make_plan
 from heretic_ds.launching.supervisor import Outcome, Supervisor, _Rank
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from heretic_ds import loading, model_fitness
+from heretic_ds.checkpoint import fitness as model_fitness
+from heretic_ds.checkpoint import open as loading
+from heretic_ds.checkpoint.fitness import choose_device, dtype_candidates, first_non_finite
+from heretic_ds.checkpoint.open import LoadedModel, load_model, open_model
+from heretic_ds.checkpoint.source import read_headers, resolve_source
 from heretic_ds.errors import UserError
-from heretic_ds.loading import LoadedModel, load_model, open_model
-from heretic_ds.model_fitness import choose_device, dtype_candidates, first_non_finite
-from heretic_ds.model_source import read_headers, resolve_source
 from heretic_ds.settings import ModelSettings
 from tests import families
 

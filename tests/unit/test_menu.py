@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from heretic_ds.errors import SearchFailed, UserError
-from heretic_ds.menu import MenuActions, run_menu
+from heretic_ds.terminal.menu import MenuActions, run_menu
 
 
 @dataclass

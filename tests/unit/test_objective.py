@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from heretic_ds.ablation import Edit
+from heretic_ds.prompts import PromptSet
 from heretic_ds.scoring import LengthScorer, RefusalScorer, Scorer
-from heretic_ds.search.objective import Objective, PromptSet
+from heretic_ds.search.objective import Objective
 
 TARGET = PromptSet(["t one", "t two", "t three"], [[1], [2], [3]])
 BASELINE = PromptSet(["b one", "b two"], [[4], [5]])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from heretic_ds.engines.offload import check_offload, load_reader, offload_section
-from heretic_ds.engines.zero3_partitions import deepspeed_config, gathered_at_once
 from heretic_ds.errors import UserError
+from heretic_ds.placements.zero3.offload import check_offload, load_reader, offload_section
+from heretic_ds.placements.zero3.partitions import deepspeed_config, gathered_at_once
 from heretic_ds.settings import CaptureSettings
 from heretic_ds.settings_checks import validate
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from heretic_ds.engines import op_building
+from heretic_ds.placements import deepspeed as op_building
 
 
 @pytest.fixture

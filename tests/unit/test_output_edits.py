@@ -12,10 +12,10 @@ from torch import Tensor
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import expert_edits
-from heretic_ds.engines.forward import last_logits
-from heretic_ds.engines.output_edits import OutputEdits, obstacle
-from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.edits import experts as expert_edits
+from heretic_ds.edits.outputs import OutputEdits, obstacle
+from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.runner.forward import last_logits
 from tests import families
 from tests.unit.test_resident import EDIT, LENGTHS, ablation_for, engine_for, greedy_alone, prompts, state
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic_ds.engines import parity
 from heretic_ds.errors import UserError
+from heretic_ds.runner import parity
 
 LOGITS_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import prompt_learning
-from heretic_ds.engines.prompt_learning import Learning
+from heretic_ds.runner import prompt_learning
+from heretic_ds.runner.prompt_learning import Learning
 from tests import families
 
 LAYERS = 4

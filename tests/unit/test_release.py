@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from heretic_ds.engines.headroom import peak_of
-from heretic_ds.engines.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
-from heretic_ds.engines.release import Originals
+from heretic_ds.placements.deepspeed import Originals
+from heretic_ds.runner.headroom import peak_of
+from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
 
 
 def resident() -> int:

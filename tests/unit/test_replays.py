@@ -14,9 +14,9 @@ from torch import nn
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import graphs, replays, slots
-from heretic_ds.engines.replays import Replays, obstacle
-from heretic_ds.engines.resident import ResidentEngine
+from heretic_ds.runner import graphs, replays, slots
+from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.replays import Replays, obstacle
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import prompts, stop_some

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
+from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines.protocol import Ablation
-from heretic_ds.engines.resident import ResidentEngine
 from heretic_ds.errors import UserError
+from heretic_ds.runner.engine import ResidentEngine
 from tests import families
 
 LENGTHS = (9, 4, 6, 11, 5)
@@ -236,8 +235,8 @@ def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(mo
         measured.append(most)
         return most
 
-    monkeypatch.setattr("heretic_ds.engines.batch_sizes.rows_that_fit", rows_that_fit)
-    monkeypatch.setattr("heretic_ds.engines.batch_sizes.measure_batch_size", measure_batch_size)
+    monkeypatch.setattr("heretic_ds.runner.batch_sizes.rows_that_fit", rows_that_fit)
+    monkeypatch.setattr("heretic_ds.runner.batch_sizes.measure_batch_size", measure_batch_size)
     engine = ResidentEngine(
         model := families.build("llama"), families.tokenizer(), find_anatomy(model), 64, prefill_reuse=True
     )

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines.sharding import expert_shards
+from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles, fill, parameters_on_meta, split
+from heretic_ds.checkpoint.open import open_model
+from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
-from heretic_ds.loading import open_model
-from heretic_ds.model_source import read_headers
+from heretic_ds.placements.tensor_parallel.sharding import expert_shards
 from heretic_ds.settings import ModelSettings
-from heretic_ds.sharded_loading import Checkpoint, Shard, TensorFiles, fill, parameters_on_meta, split
 from tests import families
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_parameters_that_have_memory_are_filled_where_they_lie(tmp_path):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_reading_any_range_gives_that_range(shape, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("heretic_ds.sharded_loading.files._BUFFER_BYTES", 2**16)
+    monkeypatch.setattr("heretic_ds.checkpoint.files._BUFFER_BYTES", 2**16)
     tensor = torch.randn(shape).mul(100).to(dtype)
     save_file({"other": torch.ones(3), "tensor": tensor}, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path, read_headers(tmp_path))

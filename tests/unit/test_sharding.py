@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from heretic_ds.ablation import ROW_NORMS, edit_weight, edit_weight_, row_norms, row_overlaps
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import sharding
+from heretic_ds.checkpoint import Shard, parameters_on_meta, split
+from heretic_ds.checkpoint.shards import share
 from heretic_ds.errors import UserError
-from heretic_ds.sharded_loading import Shard, parameters_on_meta, split
-from heretic_ds.sharded_loading.shards import share
+from heretic_ds.placements.tensor_parallel import sharding
 from tests import families
 
 DEGREE = 3

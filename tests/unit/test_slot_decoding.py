@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines import graphs, padding, slot_decoding
-from heretic_ds.engines.decoding import finished_answers
-from heretic_ds.engines.graphs import CannotReplay, NoRoom, ReplayedSteps
-from heretic_ds.engines.replays import obstacle
-from heretic_ds.engines.slot_decoding import replayed_answers
+from heretic_ds.runner import graphs, padding, slot_decoding
+from heretic_ds.runner.decode import finished_answers
+from heretic_ds.runner.graphs import CannotReplay, NoRoom, ReplayedSteps
+from heretic_ds.runner.replays import obstacle
+from heretic_ds.runner.slot_decoding import replayed_answers
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import ENDS, LENGTHS, NEW_TOKENS, PAD, expected_of, prompts, stop_some

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from heretic_ds.engines.forward import Forward
-from heretic_ds.engines.grouped_attention import per_key_head
-from heretic_ds.engines.slots import Slots
 from heretic_ds.prompts import pad_left
+from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.grouped_attention import per_key_head
+from heretic_ds.runner.slots import Slots
 from tests import families
 
 ROWS = [[9, 30, 41, 17, 22], [12, 50], [33, 8, 19, 60, 71, 15, 44]]

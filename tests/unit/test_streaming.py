@@ -6,13 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from heretic_ds.ablation import Edit, Profile
+from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.engines.protocol import Ablation
-from heretic_ds.engines.weights import WeightEditor
+from heretic_ds.checkpoint.open import load_weights, open_model
+from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.streaming import weight_writer
-from heretic_ds.loading import load_weights, open_model
 from heretic_ds.settings import ModelSettings
 from tests import families
 

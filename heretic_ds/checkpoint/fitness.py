@@ -1,0 +1,138 @@
+"""Which device and dtype a model can run on, and whether its numbers are sound."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `model.device` names; `auto` is the accelerator where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        device = accelerator or torch.device("cpu")
+    else:
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise UserError(f"model.device={name} is no device; expected auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cpu":
+        return device
+    count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
+    if (device.index or 0) >= count:
+        raise UserError(f"model.device={name}: {count} such devices are usable here; set model.device=auto or cpu.")
+    return torch.device(
+        device.type, device.index if device.index is not None else torch.accelerator.current_device_index()
+    )
+
+
+def own_dtype(config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The checkpoint's dtype: as its configuration says, else of most of its numbers, else float32."""
+    for part in (config, config.get_text_config()):
+        if isinstance(part.dtype, torch.dtype):
+            return part.dtype
+        if part.dtype in DTYPES:
+            return DTYPES[part.dtype]
+    counts: dict[torch.dtype, int] = {}
+    for info in headers.values():
+        dtype = _HEADER_DTYPES.get(info.dtype)
+        if dtype is not None:
+            counts[dtype] = counts.get(dtype, 0) + math.prod(info.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+
+
+def dtype_candidates(wanted: str, own: torch.dtype, device: torch.device, parameters: int = 0) -> list[torch.dtype]:
+    """Dtypes to try, best first. An explicit `wanted` is the only one.
+
+    CPUs run float16 slowly and some operations not at all: there float16 becomes float32, which holds it
+    exactly, or bfloat16 where `parameters` numbers of 4 bytes would not fit into memory. GPUs without
+    bfloat16 get float16.
+    """
+    if wanted != "auto":
+        if wanted not in DTYPES:
+            raise UserError(f"model.dtype={wanted} is unknown; expected auto, float32, bfloat16 or float16.")
+        return [DTYPES[wanted]]
+    if own == torch.float16 and device.type == "cpu":
+        roomy = 4 * parameters < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return [torch.float32, torch.bfloat16] if roomy else [torch.bfloat16]
+    if own == torch.float16:
+        return [torch.float16, torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
+    if own == torch.bfloat16:
+        return [torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
+    return [own]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter or buffer with a NaN or an infinity; one pass, without temporaries.
+
+    A buffer may hold -inf, as masks do.
+    """
+    for name, tensor in model.named_parameters():
+        if not _finite(tensor):
+            return name
+    for name, buffer in model.named_buffers():
+        if not _finite(buffer, allow_minus_infinity=True):
+            return name
+    return None
+
+
+def _finite(tensor: Tensor, allow_minus_infinity: bool = False) -> bool:
+    if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+        return True
+    low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))  # both are NaN if any number is
+    return math.isfinite(high) and (math.isfinite(low) or (allow_minus_infinity and low == -math.inf))
+
+
+@torch.no_grad()
+def forward_problem(model: PreTrainedModel) -> str | None:
+    """What is wrong with the logits of a few tokens, or None."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(1, 9, device=model.device) % vocabulary)[None]
+    try:
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the model leaves no memory on {model.device} for a forward pass ({first_line(error)}); "
+            "set model.device=cpu, or a smaller model.dtype."
+        ) from error
+    except (RuntimeError, NotImplementedError) as error:
+        return f"failed ({first_line(error)})"
+    if logits.isnan().any() or (logits == math.inf).any() or not logits.isfinite().any():
+        return "gave logits that are not finite"
+    return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def some_names(names: Iterable[str], shown: int = 4) -> str:
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - shown} more" if len(ordered) > shown else ""
+    return ", ".join(ordered[:shown]) + rest

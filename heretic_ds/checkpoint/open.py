@@ -1,0 +1,306 @@
+"""Loads a Hugging Face causal language model: whole, finite, on one device, ready to be edited."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+
+from heretic_ds.checkpoint import parameters_on_meta
+from heretic_ds.checkpoint.fitness import (
+    choose_device,
+    dtype_candidates,
+    dtype_name,
+    first_line,
+    first_non_finite,
+    forward_problem,
+    own_dtype,
+    some_names,
+)
+from heretic_ds.checkpoint.source import (
+    ModelSource,
+    TensorInfo,
+    read_config,
+    read_headers,
+    resolve_source,
+)
+from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
+from heretic_ds.errors import UserError
+from heretic_ds.settings import ModelSettings
+
+log = logging.getLogger(__name__)
+
+_OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
+
+
+@dataclass
+class OpenedModel:
+    """All of a model but its weights, which every placement lays out in its own way."""
+
+    settings: ModelSettings
+    source: ModelSource
+    config: PreTrainedConfig
+    headers: Mapping[str, TensorInfo]
+    """What the weight files hold, by tensor name."""
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any | None
+    """Processor of a vision-language wrapper; None for text models."""
+    device: torch.device
+    quantization: str | None
+    """Method by which the checkpoint is quantised; the model in memory never is."""
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Dtypes to load the weights in, best first."""
+        parameters = sum(math.prod(info.shape) for info in self.headers.values())
+        return dtype_candidates(self.settings.dtype, own_dtype(self.config, self.headers), self.device, parameters)
+
+    def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
+        options: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
+        if self.settings.attn_implementation:
+            options["attn_implementation"] = self.settings.attn_implementation
+        with parameters_on_meta():
+            config = copy.deepcopy(self.config)  # engines write their choices into it
+            model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
+        return self.ready(model)
+
+    def loaded(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> LoadedModel:
+        """``model``, whole or its skeleton, with what goes with it; ``dtype`` is that of its weights."""
+        return LoadedModel(
+            model=model,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            source=self.source.folder,
+            dtype=dtype or model.dtype,
+            device=self.device,
+            model_name=self.source.name,
+            revision=self.source.revision,
+            is_hub=self.source.is_hub,
+            quantization=self.quantization,
+        )
+
+    def ready(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same model in eval mode, without gradients, decoding greedily."""
+        model.requires_grad_(False).eval()
+        model.config._name_or_path = self.source.name
+        model.generation_config = greedy_generation_config(self.source.folder, model.config, self.tokenizer)
+        return model
+
+
+@dataclass
+class LoadedModel:
+    """A whole model in memory, with what is needed to prompt it and to write an edited copy of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any | None
+    """Processor of a vision-language wrapper; None for text models."""
+    source: Path
+    """Folder of the original checkpoint on this machine."""
+    dtype: torch.dtype
+    device: torch.device
+    model_name: str
+    """Hub id, or the folder's name."""
+    revision: str | None = None
+    """Commit of a hub model."""
+    is_hub: bool = False
+    quantization: str | None = None
+    """Method by which the checkpoint is quantised; the model in memory never is."""
+
+
+def open_model(settings: ModelSettings) -> OpenedModel:
+    """Find the model that `settings` name and check all that its configuration and file headers can tell.
+
+    Its device becomes the current one of this process.
+    Raises UserError for anything wrong with the model or the settings, naming the file or tensor.
+    """
+    source = resolve_source(settings.path, settings.revision)
+    raw = read_config(source.folder)
+    headers = read_headers(source.folder)
+    device = choose_device(settings.device)
+    if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
+        torch.cuda.set_device(device)
+    return OpenedModel(
+        settings=settings,
+        source=source,
+        config=_load_config(settings, source, raw),
+        headers=headers,
+        device=device,
+        tokenizer=load_tokenizer(settings, source),
+        processor=load_processor(settings, source),
+        quantization=_quantization(raw),
+    )
+
+
+def load_weights(opened: OpenedModel) -> LoadedModel:
+    """The whole model on its device: finite, complete, in the best dtype that a first forward runs in.
+
+    `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward is not
+    finite. Raises UserError naming the file or tensor at fault.
+    """
+    return opened.loaded(opened.ready(_load_in_some_dtype(opened)))
+
+
+def load_model(settings: ModelSettings) -> LoadedModel:
+    """:func:`open_model` and :func:`load_weights` in one."""
+    return load_weights(open_model(settings))
+
+
+def _load_config(settings: ModelSettings, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """The model's configuration, checked to be that of a causal language model that transformers knows."""
+    kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
+    if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
+        raise UserError(
+            f"model.path={settings.path}: its config.json has model_type={kind!r}, an architecture that "
+            "this version of transformers does not know; choose another model or a newer transformers."
+        )
+    if kind not in CONFIG_MAPPING and not settings.trust_remote_code:
+        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=settings.trust_remote_code)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
+        raise UserError(f"{source.folder}/config.json is not usable: {first_line(error)}") from error
+    architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
+    known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
+    if not known and "AutoModelForCausalLM" in own_code and not settings.trust_remote_code:
+        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    causal = known or "AutoModelForCausalLM" in own_code
+    if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
+        raise UserError(
+            f"model.path={settings.path} is a {architecture} ({kind}); expected a causal language model, "
+            "which continues text."
+        )
+    return config
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that builds the checkpoint's own architecture: no tower of a wrapper is dropped."""
+    wanted = (config.architectures or ["none stated"])[0]
+    candidates = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+    for auto in candidates:
+        built = auto._model_mapping[type(config)]
+        if wanted in [getattr(cls, "__name__", "") for cls in (built if isinstance(built, tuple) else (built,))]:
+            return auto
+    return candidates[0] if candidates else AutoModelForCausalLM
+
+
+def _load_in_some_dtype(opened: OpenedModel) -> PreTrainedModel:
+    settings, source, config, device = opened.settings, opened.source, opened.config, opened.device
+    own = own_dtype(config, opened.headers)
+    reason = ""
+    for dtype in opened.dtypes:
+        if reason:
+            log.warning("%s; loading it in %s instead", reason, dtype_name(dtype))
+        model = _load_weights(settings, source, config, dtype, device)
+        tensor = first_non_finite(model)
+        widens = dtype in (own, torch.float32, torch.float64)
+        if tensor is not None and widens:
+            raise UserError(
+                f"model.path={settings.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
+            )
+        if tensor is not None:
+            reason = f"{tensor} of {settings.path} is not finite in {dtype_name(dtype)}"
+        else:
+            problem = forward_problem(model)
+            if problem is None:
+                return model
+            reason = f"a first forward of {settings.path} in {dtype_name(dtype)} on {device} {problem}"
+        del model
+    raise UserError(f"{reason}; set another model.dtype (float32 is the safest) or model.device.")
+
+
+def _load_weights(
+    settings: ModelSettings,
+    source: ModelSource,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Weights in `dtype` on `device`; UserError where some are missing, for those would be left random."""
+    options: dict[str, Any] = {
+        "trust_remote_code": settings.trust_remote_code,
+        **_dequantised(settings.path, config),
+    }
+    if settings.attn_implementation:
+        options["attn_implementation"] = settings.attn_implementation
+    if device.type != "cpu" and importlib.util.find_spec("accelerate"):
+        options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
+    try:
+        model, info = _auto_class(config).from_pretrained(
+            source.folder, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+        if info["missing_keys"]:
+            raise UserError(
+                f"model.path={settings.path}: its weight files lack {some_names(info['missing_keys'])}, "
+                f"which {type(model).__name__} needs; the checkpoint is incomplete."
+            )
+        if info["unexpected_keys"]:
+            log.warning("not used by %s: %s", type(model).__name__, some_names(info["unexpected_keys"]))
+        if _quantization(config) is not None:
+            _forget_quantization(model)
+        return model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"model.path={settings.path} in {dtype_name(dtype)} does not fit on {device} "
+            f"({first_line(error)}); set model.device=cpu, or a smaller model.dtype."
+        ) from error
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"model.path={settings.path} cannot be loaded: {first_line(error)}") from error
+
+
+def _quantization(raw: Mapping[str, Any] | PreTrainedConfig) -> str | None:
+    """Quantisation method of a raw or loaded configuration."""
+    fields = raw if isinstance(raw, Mapping) else raw.to_dict()
+    for part in (fields, fields.get("text_config") or {}):
+        if part.get("quantization_config"):
+            return str(part["quantization_config"].get("quant_method", "unnamed"))
+    return None
+
+
+def _dequantised(path: str, config: PreTrainedConfig) -> dict[str, Any]:
+    """Loading options under which transformers turns a quantised checkpoint into plain tensors."""
+    method = _quantization(config)
+    if method is None:
+        return {}
+    known = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}
+    if method not in known:
+        raise UserError(
+            f"model.path={path} is quantised with {method}, which cannot be edited; use the unquantised original."
+        )
+    log.warning("%s is quantised with %s: its weights are dequantised, and so will its edited copy be", path, method)
+    try:
+        return {"quantization_config": known[method](dequantize=True)}
+    except ImportError as error:
+        raise UserError(f"model.path={path} is quantised with {method}: {first_line(error)}") from error
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Make a dequantised model an ordinary one, saved under the names of an unquantised checkpoint."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    # Undoing the conversions of this loading would write tensors under the quantised names.
+    model._weight_conversions = None  # type: ignore[assignment]
+    for part in (model.config, model.config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config

@@ -1,0 +1,1 @@
+"""Edits carried out on a model: in its weights, in its outputs, in the outputs of its experts."""

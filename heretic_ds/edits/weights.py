@@ -1,0 +1,57 @@
+"""Edits of resident weights, with the originals kept on the host so that every one comes back bit for bit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from heretic_ds.ablation import Ablation, Edit, Reduce, edit_weight_
+from heretic_ds.anatomy import Anatomy, Writer
+
+
+class WeightEditor:
+    """Brings the writers of one model into the state that an edit asks for."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, reduce: Reduce | None = None) -> None:
+        """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here."""
+        self._model = model
+        self.reduce = reduce
+        """Adds up a tensor over the ranks between which every writer's inputs are split; None where it is whole."""
+        self._writers = anatomy.writers
+        self._ablation: Ablation | None = None
+        self._originals: dict[str, Tensor] = {}
+        self._edited: set[str] = set()
+        self._worn: Edit | None = None
+        self._settled = True
+
+    def prepare(self, ablation: Ablation) -> None:
+        """Take the directions of all edits to come."""
+        self.wear(None)
+        self._ablation = ablation
+
+    @torch.no_grad()
+    def wear(self, edit: Edit | None) -> None:
+        """Make the weights those of ``edit`` (None: the originals). Always computed from the originals."""
+        if self._settled and edit == self._worn:
+            return
+        self._settled = False  # an interrupted change must not look complete
+        for writer in self._writers:
+            self._restore(writer)
+            if edit is not None and (strength := edit.strength(writer.component, writer.block)) != 0.0:
+                self._edit(writer, edit, strength)
+        self._worn, self._settled = edit, True
+
+    def _restore(self, writer: Writer) -> None:
+        if writer.weight in self._edited:
+            writer.weight_DK(self._model).copy_(self._originals[writer.weight])
+            self._edited.discard(writer.weight)
+
+    def _edit(self, writer: Writer, edit: Edit, strength: float) -> None:
+        if self._ablation is None:
+            raise RuntimeError("an edit was asked for before prepare() gave the directions")
+        weight_DK = writer.weight_DK(self._model)
+        if writer.weight not in self._originals:
+            self._originals[writer.weight] = weight_DK.detach().to("cpu", copy=True)
+        direction_D = self._ablation.writer_direction(writer.block, writer.norm_gain(self._model), edit.direction_index)
+        self._edited.add(writer.weight)
+        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm, self.reduce)

@@ -1,0 +1,73 @@
+"""What every placement offers, whatever lies behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from heretic_ds.ablation import Ablation, Edit
+from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.prompts import TokenRows
+from heretic_ds.scoring.base import Decided
+
+
+class Engine(Protocol):
+    """One model on its devices.
+
+    ``kl`` and ``generate`` take up to ``max_edits_per_pass`` edits and leave the weights as they found them, as far as
+    a caller can tell; ``apply`` edits the weights themselves until ``restore``. An edit of None stands for the weights
+    as they are.
+    """
+
+    max_edits_per_pass: int
+    whole: LoadedModel | None
+    """The model where it lies whole in this process, so that it can be written or talked to; else None."""
+    batch_sizes: dict[str, int]
+    """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured, or halved for want of memory."""
+
+    @property
+    def degree(self) -> int:
+        """Ranks that hold one replica of the model together."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as loaded."""
+        ...
+
+    def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
+        """Mean residuals [L+1, D], float64, at the last position of each prompt."""
+        ...
+
+    def prepare(self, ablation: Ablation) -> None:
+        """Take the directions that every later edit refers to."""
+        ...
+
+    def reference(self, prompts: TokenRows) -> Any:
+        """First-token distributions of the model as it stands, to be passed to :meth:`kl`."""
+        ...
+
+    def kl(self, prompts: TokenRows, reference: Any, edits: Sequence[Edit | None]) -> list[float]:
+        """For each edit the mean over prompts of KL(reference || edited) of the first answer token, in nats."""
+        ...
+
+    def generate(
+        self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
+    ) -> list[list[list[int]]]:
+        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        ...
+
+    def apply(self, edit: Edit) -> None:
+        """Edit the weights."""
+        ...
+
+    def restore(self) -> None:
+        """Bring every weight back, bit for bit."""
+        ...
+
+    def close(self) -> None:
+        """Release the model's memory; the engine is of no use afterwards."""
+        ...

@@ -1,0 +1,207 @@
+"""The placement ``tensor_parallel``: each rank of a replica holds a part of every weight, and all run the same passes.
+
+Parts are read from the weight files directly; no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from heretic_ds.ablation import Reduce
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
+from heretic_ds.checkpoint.dtypes import in_some_dtype
+from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
+from heretic_ds.edits.fused_experts import sum_experts_over_ranks
+from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.errors import UserError
+from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding
+from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
+from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.parity import check_split_model
+from heretic_ds.settings import PlacementSettings
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
+
+log = logging.getLogger(__name__)
+
+
+def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
+    """The engine over a model whose weights are split over the ranks of a replica.
+
+    Raises UserError, on every rank, where the model cannot be split that way.
+    """
+    world, generation = job.world, job.settings.generation
+    replicas = world.replicas(placement.degree, f"{phase}.degree")
+    group = replicas.inside
+
+    def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
+        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+        backend, shards = "none", {}
+        with closed_on_error(checkpoint), _advising(phase):
+            if group is not None:
+                backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+                shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+        return model, checkpoint, backend
+
+    compared = placement.parity_check and group is not None
+    model, checkpoint, backend = in_some_dtype(
+        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
+    )
+    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
+    if compared:
+        check_split_model(
+            job,
+            model,
+            checkpoint,
+            what=f"{phase}.backend={backend}",
+            otherwise=f"choose another {phase}.backend, or {phase}=replicated",
+        )
+    checkpoint.files.close()
+    engine = ResidentEngine(
+        model,
+        job.opened.tokenizer,
+        job.anatomy,
+        generation.max_new_tokens,
+        generation.batch_size,
+        editor=WeightEditor(model, job.anatomy, sum_over(group)),
+        replicas=replicas,
+        same=world.same,
+        prefill_reuse=generation.prefill_reuse,
+    )
+    if group is None:
+        engine.whole = job.opened.loaded(model)
+    return engine
+
+
+def check(job: Job, placement: PlacementSettings, phase: str) -> None:
+    """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
+    degree = job.world.degree(placement.degree, f"{phase}.degree")
+    refuse_quantised(job.opened, phase)
+    if degree == 1:
+        return
+    model = job.opened.skeleton()
+    with _advising(phase):
+        sharding.expert_shards(model, job.anatomy, 0, degree)
+        backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
+        _plan(model, job.anatomy, backend, degree, phase)
+
+
+@contextmanager
+def _advising(phase: str) -> Iterator[None]:
+    """Add to a reason why the model cannot be split what to set instead."""
+    try:
+        yield
+    except sharding.CannotSplit as error:
+        raise UserError(
+            f"{error}; choose another {phase}.backend or {phase}.degree, or set {phase}=replicated"
+        ) from error
+
+
+def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
+    """Adds up a tensor over the ranks of a replica; None where there is one."""
+    if group is None:
+        return None
+
+    def add_up(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    return add_up
+
+
+def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str) -> sharding.Layout | None:
+    """The family's plan where it is to be carried out here; UserError where the model's heads do not divide."""
+    model_type = model.config.model_type
+    layout = None
+    if backend == "hf_plan":
+        layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
+    if layout is None or sharding.splits_heads(anatomy, layout):
+        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, f"{phase}.degree")
+    return layout
+
+
+def _lay_out(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup,
+    backend: str,
+    phase: str,
+) -> dict[str, Shard]:
+    """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
+    member, degree = dist.get_rank(group), dist.get_world_size(group)
+    layout = _plan(model, anatomy, backend, degree, phase)
+    shards = sharding.expert_shards(model, anatomy, member, degree)
+    _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
+    if layout is None:
+        shards |= autotp.lay_out(model, checkpoint.shapes, group, degree)
+    else:
+        shards |= hf_plan.lay_out(model, layout, group, member, degree)
+    shards |= _split_embedding(model, anatomy, group, member, degree)
+    shards |= _split_head(model, checkpoint, shards, group, degree)
+    _shrink(model, shards)
+    sum_experts_over_ranks(model, anatomy, group)
+    widths: list[Any] = [None] * degree
+    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=group)
+    sharding.check_degree(anatomy, shards, degree, widths)
+    return shards
+
+
+def _split_embedding(
+    model: nn.Module, anatomy: Anatomy, group: dist.ProcessGroup, member: int, degree: int
+) -> dict[str, Shard]:
+    """Rows of the token embedding for this rank: no plan splits it, and it is a tenth of many models."""
+    embedding = model.get_submodule(anatomy.embedding)
+    if not isinstance(embedding, nn.Embedding):
+        return {}
+    shard = split(embedding.weight.shape, 0, member, degree)
+    start, stop = (shard.ranges or ((0, 0),))[0]
+    split_vocabulary(embedding, group, start, stop)
+    return {f"{anatomy.embedding}.weight": shard}
+
+
+def _split_head(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    shards: Mapping[str, Shard],
+    group: dist.ProcessGroup,
+    degree: int,
+) -> dict[str, Shard]:
+    """Rows of the output head for this rank, where it is tied to the embedding, or nobody has split it yet.
+
+    DeepSpeed splits a tied head by its inputs, apart from the embedding: twice the memory in a large vocabulary.
+    """
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    name = f"{path}.weight"
+    if path is None or name not in checkpoint.shapes or (name in shards and name not in checkpoint.tied):
+        return {}
+    outputs, inputs = checkpoint.shapes[name]
+    bias = f"{path}.bias" in checkpoint.shapes
+    whole = nn.Linear(inputs, outputs, bias, device="meta", dtype=checkpoint.dtypes[name])
+    member = dist.get_rank(group)
+    model.set_submodule(path, SplitByOutputs(whole, group, member, degree, gathered=True).requires_grad_(False))
+    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], member, degree)
+
+
+def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:
+    """Give split parameters the shape of this rank's part, without memory."""
+    for name, shard in shards.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        whole = module.get_parameter(attribute)
+        empty = torch.empty(shard.local_shape, dtype=whole.dtype, device="meta")
+        module._parameters[attribute] = nn.Parameter(empty, requires_grad=False)

@@ -1,0 +1,153 @@
+"""The check that a split model computes what the unsplit one does, on any size of model.
+
+The reference needs no rank that holds the whole model: one block at a time gets its weights, runs, and loses them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.checkpoint import Checkpoint
+from heretic_ds.checkpoint.fitness import dtype_name, first_line
+from heretic_ds.errors import UserError
+from heretic_ds.prompts import pad_left
+from heretic_ds.runner.forward import Forward, last_logits
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
+
+log = logging.getLogger(__name__)
+
+_LENGTHS = (11, 5, 8)
+"""Tokens of each row: unlike, so that padding is part of the check."""
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION = 0.15
+"""In 16 bits sums in another order differ by a few percent, more where a router's choice flips; what is wrong by
+design differs by half and more."""
+
+
+def sample_rows(vocabulary: int, count: int = len(_LENGTHS)) -> list[list[int]]:
+    """A few rows of tokens from all over the vocabulary, the same on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [_LENGTHS[row % len(_LENGTHS)] for row in range(count)]
+    return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def streamed_logits(
+    model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, rows: list[list[int]], device: torch.device
+) -> Tensor:
+    """Logits [B, V] of the unsplit model after each row, float32, on the host.
+
+    ``model`` is empty, with its parameters on the meta device, and is so again afterwards. Memory for one block at a
+    time, or for one module outside the blocks.
+    """
+    for name in checkpoint.shapes:  # buffers are small, and stay
+        path, _, attribute = name.rpartition(".")
+        if attribute in model.get_submodule(path)._buffers:
+            model.get_submodule(path)._buffers[attribute] = checkpoint.read(name, checkpoint.whole(name), device)
+    for module in model.modules():
+        for attribute, buffer in module._buffers.items():
+            module._buffers[attribute] = None if buffer is None else buffer.to(device)
+    batch = pad_left(rows, 0).to(device)
+    with ExitStack() as stack:
+        for unit, parts in _units(model, anatomy):
+            streamed = _Streamed(parts, checkpoint, device)
+            stack.callback(unit.register_forward_pre_hook(streamed.load).remove)
+            stack.callback(unit.register_forward_hook(streamed.drop).remove)
+        forward = Forward(model)
+        logits_BV = forward(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, use_cache=False)
+    return logits_BV.float().cpu()
+
+
+def _units(model: nn.Module, anatomy: Anatomy) -> list[tuple[nn.Module, list[tuple[str, nn.Module]]]]:
+    """Modules that get weights when they run, each with those modules, by path, whose weights these are."""
+    blocks = model.get_submodule(anatomy.blocks)
+    inside: set[int] = set()
+    units = []
+    for index, block in blocks.named_children():
+        prefix = f"{anatomy.blocks}.{index}"
+        parts = [(f"{prefix}.{path}" if path else prefix, module) for path, module in block.named_modules()]
+        inside |= {id(module) for _, module in parts}
+        units.append((block, parts))
+    outside = [(path, module) for path, module in model.named_modules() if id(module) not in inside]
+    return units + [(module, [(path, module)]) for path, module in outside if module._parameters]
+
+
+class _Streamed:
+    """Modules that have weights only while one of them runs."""
+
+    def __init__(self, parts: list[tuple[str, nn.Module]], checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint, self._device = checkpoint, device
+        self._empty = [
+            (module, attribute, parameter, f"{path}.{attribute}" if path else attribute)
+            for path, module in parts
+            for attribute, parameter in module.named_parameters(recurse=False)
+        ]
+
+    def load(self, module: nn.Module, args: Any) -> None:
+        """Read the weights."""
+        for owner, attribute, _, name in self._empty:
+            weight = self._checkpoint.read(name, self._checkpoint.whole(name), self._device)
+            owner._parameters[attribute] = nn.Parameter(weight, requires_grad=False)
+
+    def drop(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forget them."""
+        for owner, attribute, empty, _ in self._empty:
+            owner._parameters[attribute] = empty
+
+
+def check_split_model(
+    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str, otherwise: str, turn: int = 0, turns: int = 1
+) -> None:
+    """Compare with the unsplit model, which rank 0 runs block by block.
+
+    All ranks call it; ``what`` and ``otherwise`` are :func:`check`'s. Where each rank of a replica has rows of its own,
+    this one's are in the ``turn``-th of as many orders as there are ``turns``: what comes back to another rank's row is
+    noticed.
+    """
+    count = max(len(_LENGTHS), turns)
+    rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size, count)
+
+    def reference() -> Tensor:
+        return streamed_logits(job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device)
+
+    reference_BV = job.world.decide(reference)
+    order = [(turn + row) % len(rows) for row in range(len(rows))]
+    try:
+        with torch.inference_mode():
+            logits_BV = last_logits(model, [rows[row] for row in order], pad_id=0).float().cpu()
+    except RuntimeError as error:  # shapes that do not fit: on every rank alike
+        raise UserError(
+            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
+        ) from error
+    job.world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
+
+
+def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> None:
+    """Compare a split model's logits with the unsplit model's; raise UserError where they are another model's.
+
+    ``what`` names the choice that split it, ``otherwise`` says what to choose instead.
+    """
+    reference_BV = reference_BV.double()
+    if reference_BV.isnan().any() or (reference_BV == math.inf).any():
+        raise UserError(
+            f"the unsplit model gives logits that are not finite in {dtype_name(dtype)}; set another model.dtype "
+            "(float32 is the safest)"
+        )
+    spread = (reference_BV - reference_BV.mean(-1, keepdim=True)).norm()
+    error = ((logits_BV.double().cpu() - reference_BV).norm() / spread).item()
+    if not error <= _TOLERANCES.get(dtype, _LOW_PRECISION):
+        raise UserError(
+            f"{what} gives other logits than the unsplit model (off by {error:.2g} of their spread): it does not "
+            f"serve this model; {otherwise}"
+        )
+    log.info("%s gives the logits of the unsplit model (off by %.1e of their spread)", what, error)
