@@ -42,7 +42,7 @@ class Subject:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         from heretic_ds.anatomy import find_anatomy
-        from heretic_ds.runner.engine import ResidentEngine
+        from heretic_ds.runner.engine import Runner, RunnerOptions
 
         torch.manual_seed(0)
         self.torch, self.device = torch, device
@@ -52,7 +52,7 @@ class Subject:
         class Tokens:
             pad_token_id, eos_token_id = 0, 2
 
-        self.engine = ResidentEngine(self.model, Tokens(), find_anatomy(self.model), 1, batch_size=BATCH)
+        self.engine = Runner(self.model, find_anatomy(self.model), Tokens(), RunnerOptions(1, BATCH))
 
     def prompts(self, count: int) -> list[list[int]]:
         """Random tokens; one batch is as long as any may be, so that the largest is the same for all counts."""

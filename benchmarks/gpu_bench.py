@@ -102,6 +102,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
     import torch
 
     from heretic_ds.ablation import Ablation, Edit
+    from heretic_ds.scoring.kl import Divergence
     from heretic_ds.stages.search import MOST_TRIALS
 
     steps, together = what.split("-")
@@ -111,7 +112,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
     directions_LD = torch.nn.functional.normalize(torch.randn(shape, generator=generator).double(), dim=-1)
     engine.prepare(Ablation(directions_LD, "full", False))
     rows = rows[:100]
-    reference = engine.reference(rows)
+    reference = Divergence(engine, rows)
     engine.generate(rows, [None])
     # The rule of search.trials_per_pass=auto on a GPU.
     most = max(1, min(MOST_TRIALS, math.ceil(engine.batch_sizes["generate"] / len(rows))))
@@ -120,7 +121,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
 
     def once() -> None:
         edits = [Edit.from_dict(_edit(next(numbers))) for _ in range(trials)]
-        engine.kl(rows, reference, edits)
+        reference.of(edits)
         engine.generate(rows, edits)
 
     once()

@@ -143,6 +143,7 @@ def parity(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
 
     from heretic_ds.ablation import Ablation, Edit
     from heretic_ds.placements.kernel_inject import parity as forced
+    from heretic_ds.scoring.kl import Divergence
 
     engine, rows = engine_of(folder, placement, dtype, "evaluate")
     file = folder / "reference.pt"
@@ -151,8 +152,8 @@ def parity(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     directions_LD = torch.nn.functional.normalize(torch.randn(means_LD.shape, generator=generator).double(), dim=-1)
     engine.prepare(Ablation(directions_LD, "full", False))
     before = {writer.weight: writer.weight_DK(engine.model).cpu().clone() for writer in engine.anatomy.writers[:4]}
-    original = engine.reference(rows[:32])
-    kl = engine.kl(rows[:32], original, [Edit.from_dict(EDIT)])[0]
+    original = Divergence(engine, rows[:32])
+    kl = original.of([Edit.from_dict(EDIT)])[0]
     engine.restore()
     restored = all(torch.equal(w.weight_DK(engine.model).cpu(), before[w.weight]) for w in engine.anatomy.writers[:4])
     if placement == "replicated" and dtype == "float32":

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.job import Job
 from heretic_ds.prompts import TokenRows
-from heretic_ds.scoring.base import Decided
+from heretic_ds.runner.engine import RunnerOptions
+from heretic_ds.scoring.base import Decided, ReadLogits
 
 
 class Engine(Protocol):
     """One model on its devices.
 
-    ``kl`` and ``generate`` take up to ``max_edits_per_pass`` edits and leave the weights as they found them, as far as
-    a caller can tell; ``apply`` edits the weights themselves until ``restore``. An edit of None stands for the weights
-    as they are.
+    ``distributions`` and ``generate`` take up to ``max_edits_per_pass`` edits at once and leave the weights as they
+    found them, as far as a caller can tell; ``apply`` edits the weights themselves until ``restore``. An edit of None
+    stands for the weights as they are.
     """
 
     max_edits_per_pass: int
@@ -46,12 +48,17 @@ class Engine(Protocol):
         """Take the directions that every later edit refers to."""
         ...
 
-    def reference(self, prompts: TokenRows) -> Any:
-        """First-token distributions of the model as it stands, to be passed to :meth:`kl`."""
-        ...
+    def distributions(
+        self,
+        prompts: TokenRows,
+        edits: Sequence[Edit | None],
+        read: ReadLogits,
+        continuations: TokenRows | None = None,
+    ) -> list[list[float]]:
+        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
 
-    def kl(self, prompts: TokenRows, reference: Any, edits: Sequence[Edit | None]) -> list[float]:
-        """For each edit the mean over prompts of KL(reference || edited) of the first answer token, in nats."""
+        After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens.
+        """
         ...
 
     def generate(
@@ -71,3 +78,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release the model's memory; the engine is of no use afterwards."""
         ...
+
+
+def runner_options(job: Job) -> RunnerOptions:
+    """What the settings choose of how passes are run."""
+    chosen = job.settings.generation
+    return RunnerOptions(chosen.max_new_tokens, chosen.batch_size, chosen.cuda_graphs, chosen.prefill_reuse)

@@ -68,6 +68,13 @@ _OWNERS: tuple[Any, ...] = (torch, torch.nn.functional, torch.Tensor, nn.Module,
 """Where DeepSpeed puts functions of its own: the constructors of tensors, ``functional.linear``, hooks of modules."""
 
 
+def collectives_of_deepspeed() -> tuple[Any, ...]:
+    """Objects in which DeepSpeed keeps PyTorch's collective functions."""
+    from deepspeed.comm import comm
+
+    return (comm.cdb,)
+
+
 class Originals:
     """The functions of PyTorch as they are when this is made, to be put back after a library replaced some."""
 

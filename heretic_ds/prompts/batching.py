@@ -10,9 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from heretic_ds.errors import UserError
-
-TokenRows = Sequence[Sequence[int]]
-"""Prompts as token ids, one row each, unpadded, ending where the answer starts."""
+from heretic_ds.scoring.base import TokenRows
 
 
 @dataclass(frozen=True)

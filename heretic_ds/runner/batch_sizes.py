@@ -1,18 +1,25 @@
-"""How many rows a batch has: as many as memory holds and the best throughput asks for, both found by measuring."""
+"""How many rows a batch has: as many as memory holds and the best throughput asks for, both found by measuring.
+
+And what happens where memory runs out all the same.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.headroom import rows_that_fit
-from heretic_ds.runner.memory import is_out_of_memory, lend_spares, release_memory, too_large
+from heretic_ds.errors import UserError
+from heretic_ds.runner.comm import ALONE, Comm
+from heretic_ds.runner.memory import free_bytes, peak_of, release_memory
+from heretic_ds.runner.rows import Row
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MOST_ROWS = 512
 """Largest batch that is tried."""
@@ -25,92 +32,216 @@ _GAIN = 1.02
 _MOST_RUNS, _LONG_ENOUGH = 5, 0.1
 """Runs by which a batch size is measured, and undisturbed seconds after which there have been enough."""
 _SHORTEST = 1e-6
+_SAFE_SHARE = 0.5
+"""Part of the free memory that a batch may fill: other ranks, and other programs, take from the same."""
 
 
-@dataclass(frozen=True)
-class BatchSizing:
-    """Finds the batch sizes of one engine."""
+class Evictable(Protocol):
+    """Somebody who holds memory that can be done without."""
 
-    device: torch.device
-    max_new_tokens: int
-    starts_late: bool
-    """Whether passes over prompts of edited models start from what is known."""
-    same: Callable[[float], float]
-    """Makes one rank's number that of all ranks that have to come to the same."""
-    least: Callable[[int], int] | None = None
-    """The least of all ranks' numbers, for ranks of which none can try again after memory ran out on it."""
+    def evict(self) -> bool:
+        """Free it for good; whether there was any."""
+        ...
 
-    def find(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any], trials: int) -> int:
-        """Rows per batch of a phase, of which ``work`` does a sample on some rows: of answers :data:`PROBE_TOKENS`.
+    def rest(self) -> None:
+        """Free it for the moment: it is taken again when it is needed."""
+        ...
 
-        Batches may hold rows of so many ``trials``. Raises UserError where even one row does not fit.
+
+class Batches:
+    """Rows of one engine in batches, by phase (``capture``, ``kl``, ``generate``)."""
+
+    def __init__(self, comm: Comm, device: torch.device, name: str, max_new_tokens: int, retries: bool = True) -> None:
+        """``name`` is the placement's; without ``retries`` it is lost once memory has run out in a pass."""
+        self._comm, self._device, self._name, self._max_new_tokens = comm, device, name, max_new_tokens
+        self._retries = retries
+        self.sizes: dict[str, int] = {}
+        """Rows per batch, as set, measured, or halved for want of memory."""
+        self.evictable: list[Evictable] = []
+        """Who is asked for memory where it runs out, before batches get smaller."""
+        self.starts_late = False
+        """Whether passes over prompts of edited models start from what is known."""
+
+    def over(
+        self, rows: Sequence[Row], phase: str, work: Callable[[Sequence[Row]], T], cut: Callable[[list[int]], int] = len
+    ) -> Iterator[tuple[Sequence[Row], T]]:
+        """Run ``work`` over consecutive batches of rows, the longest first, yielding (batch, result).
+
+        ``cut`` says, by their lengths, how many of the first rows that would make up a batch had better be one by
+        themselves. A batch that runs out of memory on any partner is halved on all of them and tried again, and the
+        smaller size is kept for the rest of the run. Raises :class:`UserError` where even one row does not fit.
         """
-        on_cpu, longest = self.device.type == "cpu", sorted(prompts, key=len, reverse=True)
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self.sizes[phase]]
+            batch = batch[: cut([len(row) for row in batch])]
+            size = (phase, len(batch), max(map(len, batch)))
+            ok, result = self._attempt(phase, len(batch), lambda: work(batch), size)  # noqa: B023 - called at once
+            if not ok:
+                self._shrink(phase, len(batch))
+                continue
+            yield batch, result  # type: ignore[misc]  # a result is there where memory held it
+            start += len(batch)
+
+    def finish(self, rows: Sequence[Row], phase: str, work: Callable[[int], None]) -> None:
+        """Call ``work`` with as many rows at a time as the phase has, and with half as many whenever memory runs out.
+
+        ``work`` goes on with those of the rows that are not done.
+        """
+        while left := [row for row in rows if not row.done]:
+            most = min(self.sizes[phase], len(left))
+            size = (phase, most, max(map(len, left)))
+            ok, _ = self._attempt(phase, most, lambda: work(most), size)  # noqa: B023 - called at once
+            if not ok:
+                self._shrink(phase, min(most, sum(not row.done for row in left)))
+
+    def _attempt(self, phase: str, rows: int, work: Callable[[], T], size: Any) -> tuple[bool, T | None]:
+        try:
+            return self._comm.attempt(work, size)
+        except MemoryError as error:
+            raise self._lost(phase, rows) from error
+
+    def _fits(self, phase: str, rows: int, work: Callable[[], Any], what: str) -> bool:
+        """Whether memory holds a sample of work."""
+        ok, _ = self._attempt(phase, rows, work, (what, phase, rows))
+        if not (ok or self._retries):
+            raise self._lost(phase, rows)
+        return ok
+
+    def _shrink(self, phase: str, rows: int) -> None:
+        """Make batches half as large as one that ran out of memory, for the rest of the run, unless some can be had."""
+        release_memory()
+        if not self._retries:
+            raise self._lost(phase, rows)
+        if any([spare.evict() for spare in self.evictable]):
+            return
+        if rows <= 1:
+            raise too_large(phase)
+        self.sizes[phase] = rows // 2
+        log.warning("out of memory with %d rows in a batch (%s); going on with %d", rows, phase, self.sizes[phase])
+
+    def _lost(self, phase: str, rows: int) -> UserError:
+        if rows <= 1:
+            return too_large(phase)
+        return UserError(
+            f"memory ran out with {rows} rows in a batch ({phase}), from which {self._name} cannot recover; "
+            f"set generation.batch_size below {rows}"
+        )
+
+    def find(self, rows: Sequence[Row], phase: str, work: Callable[[Sequence[Row]], Any], trials: int = 1) -> None:
+        """Settle the rows per batch of a phase where that is open; ``work`` does a sample of it on some rows.
+
+        A sample of answers has :data:`PROBE_TOKENS` tokens. Batches may hold rows of so many ``trials``. Raises
+        UserError where even one row does not fit.
+        """
+        if phase in self.sizes:
+            return
+        on_cpu, prompts = self._device.type == "cpu", sorted((row.prompt for row in rows), key=len, reverse=True)
         if trials > 1 and not on_cpu:
-            longest = [row for row in longest for _ in range(trials)]
-        lend_spares()
-        most = self._most_rows(phase, longest, work)
+            prompts = [prompt for prompt in prompts for _ in range(trials)]
+        for spare in self.evictable:  # else a batch would be measured in what is left, and stay small when it is gone
+            spare.rest()
+        most = self._most_rows(phase, prompts, work)
         if on_cpu:
-            longest = self._as_computed(phase, longest)
-        clock = time.process_time if on_cpu else time.perf_counter
+            prompts = self._as_computed(phase, prompts)
+
+        def run(count: int) -> bool:
+            return self._fits(phase, count, lambda: work([Row(prompt) for prompt in prompts[:count]]), "measured")
 
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
-            return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in longest[:count])
+            return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in prompts[:count])
 
-        return measure_batch_size(lambda count: work(longest[:count]), most, phase, self.same, clock, tokens)
+        clock = time.process_time if on_cpu else time.perf_counter
+        self.sizes[phase] = measure_batch_size(run, most, phase, self._comm, clock, tokens)
 
-    def _as_computed(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
+    def _as_computed(self, phase: str, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have."""
         share = _SHARE_COMPUTED if self.starts_late and phase != "capture" else 1.0
         if phase == "generate":
-            share *= min(1.0, PROBE_TOKENS / self.max_new_tokens)
-        return [row[-max(1, round(share * len(row))) :] for row in rows]
+            share *= min(1.0, PROBE_TOKENS / self._max_new_tokens)
+        return [row[-max(1, round(share * len(row))) :] for row in prompts]
 
-    def _most_rows(self, phase: str, longest: TokenRows, work: Callable[[TokenRows], Any]) -> int:
-        """Rows of the largest batch that is tried; ``longest`` are the prompts, longest first.
+    def _most_rows(self, phase: str, prompts: Sequence[Sequence[int]], work: Callable[[Sequence[Row]], Any]) -> int:
+        """Rows of the largest batch that is tried; ``prompts`` are the longest first.
 
         A CPU has to be asked how much memory it has: a process that takes more is ended, and cannot try again.
         """
-        most = min(len(longest), MOST_ROWS)
-        if self.device.type != "cpu" and self.least is None:
+        most = min(len(prompts), MOST_ROWS)
+        if self._device.type != "cpu" and self._retries:
             return most
-        rows, fitting = self._as_they_end(phase, longest[:most]), most
-        try:
-            fitting = rows_that_fit(lambda count: work(rows[:count]), most, self.device)
-        except Exception as error:
-            if self.least is not None or not is_out_of_memory(error):  # which measuring finds anew, and deals with
-                raise
-        return int(self.same(fitting)) if self.least is None else self.least(fitting)
+        # As long as they will be when the last tokens of their answers are decoded.
+        added = max(0, self._max_new_tokens - PROBE_TOKENS) if phase == "generate" else 0
+        rows = [Row([*prompt, *([prompt[-1]] * added)]) for prompt in prompts[:most]]
 
-    def _as_they_end(self, phase: str, rows: TokenRows) -> list[Sequence[int]]:
-        """Rows as long as they will be when the last tokens of their answers are decoded."""
-        added = max(0, self.max_new_tokens - PROBE_TOKENS) if phase == "generate" else 0
-        return [[*row, *([row[-1]] * added)] for row in rows]
+        def run(count: int) -> None:
+            for row in rows[:count]:
+                row.begin()
+            if not self._fits(phase, count, lambda: work(rows[:count]), "fitting"):
+                raise torch.OutOfMemoryError
+
+        try:
+            fitting = rows_that_fit(run, most, self._device)
+        except torch.OutOfMemoryError:
+            release_memory()
+            fitting = 1 if self._comm.partners is not None else most  # alone, measuring finds it anew
+        return int(self._comm.least(fitting))
+
+
+def rows_that_fit(run: Callable[[int], object], most: int, device: torch.device) -> int:
+    """Rows, at most ``most``, whose working memory fits, by the peaks of two small batches.
+
+    ``run(n)`` does a sample of the work on n rows. Without a way to measure memory, ``most``.
+    """
+    few, more = 1, min(4, most)
+    run(few)  # the first call allocates what all later ones share
+    if more == few:
+        return most
+    low, high = peak_of(lambda: run(few), device), peak_of(lambda: run(more), device)
+    free = free_bytes(device)
+    if low is None or high is None or free is None or high <= low:
+        return most
+    row = (high - low) / (more - few)
+    return max(1, min(most, int(few + (_SAFE_SHARE * free - low) / row)))
 
 
 def measure_batch_size(
-    run: Callable[[int], object],
+    run: Callable[[int], bool],
     most: int,
     phase: str,
-    same: Callable[[float], float] = lambda value: value,
+    comm: Comm = ALONE,
     clock: Callable[[], float] = time.perf_counter,
     amount: Callable[[int], float] = float,
 ) -> int:
     """Rows per batch with the best measured throughput, up to ``most``.
 
-    ``run(n)`` does a sample of the phase's work on n rows, which comes to ``amount(n)``. Sizes are doubled until two in
-    a row bring no gain, for one measurement is easily off; then the size between the best and its successor is tried,
-    so that it need not be a power of two. On a CPU ``clock`` is the processor's, since other programs' work should not
-    count. ``same`` makes one rank's measurement that of all ranks, which have to run as often and come to one size.
+    ``run(n)`` does a sample of the phase's work on n rows, which comes to ``amount(n)``, and says whether memory held
+    it. Sizes are doubled until two in a row bring no gain, for one measurement is easily off; then the size between the
+    best and its successor is tried, so that it need not be a power of two. On a CPU ``clock`` is the processor's, since
+    other programs' work should not count. All ranks come to one size: that of the slowest, which memory held on each.
     Raises :class:`UserError`, which names the ``phase``, where even one row does not fit.
     """
-    if math.isinf(_seconds(run, 1, same, clock)):  # also: first calls pay for what is set up lazily
+
+    def seconds(size: int) -> float:
+        started = clock()
+        if not run(size):
+            release_memory()
+            return comm.most(math.inf)
+        return comm.most(max(clock() - started, _SHORTEST))
+
+    def fastest(size: int) -> float:
+        """Of several runs, of which there are fewer the longer they take."""
+        found: list[float] = []
+        while len(found) < _MOST_RUNS and len(found) * min(found, default=0.0) < _LONG_ENOUGH:
+            found.append(seconds(size))
+        return min(found)
+
+    if math.isinf(seconds(1)):  # also: first calls pay for what is set up lazily
         raise too_large(phase)
     rates: dict[int, float] = {}
 
     def rate(size: int) -> float:
         if size not in rates:
-            rates[size] = same(amount(size) / _fastest(run, size, same, clock))
+            rates[size] = comm.least(amount(size) / fastest(size))
         return rates[size]
 
     best, size, without_gain = 1, 1, 0
@@ -127,28 +258,9 @@ def measure_batch_size(
     return best
 
 
-def _fastest(
-    run: Callable[[int], object], size: int, same: Callable[[float], float], clock: Callable[[], float]
-) -> float:
-    """Seconds of the fastest of several runs, of which there are fewer the longer they take."""
-    seconds: list[float] = []
-    while len(seconds) < _MOST_RUNS and len(seconds) * min(seconds, default=0.0) < _LONG_ENOUGH:
-        seconds.append(_seconds(run, size, same, clock))
-    return min(seconds)
-
-
-def _seconds(
-    run: Callable[[int], object], size: int, same: Callable[[float], float], clock: Callable[[], float]
-) -> float:
-    """Seconds that a run takes; infinite where memory runs out."""
-    started = clock()
-    failed = False
-    try:
-        run(size)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        failed = True
-    if failed:
-        release_memory()
-    return same(math.inf if failed else max(clock() - started, _SHORTEST))
+def too_large(phase: str) -> UserError:
+    """What to say where memory does not hold a batch of one."""
+    return UserError(
+        f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
+        "generation.max_new_tokens, or a placement that spreads the model"
+    )

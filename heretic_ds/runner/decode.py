@@ -1,266 +1,308 @@
 """Greedy decoding: as few steps, rows and tokens as the answers need.
 
-Works over the model's own cache classes, so that every attention kind (full, sliding, linear, convolution) decodes. A
-row that is done makes room for the next prompt where the cache takes rows while it is in use; elsewhere, and when no
-prompts are left, the batch shrinks.
+Rows lie in slots, whose places are given to the next prompts as answers end (:class:`_SlotRun`); on CUDA steps are
+captured and replayed. Models whose caches hold more than keys and values, and ranks that run in lockstep, decode batch
+by batch over the model's own cache, from which rows leave as they end (:func:`shrinking`).
 
-Shapes: B rows, S positions, V vocabulary.
+On CUDA the host is one step behind: while the device computes a step, the tokens of the step before it are read, and
+scorers asked. A row that has ended is noticed one step late, and what it answers in that step is discarded.
+
+Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.caches import RoomyLayer, join_rows, new_cache, pad_columns, takes_rows
-from heretic_ds.runner.forward import Forward, Prefill
-from heretic_ds.runner.padding import batches_of
-from heretic_ds.scoring.base import Decided
+from heretic_ds.anatomy import Anatomy
+from heretic_ds.checkpoint.fitness import first_line
+from heretic_ds.runner import graphs, slots
+from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.graphs import CannotCapture, Graphs, MakeGraph
+from heretic_ds.runner.memory import is_out_of_memory, release_memory
+from heretic_ds.runner.parity import is_rounding, slot_distances
+from heretic_ds.runner.rows import Row, Stop, batches_of
+from heretic_ds.runner.slots import Slots
 
-OnRows = Callable[[Sequence[int]], None]
-"""Told before a forward pass, whenever the rows of the batch have changed, which prompt each of them answers."""
-
-_DECIDE_EVERY = 4
-"""Tokens between two questions to the scorers: turning tokens into text costs about as much as a small model's step."""
+log = logging.getLogger(__name__)
 
 COMPACT_BELOW = 0.75
 """Share of live rows in a batch below which the others' rows leave it, or are given to the next prompts."""
+_ROOM = 32
+"""Columns for which slots take memory at once, where it may move."""
+_HALVINGS = 2
+"""Times that fewer rows are tried where memory runs out beside graphs, before these are given up."""
+_NOBODY = Row((), done=True)
 
 
-class Answers:
-    """The answers to a list of prompts, as far as they have got."""
+class Decoder:
+    """All ways to the answers of one model's prompts."""
 
-    def __init__(self, count: int, ends: Collection[int], max_new_tokens: int, decided: Decided | None) -> None:
-        self._ends, self._decided = ends, decided
-        self.limit = max_new_tokens
-        """Tokens of the longest answer."""
-        self.of: list[list[int]] = [[] for _ in range(count)]
-        """By prompt."""
+    def __init__(self, forward: Forward, anatomy: Anatomy, rows_move: bool = True, cuda_graphs: bool = False) -> None:
+        """``rows_move``: whether rows may come and go in a batch at all; ``cuda_graphs``: whether steps are to be
+        captured where the device has graphs."""
+        self._forward, self._anatomy = forward, anatomy
+        self._obstacle = None if rows_move else "ranks decode in lockstep, or by kernels of their own"
+        self._settled = not rows_move
+        self._wants_graphs, self._halvings = cuda_graphs, _HALVINGS
+        self._graphs: Graphs | None = None
 
-    def note(self, rows: Sequence[int], live: list[bool], tokens: Sequence[int]) -> list[int]:
-        """Note the next token of each row that is live, and in ``live`` those that end with it; gives their prompts."""
-        before, asked = places(live), []
-        for position in before:
-            answer = self.of[rows[position]]
-            if tokens[position] in self._ends:
-                live[position] = False
-                continue
-            answer.append(tokens[position])
-            live[position] = len(answer) < self.limit
-            if live[position] and len(answer) % _DECIDE_EVERY == 0:
-                asked.append(position)
-        if self._decided is not None and asked:
-            verdicts = self._decided([self.of[rows[position]] for position in asked])
-            for position, verdict in zip(asked, verdicts, strict=True):
-                live[position] = not verdict
-        return [rows[position] for position in before if not live[position]]
+    def settle(self) -> None:
+        """Find out, once, whether rows can lie in slots: one step over them is compared with one over the model's own
+        cache. No edits of outputs may be active; memory that runs out is the caller's to deal with."""
+        if self._settled:
+            return
+        self._obstacle = slots.obstacle(self._forward) or self._difference()
+        self._settled = True
+        if self._obstacle is not None:
+            log.info("answers are decoded batch by batch: %s", self._obstacle)
+            self._give_up_graphs(self._obstacle)
+        elif found := graphs.obstacle(self._forward, self._anatomy):
+            self._give_up_graphs(found)
 
+    def _difference(self) -> str | None:
+        try:
+            error, rounding = slot_distances(self._forward)
+        except Exception as failure:  # of the model's own code, which was not written for such a cache or mask
+            if is_out_of_memory(failure):
+                raise
+            return f"a trial step failed ({type(failure).__name__}: {first_line(failure)})"
+        if is_rounding(error, rounding):
+            return None
+        return f"a trial step gave other logits (off by {error:.2g} of their spread)"
 
-def places(live: Sequence[bool]) -> list[int]:
-    """Positions of what is true."""
-    return [position for position, each in enumerate(live) if each]
-
-
-class _Batch:
-    """Rows in flight, each with its next token, which the model has not seen yet."""
-
-    def __init__(self, rows: list[int], token_B: Tensor, mask_BS: Tensor, position_B1: Tensor, cache: DynamicCache):
-        self.rows = rows
-        """The prompt that each row answers."""
-        self.live = [True] * len(rows)
-        self.ended: list[int] = []
-        """Prompts whose answers have ended since this was last asked for."""
-        self.token_B, self.mask_BS, self.position_B1, self.cache = token_B, mask_BS, position_B1, cache
+    def without_slots(self, reason: str) -> None:
+        """Decode batch by batch from now on."""
+        self._settled, self._obstacle = True, reason
+        self._give_up_graphs(reason)
 
     @property
-    def going(self) -> list[int]:
-        """Positions of the rows that go on."""
-        return places(self.live)
+    def moves_rows(self) -> bool:
+        """Whether rows come and go one by one, so that :meth:`answers` serves; else :func:`shrinking` does."""
+        return self._obstacle is None
 
-    def take_ended(self) -> list[int]:
-        """The prompts whose answers have ended since the last call."""
-        ended, self.ended = self.ended, []
-        return ended
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured, so that edits have to lie in memory that stays."""
+        return self._wants_graphs and self.moves_rows and graphs.maker_for(self._forward.device) is not None
 
-    def keep(self, positions: Sequence[int]) -> None:
-        """Leave the rows at ``positions``."""
-        keep_B = self._positions(positions)
-        self.cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # transformers says LongTensor
-        self.token_B, self.mask_BS = self.token_B[keep_B], self.mask_BS[keep_B]
-        self.position_B1 = self.position_B1[keep_B]
-        self._keep_rows(positions)
+    @torch.inference_mode()
+    def answers(self, rows: Sequence[Row], stop: Stop, at_once: int, edits: int = 0) -> Iterator[Row]:
+        """Answer rows, at most ``at_once`` at a time, and give each as it ends; ``edits``: :meth:`Graphs.replay`."""
+        while left := [row for row in rows if not row.done]:
+            for row in left:
+                row.begin()
+            most, failure = min(at_once, len(left)), None
+            captured = self._reserved(most, max(map(len, left)) + stop.limit)
+            if captured is not None:
+                captured.forget(below=edits)
+            try:
+                yield from _SlotRun(self._forward, captured, edits, left, stop, most).run()
+                return
+            except CannotCapture as caught:
+                failure = str(caught)
+            self._give_up_graphs(failure)  # outside the handler, where the traceback no longer holds tensors
 
-    def shrink(self, positions: Sequence[int], width: int) -> None:
-        """Leave the rows at ``positions``, in another order: few of them are moved, the others stay in their memory."""
-        count = len(positions)
-        order, holes = list(range(count)), sorted(set(range(count)) - set(positions))
-        moved = [position for position in positions if position >= count]
-        for hole, position in zip(holes, moved, strict=True):
-            order[hole] = position
-        origin_N, target_N, order_B = map(self._positions, (moved, holes, order))
-        for layer in self.cache.layers:
-            if isinstance(layer, RoomyLayer):
-                layer.shrink(origin_N, target_N, count, width)
-        self.token_B, self.position_B1 = self.token_B[order_B], self.position_B1[order_B]
-        self.mask_BS = self.mask_BS[order_B][:, -width:]
-        self._keep_rows(order)
+    def _reserved(self, rows: int, columns: int) -> Graphs | None:
+        """Graphs over slots of at least such a size; None where steps are not captured."""
+        if not self.captures:
+            return None
+        have = self._graphs
+        if have is not None and (have.slots.rows < rows or have.slots.columns < columns):
+            rows, columns = max(rows, have.slots.rows), max(columns, have.slots.columns)
+            have = self._graphs = None
+        if have is None:
+            have = self._graphs = Graphs(Slots(self._forward, rows, graphs.rounded(columns)), self._new_maker)
+        return have
 
-    def refill(self, positions: Sequence[int], added: Sequence[_Batch], width: int) -> None:
-        """Leave the rows at ``positions`` and append those of other batches; none uses more than ``width`` columns."""
-        keep_B = self._positions(positions)
-        join_rows(self.cache, positions, [other.cache for other in added], width)
-        self.token_B = torch.cat([self.token_B[keep_B], *(other.token_B for other in added)])
-        self.position_B1 = torch.cat([self.position_B1[keep_B], *(other.position_B1 for other in added)])
-        masks = [self.mask_BS[keep_B], *(other.mask_BS for other in added)]
-        self.mask_BS = torch.cat([pad_columns(mask_BS, width) for mask_BS in masks])
-        self._keep_rows(positions)
-        for other in added:
-            self.rows, self.live = self.rows + other.rows, self.live + other.live
-            self.ended += other.take_ended()
+    def _new_maker(self) -> MakeGraph:
+        maker = graphs.maker_for(self._forward.device)
+        if maker is None:
+            raise RuntimeError(f"{self._forward.device} has no graphs")
+        return maker
 
-    def _positions(self, positions: Sequence[int]) -> Tensor:
-        return torch.tensor(positions, dtype=torch.int64, device=self.token_B.device)
+    def _give_up_graphs(self, reason: str) -> None:
+        """Go on without captured steps, and say why, where they were to be expected; memory is given back."""
+        if self._wants_graphs and graphs.maker_for(self._forward.device) is not None:
+            log.warning("decoding without CUDA graphs: %s", reason)
+        self._wants_graphs = False
+        self.rest()
 
-    def _keep_rows(self, positions: Sequence[int]) -> None:
-        self.rows, self.live = [self.rows[p] for p in positions], [self.live[p] for p in positions]
+    def evict(self) -> bool:
+        """Give back memory where it has run out; False where fewer rows have to be tried."""
+        if self._graphs is None:
+            return False
+        self.rest()
+        if self._halvings:
+            self._halvings -= 1
+            return False
+        self._give_up_graphs("memory ran out beside what captured steps keep")
+        return True
+
+    def rest(self) -> None:
+        """Free slots and graphs, which are made anew when rows come; for when none are in flight."""
+        if self._graphs is not None:
+            self._graphs = None
+            release_memory()
+
+    def forget(self) -> None:
+        """Drop what was captured: the edits that it refers to are no longer there."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
 
-class _Decoder:
-    """One run over a list of prompts."""
+class _SlotRun:
+    """One run over a list of rows."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: TokenRows,
-        prefill: Prefill,
-        answers: Answers,
-        on_rows: OnRows | None,
-        refills: bool,
+        self, forward: Forward, captured: Graphs | None, edits: int, rows: Sequence[Row], stop: Stop, most: int
     ) -> None:
-        self._model, self._forward, self._prefill = model, Forward(model), prefill
-        self._prompts, self._answers, self._on_rows = prompts, answers, on_rows
-        self.refills = refills and takes_rows(new_cache(model, roomy=True))
-        """Whether rows join a batch in flight."""
-        self._announced: list[int] = []
+        """``captured`` steps have slots of their own; without them slots last for this run."""
+        self._forward, self._captured, self._edits, self._stop, self._most = forward, captured, edits, stop, most
+        self._slots = Slots(forward, most, _ROOM) if captured is None else captured.slots
+        self._waiting = list(rows)
+        self._at = [_NOBODY] * self._slots.rows
+        """The row in each slot, or that which was there last."""
+        self._told: list[Row] = []
+        self._ahead = 1 if self._slots.device.type == "cuda" else 0
+        """Steps that the device may have been given beyond those whose tokens have been read."""
+        self._unread: deque[Callable[[], list[int]]] = deque()
+        self._ended: list[Row] = []
 
-    def begin(self, rows: list[int]) -> list[_Batch]:
-        """Prompts with the first token of each answer; in several batches where that saves padding."""
-        if not self.refills:
-            return [self._begin(rows)]
-        rows = sorted(rows, key=lambda row: -len(self._prompts[row]))
-        return [self._begin(rows[part.start : part.stop]) for part in batches_of([len(self._prompts[r]) for r in rows])]
+    def run(self) -> Iterator[Row]:
+        """Rows as their answers end."""
+        while True:
+            ended, self._ended = self._ended, []
+            yield from ended
+            going = [slot for slot, row in enumerate(self._at) if not row.done]
+            if self._waiting and len(going) <= COMPACT_BELOW * self._most:
+                self._settled(self._fill)
+            elif not going:
+                return
+            elif self._is_sparse(len(going), going[-1] + 1):
+                self._settled(self._move_together)
+            elif all(len(self._at[slot].answer) + len(self._unread) >= self._stop.limit for slot in going):
+                self._read()  # no row needs another step
+            else:
+                self._step(going[-1] + 1)
 
-    def _begin(self, rows: list[int]) -> _Batch:
-        self._announce(rows)
-        cache = new_cache(self._model, roomy=self.refills)
-        begun = self._prefill([self._prompts[row] for row in rows], cache)
-        batch = _Batch(rows, begun.logits_BV.argmax(dim=-1), begun.mask_BS, begun.position_B1, cache)
-        self._note(batch)
-        return batch
-
-    def keep(self, batch: _Batch, positions: Sequence[int], added: Sequence[_Batch] = ()) -> None:
-        """Leave the rows at ``positions`` and append those of other batches."""
-        if not self.refills:
-            batch.keep(positions)
-            return
-        rows = [batch.rows[position] for position in positions] + [row for other in added for row in other.rows]
-        width = max(len(self._prompts[row]) + max(len(self._answers.of[row]), 1) - 1 for row in rows)
-        if added:
-            batch.refill(positions, added, width)
+    def _settled(self, change: Callable[[], None]) -> None:
+        """Change the rows, or first read what they have answered: by that, other rows may have to change."""
+        if self._unread:
+            self._read()
         else:
-            batch.shrink(positions, width)
+            change()
 
-    def step(self, batch: _Batch) -> None:
-        """The next token of every row."""
-        self._announce(batch.rows)
-        batch.mask_BS = torch.cat([batch.mask_BS, batch.mask_BS.new_ones(len(batch.rows), 1)], dim=1)
-        batch.position_B1 = batch.position_B1 + 1
-        logits_BV = self._forward(
-            batch.token_B[:, None], batch.mask_BS, batch.position_B1, past_key_values=batch.cache, use_cache=True
-        )
-        batch.token_B = logits_BV.argmax(dim=-1)
-        self._note(batch)
+    def _is_sparse(self, live: int, slots: int) -> bool:
+        """Whether rows that are moved together make a step so much smaller that it is worth it."""
+        if self._captured is None:
+            return live <= COMPACT_BELOW * slots
+        return self._captured.pad(live, 1)[0] < self._captured.pad(slots, 1)[0]
 
-    def _announce(self, rows: list[int]) -> None:
-        if self._on_rows is not None and rows != self._announced:
-            self._on_rows(rows)
-            self._announced = list(rows)
+    def _columns(self) -> int:
+        """Columns that live rows use once they have taken the next step."""
+        return max((len(row) for row in self._at if not row.done), default=0) + len(self._unread)
 
-    def _note(self, batch: _Batch) -> None:
-        """Note each live row's new token in its answer, and which rows end with it."""
-        batch.ended += self._answers.note(batch.rows, batch.live, batch.token_B.tolist())
+    def _step(self, rows: int) -> None:
+        slots, columns = self._slots, self._columns()
+        if self._captured is None:
+            slots.reserve(0, graphs.rounded(columns, _ROOM))
+        else:
+            rows, columns = self._captured.pad(rows, columns)
+        if self._at[:rows] != self._told:
+            self._told = self._at[:rows]
+            self._forward.assign(self._told, None if self._captured is None else slots.trial_R[:rows])
+        if self._captured is None:
+            slots.answer(rows, columns)
+        else:
+            self._captured.replay(rows, columns, self._edits)
+        slots.advance(rows)
+        self._unread.append(read_later(slots.next_R[:rows]))
+        if len(self._unread) > self._ahead:
+            self._read()
+
+    def _read(self) -> None:
+        """Note the tokens of the oldest step that has not been read."""
+        tokens = self._unread.popleft()()
+        # Rows lie where they lay when the step was taken: they change when everything has been read.
+        self._ended += self._stop.note(self._at[: len(tokens)], tokens)
+
+    def _fill(self) -> None:
+        """Give free slots to the next prompts, with the first token of each answer."""
+        free = [slot for slot, row in enumerate(self._at[: self._most]) if row.done]
+        rows, self._waiting = self._waiting[: len(free)], self._waiting[len(free) :]
+        rows = sorted(rows, key=lambda row: -len(row.prompt))
+        for part in batches_of([len(row.prompt) for row in rows]):
+            self._begin(rows[part.start : part.stop], free[part.start : part.stop])
+
+    def _begin(self, rows: list[Row], slots: list[int]) -> None:
+        self._told = []  # those of the next step have to be told again after these
+        if self._captured is None:
+            self._slots.reserve(0, graphs.rounded(len(rows[0].prompt) + 1, _ROOM))
+        cache = self._forward.growing_cache()
+        begun = self._forward(rows, cache)
+        token_N = begun.logits_BV.argmax(dim=-1)
+        self._slots.join(begun, cache, token_N, slots)
+        self._ended += self._stop.note(rows, token_N.tolist())
+        for row, slot in zip(rows, slots, strict=True):
+            self._at[slot] = row
+
+    def _move_together(self) -> None:
+        """Move rows from the last slots into free ones among the first, so that a smaller step holds them all."""
+        count = sum(not row.done for row in self._at)
+        origins = [slot for slot, row in enumerate(self._at) if slot >= count and not row.done]
+        targets = [slot for slot in range(count) if self._at[slot].done]
+        self._slots.move(origins, targets, self._columns())
+        for origin, target in zip(origins, targets, strict=True):
+            self._at[target], self._at[origin] = self._at[origin], _NOBODY
 
 
 @torch.inference_mode()
-def finished_answers(
-    model: PreTrainedModel,
-    prompts: TokenRows,
-    pad_id: int,
-    ends: Collection[int],
-    max_new_tokens: int,
-    decided: Decided | None = None,
-    anyone: Callable[[bool], bool] = bool,
-    rows_at_once: int | None = None,
-    on_rows: OnRows | None = None,
-    prefill: Prefill | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Greedy answers (index of the prompt, tokens without the end token) in the order in which they end.
+def shrinking(forward: Forward, rows: Sequence[Row], stop: Stop, anyone: Callable[[bool], bool] = bool) -> None:
+    """Answer one batch over the model's own cache; rows that are done leave it once they are a quarter of it.
 
-    At most ``rows_at_once`` rows (None: all) are in flight. ``prefill`` passes over the prompts, by default from their
-    first token through the whole model. The other arguments are those of :func:`decode`.
+    Where ranks decode in lockstep, ``anyone`` tells whether any of them has a row that goes on; until none has, a rank
+    without one keeps the first row of its batch.
     """
-    answers = Answers(len(prompts), ends, max_new_tokens, decided)
-    prefill = prefill or Prefill(model, pad_id)
-    decoder = _Decoder(model, prompts, prefill, answers, on_rows, refills=rows_at_once is not None)
-    most, waiting = rows_at_once or len(prompts), list(range(len(prompts)))
-    batch: _Batch | None = None
-    while True:
-        going = [] if batch is None else batch.going
-        if batch is not None:
-            for row in batch.take_ended():
-                yield row, answers.of[row]
-            if not anyone(bool(going or waiting)):
-                return
-        if waiting and (not going or (decoder.refills and len(going) <= COMPACT_BELOW * most)):
-            free = most - len(going)
-            added, waiting = decoder.begin(waiting[:free]), waiting[free:]
-            if batch is None or not going:
-                batch, *added = added
-                going = list(range(len(batch.rows)))
-            if added:
-                decoder.keep(batch, going, added)
-            continue
-        if batch is None:
-            raise ValueError("no prompts were given to answer")
-        if max(len(going), 1) <= COMPACT_BELOW * len(batch.rows):
-            decoder.keep(batch, going or [0])
-        decoder.step(batch)
+    batch, cache = list(rows), forward.own_cache()
+    begun = forward(batch, cache)
+    token_B, mask_BS, position_B1 = begun.logits_BV.argmax(dim=-1), begun.mask_BS, begun.position_B1
+    stop.note(batch, token_B.tolist())
+    while anyone(any(not row.done for row in batch)):
+        keep = [place for place, row in enumerate(batch) if not row.done] or [0]
+        if len(keep) <= COMPACT_BELOW * len(batch):
+            keep_B = torch.tensor(keep, device=token_B.device)
+            cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # transformers says LongTensor
+            token_B, mask_BS, position_B1 = token_B[keep_B], mask_BS[keep_B], position_B1[keep_B]
+            batch = [batch[place] for place in keep]
+            forward.assign(batch)
+        mask_BS, position_B1 = torch.cat([mask_BS, mask_BS.new_ones(len(batch), 1)], dim=1), position_B1 + 1
+        token_B = forward.logits(token_B[:, None], mask_BS, position_B1, cache).argmax(dim=-1)
+        stop.note(batch, token_B.tolist())
 
 
-def decode(
-    model: PreTrainedModel,
-    prompts: TokenRows,
-    pad_id: int,
-    ends: Collection[int],
-    max_new_tokens: int,
-    decided: Decided | None = None,
-    anyone: Callable[[bool], bool] = bool,
-) -> list[list[int]]:
-    """Greedy answers to one batch of prompts, without their end token.
+def read_later(token_B: Tensor) -> Callable[[], list[int]]:
+    """Start a copy of tokens to the host; what is returned waits for it, and for nothing that was started since."""
+    if token_B.device.type != "cuda":
+        return token_B.clone().tolist
+    host_B = torch.empty(token_B.shape, dtype=token_B.dtype, pin_memory=True)
+    host_B.copy_(token_B, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(token_B.device))  # where the copy is; another device may be current
 
-    A row stops at an end token, after ``max_new_tokens``, or as soon as ``decided`` says that its scores can no longer
-    change. Stopped rows leave the batch once they are a quarter of it. Where ranks decode in step, ``anyone`` tells
-    whether any of them has a row that goes on; until none has, a rank without one keeps the first row of its batch.
-    """
-    answers: list[list[int]] = [[] for _ in prompts]
-    for row, answer in finished_answers(model, prompts, pad_id, ends, max_new_tokens, decided, anyone):
-        answers[row] = answer
-    return answers
+    def tokens() -> list[int]:
+        copied.synchronize()
+        numbers: list[int] = host_B.tolist()
+        return numbers
+
+    return tokens
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -1,18 +1,19 @@
-"""An engine over a model that runs through ordinary forward passes of this process, however its weights lie.
+"""A model that runs through forward passes of this process, however its weights lie: it captures, scores and answers.
 
-Placements build on it: they lay the weights out, and say how a writer's weight is edited there.
+Placements build it: they lay the weights out, say how a writer's weight is edited there (the editor), which ranks a
+pass needs (the comm), and what else is true of their model (the traits).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
@@ -20,19 +21,15 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits, obstacle
 from heretic_ds.edits.weights import WeightEditor
-from heretic_ds.prompts import TokenRows, pad_left
-from heretic_ds.runner.batch_sizes import PROBE_TOKENS, BatchSizing
-from heretic_ds.runner.decode import decode, end_tokens
-from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
-from heretic_ds.runner.memory import in_batches, release_memory, with_fewer_rows
-from heretic_ds.runner.padding import first_cut
-from heretic_ds.runner.replays import Replays
-from heretic_ds.runner.reuse import HeadStart
-from heretic_ds.runner.slot_decoding import Assign
+from heretic_ds.prompts import TokenRows
+from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
+from heretic_ds.runner.comm import ALONE, Comm
+from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
+from heretic_ds.runner.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
+from heretic_ds.runner.reuse import Reuse
+from heretic_ds.runner.rows import Row, Stop, first_cut, rows_of
 from heretic_ds.runner.taps import tapped
-from heretic_ds.scoring.base import Decided
-from heretic_ds.scoring.kl import first_token_kl, log_probabilities
-from heretic_ds.world import ALONE, Replicas
+from heretic_ds.scoring.base import Decided, ReadLogits
 
 log = logging.getLogger(__name__)
 
@@ -40,60 +37,78 @@ MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
 
 
-class ResidentEngine:
-    """Edits are made in the weights themselves one at a time, or in outputs many at a time."""
+@dataclass(frozen=True)
+class Traits:
+    """What is true of a model in one placement."""
 
-    max_edits_per_pass = 1
-    """As many as rows of one batch may have where outputs can be edited."""
-    _retries = True
-    """Whether a batch that ran out of memory can be tried again here, whatever other ranks do."""
+    name: str = "replicated"
+    """The placement's."""
+    rows_move: bool = True
+    """Rows may come and go in a batch, and batches be of any size."""
+    edits: type[OutputEdits] | None = OutputEdits
+    """How outputs are edited, many trials in a pass; None where they cannot be."""
+    retries: bool = True
+    """A pass in which memory ran out can be tried again with fewer rows."""
+
+
+@dataclass(frozen=True)
+class RunnerOptions:
+    """What a user chooses of how passes are run."""
+
+    max_new_tokens: int = 100
+    """Longest answer."""
+    batch_size: int = 0
+    """Rows per batch; 0: measured."""
+    cuda_graphs: bool = False
+    """Capture steps of decoding where the device and the model allow it. The placement must have no collectives."""
+    prefill_reuse: bool = False
+    """Passes of edited models over prompts leave out what is the original model's, where the model allows it."""
+
+
+class Runner:
+    """Edits are made in the weights themselves one at a time, or in outputs many at a time."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
         anatomy: Anatomy,
-        max_new_tokens: int,
-        batch_size: int = 0,
+        tokenizer: Any,
+        options: RunnerOptions,
+        comm: Comm = ALONE,
+        traits: Traits | None = None,
         editor: WeightEditor | None = None,
-        replicas: Replicas = ALONE,
-        same: Callable[[float], float] = lambda value: value,
-        cuda_graphs: bool = False,
-        prefill_reuse: bool = False,
     ) -> None:
-        """Rows per batch are ``batch_size``, or for 0 what is measured, unless :attr:`batch_sizes` is given them.
-
-        ``editor`` is the placement's way to edit its weights; by default they lie whole in this process. ``replicas``
-        says which prompts are this one's work, ``same`` makes one rank's number that of all ranks. With ``cuda_graphs``
-        steps of decoding are replayed where the device and the model allow it; the placement must have no collectives.
-        With ``prefill_reuse`` passes of edited models over prompts leave out what is the original model's, where the
-        model allows it.
-        """
-        self.model, self.anatomy = model, anatomy
+        """By default the model lies whole in this process, without partners."""
+        self.model, self.anatomy, self.traits = model, anatomy, (traits := traits or Traits())
         self.whole: LoadedModel | None = None
-        self._replicas = replicas
-        self._pad_id = tokenizer.pad_token_id
+        """The model where it lies whole in this process, so that it can be written or talked to; else None."""
+        self._comm, self._options = comm, options
         self._ends = end_tokens(model, tokenizer)
-        self._max_new_tokens = max_new_tokens
         self._editor = editor or WeightEditor(model, anatomy)
         self._outputs: OutputEdits | None = None
-        self._obstacle = None if self._whole_batches else obstacle(model, anatomy)
-        if not self._whole_batches and self._obstacle is None:
-            self.max_edits_per_pass = MOST_EDITS
+        self._obstacle = "this placement edits weights alone" if traits.edits is None else obstacle(model, anatomy)
+        self.max_edits_per_pass = MOST_EDITS if self._obstacle is None else 1
         self._applied: Edit | None = None
-        self._replays = Replays(model, anatomy, wanted=cuda_graphs)
-        self._prefill = HeadStart(model, anatomy, self._pad_id, prefill_reuse, replicas)
-        self._keeps_blocks = prefill_reuse and self._device.type == "cpu"
+        self._forward = Reuse(model, anatomy, tokenizer.pad_token_id, options.prefill_reuse, comm)
+        self._decoder = Decoder(self._forward, anatomy, traits.rows_move, options.cuda_graphs)
+        self._batches = Batches(comm, self._device, traits.name, options.max_new_tokens, traits.retries)
+        self._batches.evictable += [self._forward, self._decoder]
+        self._batches.starts_late = self._forward.wanted
+        if options.batch_size:
+            self.batch_sizes.update(dict.fromkeys(("capture", "kl", "generate"), options.batch_size))
+        self._keeps_blocks = options.prefill_reuse and self._device.type == "cpu"
         if self._keeps_blocks:
             keep_freed_blocks()
-        self._sizing = BatchSizing(self._device, max_new_tokens, self._prefill.wanted, same)
-        self.batch_sizes: dict[str, int] = (
-            dict.fromkeys(("capture", "kl", "generate"), batch_size) if batch_size else {}
-        )
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured or halved."""
+        return self._batches.sizes
 
     @property
     def degree(self) -> int:
-        return self._replicas.degree
+        """Ranks that hold one replica of the model together."""
+        return self._comm.degree
 
     @property
     def _device(self) -> torch.device:
@@ -101,232 +116,180 @@ class ResidentEngine:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights as loaded."""
         return next(self.model.parameters()).dtype
 
     @torch.inference_mode()
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
-        decoder = self.model.get_submodule(self.anatomy.decoder)
-        rows, own = self._share(prompts), self._replicas.own(len(prompts))
-        means = ResidualMeans()
-        self._find_batch_size("capture", rows, lambda batch: self._residuals(decoder, batch))
-        for indices, residual_BLD in self._sorted_batches(
-            "capture", rows, lambda batch: self._residuals(decoder, batch)
-        ):
-            counted = [position for position, index in enumerate(indices) if index < own]
+        """Mean residuals [L+1, D], float64, at the last position of each prompt."""
+        rows, own, means = self._own_rows(prompts), self._comm.shares.own(len(prompts)), ResidualMeans()
+        self._batches.find(rows, "capture", self._residuals)
+        for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
+            counted = [place for place, row in enumerate(batch) if row.index < own]
             kept_BLD = residual_BLD[counted].float()
             means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
-        return means.mean(self._replicas.total)
-
-    @property
-    def _whole_batches(self) -> bool:
-        """Whether the placement has a way of its own to decode a batch, so that rows must not come and go in it, and
-        outputs are its own business."""
-        return type(self)._decode is not ResidentEngine._decode
+        return means.mean(self._comm.shares.total)
 
     def prepare(self, ablation: Ablation) -> None:
+        """Take the directions that every later edit refers to."""
         self._applied = None
-        self._replays.forget()
+        self._decoder.forget()
         self._editor.prepare(ablation)
-        if self._whole_batches:
-            return
-        if self._obstacle is not None:
+        if self.traits.edits is not None and self._obstacle is None:
+            self._outputs = self.traits.edits(self.model, self.anatomy, ablation, self._editor.reduce)
+        elif self.traits.edits is not None:
             log.info("every trial has passes of its own: %s", self._obstacle)
-            return
-        self._outputs = OutputEdits(self.model, self.anatomy, ablation, self._editor.reduce)
 
     @torch.inference_mode()
-    def reference(self, prompts: TokenRows) -> Tensor:
-        """Log-probabilities [N, V] of the first answer token for the prompts of this replica, float32, on the host."""
-        self._editor.wear(self._applied)
-        rows = self._share(prompts)
-        self._find_batch_size("kl", rows, self._first_token_logits)
-        logp_NV: Tensor | None = None
-        for indices, logits_BV in self._sorted_batches("kl", rows, self._first_token_logits):
-            logp_BV = log_probabilities(logits_BV).cpu()
-            if logp_NV is None:
-                logp_NV = logp_BV.new_empty(len(rows), logp_BV.shape[-1])
-            logp_NV[indices] = logp_BV
-        if logp_NV is None:
-            raise ValueError("no prompts were given to take reference distributions from")
-        return logp_NV
+    def distributions(
+        self,
+        prompts: TokenRows,
+        edits: Sequence[Edit | None],
+        read: ReadLogits,
+        continuations: TokenRows | None = None,
+    ) -> list[list[float]]:
+        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
 
-    @torch.inference_mode()
-    def kl(self, prompts: TokenRows, reference: Tensor, edits: Sequence[Edit | None]) -> list[float]:
-        rows, result = self._share(prompts), []
-        self._learn("kl", rows, edits)
+        After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens. An edit
+        of None stands for the weights as they are; they are left as they were found, as far as a caller can tell.
+        """
+        given = continuations or [()] * len(prompts)
+        wholes = [[*prompt, *more] for prompt, more in zip(prompts, given, strict=True)]
+        result, share, last = [], self._comm.shares.share(len(prompts)), 1 + max(map(len, given), default=0)
+
+        def work(batch: Sequence[Row]) -> Sequence[float]:
+            logits = self._forward(batch, last=last).logits_BV
+            at = [share[row.index] for row in batch]
+            return read(at, [each[last - 1 - len(given[index]) :] for index, each in zip(at, logits, strict=True)])
+
+        own = [wholes[index] for index in share]
+        if "kl" not in self.batch_sizes:
+            self._editor.wear(self._applied)
+            self._batches.find(rows_of(own), "kl", lambda batch: self._forward(batch, last=last))
         for together in self._passes(edits):
-            with self._wearing(together, "kl", rows) as assign:
-                kl_TN = self._kl_of_pass(rows, reference, len(together), assign)
-            result += [math.fsum(self._replicas.gather(kl_N, len(prompts))) / len(prompts) for kl_N in kl_TN]
+            self._learn("kl", own, together)
+            rows = rows_of(own, len(together))
+            values = [[0.0] * len(own) for _ in together]
+            with self._edited(together, "kl", own):
+                for batch, found in self._batches.over(rows, "kl", work, self._cut):
+                    for row, value in zip(batch, found, strict=True):
+                        values[row.trial][row.index] = value
+            result += [self._comm.shares.gather(each, len(prompts)) for each in values]
         return result
-
-    def _kl_of_pass(self, rows: TokenRows, reference: Tensor, trials: int, assign: Assign) -> list[list[float]]:
-        """KL divergences [trial][prompt]."""
-        pairs = self._pairs(rows, trials)
-        kl_TN = [[0.0] * len(rows) for _ in range(trials)]
-
-        def divergences(batch: Sequence[tuple[int, int]]) -> list[float]:
-            assign([trial for trial, _ in batch])
-            logits_BV = self._first_token_logits([rows[index] for _, index in batch])
-            reference_BV = reference[[index for _, index in batch]].to(logits_BV.device)
-            return first_token_kl(reference_BV, logits_BV).tolist()
-
-        def cut(batch: Sequence[tuple[int, int]]) -> int:
-            return self._cut([rows[index] for _, index in batch])
-
-        for start, kl_B in in_batches(pairs, self.batch_sizes, "kl", divergences, cut, self._retries):
-            for (trial, index), kl in zip(pairs[start:], kl_B, strict=False):
-                kl_TN[trial][index] = kl
-        return kl_TN
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        rows, result = self._share(prompts), []
-        if "generate" not in self.batch_sizes:
-            self._editor.wear(self._applied)
-            self._find_batch_size("generate", rows, lambda batch: self._decode(batch, PROBE_TOKENS, None))
-        self._learn("generate", rows, edits)
+        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
+        stop = Stop(self._ends, self._options.max_new_tokens, decided)
+        self._editor.wear(self._applied)
+        if not self._comm.attempt(self._decoder.settle)[0]:
+            self._decoder.without_slots("memory ran out in a trial step")
+        self._batches.find(
+            rows_of(own), "generate", lambda rows: self._answer(rows, Stop(self._ends, PROBE_TOKENS)), len(edits)
+        )
         for together in self._passes(edits):
-            with self._wearing(together, "generate", rows, steady=self._replays.steps() is not None) as assign:
-                answers = self._answers_of_pass(rows, len(together), assign, decided)
-            result += [self._replicas.gather(of_trial, len(prompts)) for of_trial in answers]
+            self._learn("generate", own, together)
+            rows = rows_of(own, len(together))
+            with self._edited(together, "generate", own):
+                if self._decoder.moves_rows:
+                    self._batches.finish(rows, "generate", lambda most: self._answer(rows, stop, most))  # noqa: B023
+                else:
+                    for _ in self._batches.over(rows, "generate", lambda batch: self._answer(batch, stop), self._cut):
+                        pass
+            answers: list[list[list[int]]] = [[[] for _ in own] for _ in together]
+            for row in rows:
+                answers[row.trial][row.index] = row.answer
+            result += [self._comm.shares.gather(each, len(prompts)) for each in answers]
         return result
 
-    def _answers_in_batches(self, rows: TokenRows, decided: Decided | None) -> list[list[int]]:
-        answers: list[list[int]] = [[] for _ in rows]
-        for indices, batch in self._sorted_batches(
-            "generate", rows, lambda batch: self._decode(batch, self._max_new_tokens, decided)
-        ):
-            for index, answer in zip(indices, batch, strict=True):
-                answers[index] = answer
-        return answers
+    def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
+        """Decode until all rows are done, at most so many at a time where rows move."""
+        with self._decoding(stop.limit):
+            if self._decoder.moves_rows:
+                kind = 0 if self._outputs is None else self._outputs.kind
+                for _ in self._decoder.answers(rows, stop, most or len(rows), kind):
+                    pass
+            else:
+                for row in rows:
+                    row.begin()
+                shrinking(self._forward, rows, stop, self._comm.anyone)
 
-    def _answers_of_pass(
-        self, rows: TokenRows, trials: int, assign: Assign, decided: Decided | None
-    ) -> list[list[list[int]]]:
-        """Answers [trial][prompt][token]; where memory runs out, those that are unfinished begin anew."""
-        if self._whole_batches:
-            return [self._answers_in_batches(rows, decided)]
-        answers: dict[tuple[int, int], list[int]] = {}
-        pairs = self._pairs(rows, trials)
-
-        kind = 0 if self._outputs is None else self._outputs.kind
-
-        def go_on(most: int) -> None:
-            left = [pair for pair in pairs if pair not in answers]
-            for position, answer in self._replays.finished_answers(
-                [rows[index] for _, index in left],
-                self._pad_id,
-                self._ends,
-                self._max_new_tokens,
-                decided,
-                rows_at_once=most,
-                on_rows=lambda positions, into=None: assign([left[position][0] for position in positions], into),
-                kind=kind,
-                prefill=self._prefill,
-            ):
-                answers[left[position]] = answer
-
-        with_fewer_rows(go_on, self.batch_sizes, "generate", lambda: len(pairs) - len(answers))
-        return [[answers[trial, index] for index in range(len(rows))] for trial in range(trials)]
+    def _decoding(self, max_new_tokens: int) -> AbstractContextManager[Any]:
+        """While the context lasts, answers get at most so long: for placements that have to know."""
+        return nullcontext()
 
     def _passes(self, edits: Sequence[Edit | None]) -> list[Sequence[Edit | None]]:
         """The edits in groups that one pass can serve."""
-        most = max(1, self.max_edits_per_pass)
-        return [edits[start : start + most] for start in range(0, len(edits), most)]
+        return [
+            edits[start : start + self.max_edits_per_pass] for start in range(0, len(edits), self.max_edits_per_pass)
+        ]
 
-    def _learn(self, phase: str, rows: TokenRows, edits: Sequence[Edit | None]) -> None:
-        """Let passes of edited models over the rows of a phase know what the original model makes of them."""
+    def _learn(self, phase: str, prompts: TokenRows, edits: Sequence[Edit | None]) -> None:
+        """Let passes of edited models over the prompts of a phase know what the original model makes of them."""
         answers = phase == "generate"
-        if any(edits) and self._prefill.wants(rows, answers):
+        if any(edits) and self._forward.wants(prompts, answers):
             self._editor.wear(None)
-            self._prefill.learn(rows, answers, lambda work: [None for _ in self._sorted_batches(phase, rows, work)])
+
+            def over(work: Callable[[Sequence[Row]], object]) -> None:
+                for _ in self._batches.over(rows_of(prompts), phase, work, self._cut):
+                    pass
+
+            self._forward.learn(prompts, answers, over)
 
     @contextmanager
-    def _wearing(
-        self, edits: Sequence[Edit | None], phase: str, rows: TokenRows, steady: bool = False
-    ) -> Iterator[Assign]:
-        """Edit the weights, or the outputs where there are several edits, while the context lasts.
-
-        Gives the function to be told, before each forward pass over some of the ``rows`` of a phase, which of the edits
-        each has. Passes that are captured need ``steady`` edits.
-        """
+    def _edited(self, edits: Sequence[Edit | None], phase: str, prompts: TokenRows) -> Iterator[None]:
+        """Edit the weights, or the outputs where there are several edits, while the context lasts; passes over the
+        prompts of the phase, if they were learned, begin where the edits do."""
         worn = [edit or self._applied for edit in edits]
         started = worn if any(edits) else []  # really edited weights are scored from the first block to the last
-        with (
-            self._edited(edits, worn, steady) as assign,
-            self._prefill.of(rows, phase == "generate", started, assign) as told,
-        ):
-            yield told
-
-    @contextmanager
-    def _edited(self, edits: Sequence[Edit | None], worn: Sequence[Edit | None], steady: bool) -> Iterator[Assign]:
-        if len(edits) == 1 or not any(edits):
-            self._editor.wear(worn[0])
-            yield lambda rows, into=None: None
-            return
-        if self._outputs is None:
-            raise RuntimeError("several edits were asked for where outputs cannot be edited")
-        self._editor.wear(None)
-        with torch.inference_mode(), self._outputs.active(worn, steady):
-            yield self._outputs.assign
-
-    @staticmethod
-    def _pairs(rows: TokenRows, trials: int) -> list[tuple[int, int]]:
-        """All (trial, index of the prompt), the longest prompts first: memory runs out at once, if ever."""
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        return [(trial, index) for index in order for trial in range(trials)]
+        with self._forward.using(prompts, phase == "generate", started):
+            if len(edits) == 1 or not any(edits):
+                self._editor.wear(worn[0])
+                yield
+                return
+            if self._outputs is None:
+                raise RuntimeError("several edits were asked for where outputs cannot be edited")
+            self._editor.wear(None)
+            steady = phase == "generate" and self._decoder.captures
+            with torch.inference_mode(), self._outputs.active(worn, steady):
+                self._forward.edits = self._outputs
+                try:
+                    yield
+                finally:
+                    self._forward.edits = None
 
     def apply(self, edit: Edit) -> None:
+        """Edit the weights themselves, until :meth:`restore`."""
         self._editor.wear(edit)
         self._applied = edit
 
     def restore(self) -> None:
+        """Bring every weight back, bit for bit."""
         self._editor.wear(None)
         self._applied = None
 
     def close(self) -> None:
-        self._replays.close()
-        self._prefill.close()
-        del self.model, self._editor, self._outputs, self._replays, self._prefill
+        """Release the model's memory; the runner is of no use afterwards."""
+        self._decoder.rest()
+        self._forward.close()
+        del self.model, self._editor, self._outputs, self._decoder, self._forward, self._batches.evictable
         self.whole = None
         release_memory()
         if self._keeps_blocks:
             return_freed_blocks(at_once=False)
             give_back_memory()
 
-    def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
-        batch = pad_left(rows, self._pad_id).to(next(decoder.parameters()).device)
+    def _residuals(self, rows: Sequence[Row]) -> Tensor:
+        """Residuals [B, L+1, D] at the last position of each row."""
         with tapped(self.model, self.anatomy) as taps:
-            decoder(
-                input_ids=batch.input_ids_BS,
-                attention_mask=batch.attention_mask_BS,
-                position_ids=batch.position_ids_BS,
-                use_cache=False,
-            )
+            self._forward(rows)
             return taps.take()
 
-    def _first_token_logits(self, rows: TokenRows) -> Tensor:
-        return self._prefill(rows).logits_BV
+    def _own_rows(self, prompts: TokenRows) -> list[Row]:
+        return rows_of([prompts[index] for index in self._comm.shares.share(len(prompts))])
 
-    def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
-        return decode(self.model, rows, self._pad_id, self._ends, max_new_tokens, decided)
-
-    def _share(self, prompts: TokenRows) -> list[Sequence[int]]:
-        return [prompts[index] for index in self._replicas.share(len(prompts))]
-
-    def _sorted_batches(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> Any:
-        """Run ``work`` on batches of prompts of like length, yielding (indices of the batch's prompts, result)."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # longest first: memory runs out at once
-        in_order = [prompts[i] for i in order]
-        for start, result in in_batches(in_order, self.batch_sizes, phase, work, self._cut, self._retries):
-            yield order[start : start + len(result)], result
-
-    def _cut(self, batch: TokenRows) -> int:
-        """How many of the first rows of a batch, longest first, go by themselves; ranks in step have batches alike."""
-        return len(batch) if self._whole_batches else first_cut([len(row) for row in batch])
-
-    def _find_batch_size(self, phase: str, prompts: TokenRows, work: Callable[[TokenRows], Any]) -> None:
-        if phase not in self.batch_sizes:
-            self.batch_sizes[phase] = self._sizing.find(phase, prompts, work, self.max_edits_per_pass)
+    def _cut(self, lengths: list[int]) -> int:
+        """How many of the first rows of a batch, longest first, go by themselves; partners have batches alike."""
+        return first_cut(lengths) if self.traits.rows_move else len(lengths)

@@ -1,78 +1,110 @@
-"""Forward passes as scoring and decoding need them: logits of the last position alone.
+"""Forward passes as scoring and decoding need them: logits of the last positions alone.
 
-Shapes: B rows, S positions, V vocabulary.
+Shapes: B rows, S positions, V vocabulary, H heads, K width of a key or value.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from heretic_ds.prompts import TokenRows, pad_left
+from heretic_ds.prompts import pad_left
+from heretic_ds.runner.rows import Row
 
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
-class Forward:
-    """The model's forward pass reduced to last-position logits, with the arguments it takes."""
+class TakesTrials(Protocol):
+    """Edits of outputs, which have to know whose output is whose."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        parameters = inspect.signature(model.forward).parameters
-        takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._optional = {name for name in ("position_ids", "logits_to_keep") if takes_anything or name in parameters}
-        self.takes_positions = "position_ids" in parameters
-        """Whether tokens' positions can be told, instead of following from the mask."""
-
-    def __call__(self, input_ids_BS: Tensor, mask_BS: Any, position_ids_BS: Tensor, **kwargs: Any) -> Tensor:
-        """Logits [B, V] of the last position."""
-        if "position_ids" in self._optional:
-            kwargs["position_ids"] = position_ids_BS
-        if "logits_to_keep" in self._optional:
-            kwargs["logits_to_keep"] = 1
-        logits: Tensor = self._model(input_ids=input_ids_BS, attention_mask=mask_BS, **kwargs).logits
-        return logits[:, -1]
+    def assign(self, trials: Sequence[int], into: Tensor | None = None) -> None:
+        """The trial of each row of the coming passes; captured steps read it ``into`` memory that stays."""
+        ...
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What a pass over prompts leaves behind: rows end at the last column, padding lies before them."""
+    """What a pass over prompts leaves behind: rows end at the last column; padding may lie anywhere before."""
 
     logits_BV: Tensor
-    """Of the first answer token."""
+    """Of the first answer token; [B, S, V] where the last S positions were asked for."""
     mask_BS: Tensor
     position_B1: Tensor
     """Of each row's last token."""
 
 
-class Prefill:
-    """Passes over whole prompts, with which answers begin."""
+class Forward:
+    """A model's forward pass, with the arguments it takes."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
-        self._model, self._pad_id, self._forward = model, pad_id, Forward(model)
+        self.model, self._pad_id = model, pad_id
+        parameters = inspect.signature(model.forward).parameters
+        takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._optional = {name for name in ("position_ids", "logits_to_keep") if takes_anything or name in parameters}
+        self.takes_positions = "position_ids" in parameters
+        """Whether tokens' positions can be told, instead of following from the mask."""
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.layer_kinds: list[type] = [type(layer) for layer in cache.layers]
+        """Of the model's own cache."""
+        self.edits: TakesTrials | None = None
+        """Edits of outputs that are active; None where all rows have one trial."""
 
     @property
-    def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
-    def __call__(self, rows: TokenRows, cache: DynamicCache | None = None) -> Begun:
-        """One pass over a batch of prompts, whose keys and values an empty ``cache`` takes."""
-        batch = pad_left(rows, self._pad_id).to(self._device)
-        kept: dict[str, Any] = {"use_cache": False}
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether all that the model's cache holds is keys and values by position."""
+        return set(self.layer_kinds) <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+    def assign(self, rows: Sequence[Row], into: Tensor | None = None) -> None:
+        """Tell the edits which trial each row of the coming passes has."""
+        if self.edits is not None:
+            self.edits.assign([row.trial for row in rows], into)
+
+    def logits(
+        self, input_ids_BS: Tensor, mask_BS: Any, position_ids_BS: Tensor, cache: Any = None, last: int | None = None
+    ) -> Tensor:
+        """Logits [B, V] of the last position, or [B, last, V] of the last ones; ``cache`` takes keys and values."""
+        options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            kept = {"past_key_values": cache, "use_cache": True}
-        logits_BV = self._forward(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, **kept)
-        return Begun(logits_BV, batch.attention_mask_BS, batch.position_ids_BS[:, -1:])
+            options["past_key_values"] = cache
+        if "position_ids" in self._optional:
+            options["position_ids"] = position_ids_BS
+        if "logits_to_keep" in self._optional:
+            options["logits_to_keep"] = last or 1
+        logits: Tensor = self.model(input_ids=input_ids_BS, attention_mask=mask_BS, **options).logits
+        return logits[:, -1] if last is None else logits[:, -last:]
+
+    def __call__(self, rows: Sequence[Row], cache: DynamicCache | None = None, last: int | None = None) -> Begun:
+        """One pass over the prompts of a batch, whose keys and values an empty ``cache`` takes."""
+        self.assign(rows)
+        batch = pad_left([row.prompt for row in rows], self._pad_id).to(self.device)
+        ids_BS, mask_BS, position_BS = batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS
+        return Begun(self.logits(ids_BS, mask_BS, position_BS, cache, last), mask_BS, position_BS[:, -1:])
 
     def step(self, begun: Begun, token_B: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [B, V] after one more token of each row."""
         mask_BS = torch.nn.functional.pad(begun.mask_BS, (0, 1), value=1)
-        return self._forward(token_B[:, None], mask_BS, begun.position_B1 + 1, past_key_values=cache, use_cache=True)
+        return self.logits(token_B[:, None], mask_BS, begun.position_B1 + 1, cache)
+
+    def own_cache(self) -> DynamicCache:
+        """An empty cache of the model's own kinds of layers."""
+        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+
+    def growing_cache(self) -> DynamicCache:
+        """An empty cache that keeps the keys and values of all positions, also where the model's own has a window."""
+        cache = DynamicCache()
+        cache.layers, cache.layer_class_to_replicate = [DynamicLayer() for _ in self.layer_kinds], None
+        return cache
 
 
 def rope_depends_on_length(config: Any) -> bool:
@@ -86,8 +118,3 @@ def _rope_types(parameters: Any) -> set[str]:
         return set()
     nested = (_rope_types(value) for value in parameters.values())
     return set.union({str(parameters.get("rope_type", "default"))}, *nested)
-
-
-def last_logits(model: PreTrainedModel, prompts: TokenRows, pad_id: int) -> Tensor:
-    """Logits [B, V] of the first answer token of each prompt."""
-    return Prefill(model, pad_id)(prompts).logits_BV

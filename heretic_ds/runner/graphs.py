@@ -1,9 +1,8 @@
 """Steps of decoding, captured once as CUDA graphs and then replayed: one launch a step instead of some thousand.
 
-A graph works on fixed memory with fixed shapes. Rows therefore lie in slots (:mod:`heretic_ds.runner.slots`), and
-there is one graph for each of a few numbers of rows and columns, made when it is first needed. What differs between
-steps (the tokens, their positions, whose trial a row belongs to, the edits of the trials themselves, edited weights) is
-written into memory that the graphs read.
+A graph works on fixed memory with fixed shapes: rows lie in slots (:mod:`heretic_ds.runner.slots`), and there is one
+graph for each of a few numbers of rows and columns, made when it is first needed. What differs between steps (tokens,
+positions, whose trial a row belongs to, the trials' edits, edited weights) is written into memory that graphs read.
 
 What makes graphs is a small function, so that everything but capturing and replaying runs on any device.
 """
@@ -18,10 +17,11 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
+from heretic_ds.anatomy import Anatomy, has_expert_dispatch
 from heretic_ds.checkpoint.fitness import first_line
+from heretic_ds.edits.experts import base_implementation
+from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.memory import is_out_of_memory, note_failed_capture
 from heretic_ds.runner.slots import Slots
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 _WARM_UPS = 2
 """Times that a step runs before it is captured: libraries take their working memory and choose their kernels then, and
 the last time shows whether the host would wait."""
-_FEWEST_ROWS = 8
-_FEWEST_COLUMNS = 64
+_FEWEST_ROWS, _FEWEST_COLUMNS = 8, 64
+_STATIC_EXPERTS = frozenset({"batched_mm", "grouped_mm"})
+"""Implementations of experts that do the same work whatever the tokens are."""
+_GROUPED_PRODUCTS = (torch.bfloat16, (9, 0))
+"""The dtype, and the least compute capability, of grouped products that PyTorch computes in one kernel. Others are
+loops over the groups, whose sizes the host has to know."""
 
 
-class CannotReplay(Exception):
-    """Why steps cannot be replayed, in a few words."""
-
-
-class NoRoom(CannotReplay):
-    """Memory ran out: fewer rows may fit."""
+class CannotCapture(Exception):
+    """Why steps cannot be captured, in a few words."""
 
 
 class Graph(Protocol):
@@ -108,98 +108,66 @@ def _waiting_refused() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class ReplayedSteps:
-    """The steps of one model, over slots whose memory stays until :meth:`close`."""
+class Graphs:
+    """The captured steps over one set of slots, whose memory stays."""
 
-    def __init__(self, model: PreTrainedModel, make_graph: Callable[[], MakeGraph]) -> None:
-        """``make_graph`` gives a new maker, whose graphs share memory, each time that all earlier ones are dropped."""
-        self._model, self._new_maker = model, make_graph
-        self._make = make_graph()
+    def __init__(self, slots: Slots, new_maker: Callable[[], MakeGraph]) -> None:
+        """``new_maker`` gives a maker, whose graphs share memory, each time that all earlier ones are dropped."""
+        self.slots, self._new_maker = slots, new_maker
+        self._make = new_maker()
         self._graphs: dict[tuple[int, int, int], Graph] = {}
-        self._slots: Slots | None = None
 
-    @property
-    def slots(self) -> Slots:
-        """The rows in flight. RuntimeError before :meth:`reserve`."""
-        if self._slots is None:
-            raise RuntimeError("rows were asked for before memory was reserved for them")
-        return self._slots
+    def pad(self, rows: int, columns: int) -> tuple[int, int]:
+        """The fewest rows and columns, of the numbers that graphs are made for, which hold as many."""
+        return (
+            next(size for size in reversed(row_buckets(self.slots.rows)) if size >= rows),
+            next(size for size in column_buckets(self.slots.columns) if size >= columns),
+        )
 
-    def reserve(self, rows: int, columns: int) -> None:
-        """See to it that there is memory for as many rows of as many columns; rows in flight are forgotten."""
-        have = self._slots
-        if have is not None and have.rows >= rows and have.columns >= columns:
-            return
-        if have is not None:
-            rows, columns = max(rows, have.rows), max(columns, have.columns)
-        del have
-        self.close()
-        self._slots = Slots(self._model, rows, _rounded(columns, _FEWEST_COLUMNS))
+    def replay(self, rows: int, columns: int, edits: int) -> None:
+        """:meth:`Slots.answer` for sizes that :meth:`pad` gave.
 
-    def rows_for(self, count: int) -> int:
-        """The fewest rows, of the numbers that graphs are made for, which hold as many."""
-        return next(size for size in reversed(row_buckets(self.slots.rows)) if size >= count)
-
-    def columns_for(self, count: int) -> int:
-        """The fewest columns, of the numbers that graphs are made for, which hold as many."""
-        return next(size for size in column_buckets(self.slots.columns) if size >= count)
-
-    def step(self, rows: int, columns: int, kind: int) -> Tensor:
-        """The next token of the first rows, of sizes that graphs are made for, in memory that the next step writes to.
-
-        ``kind`` tells apart steps that do different work: 0 without edits of their rows, else a number that grows when
-        these get other memory.
-        Raises :class:`CannotReplay` where the step cannot be captured, for whatever reason: steps that are not replayed
-        tell the user of mistakes in the model's own code, if it has any. What was in flight is lost then.
+        ``edits`` tells apart steps that do different work: 0 without edits of their rows, else a number that grows when
+        these get other memory. Raises :class:`CannotCapture` where the step cannot be captured, for whatever reason:
+        steps that are not captured tell the user of mistakes in the model's own code, if it has any.
         """
-        slots, key = self.slots, (kind, rows, columns)
+        key = (edits, rows, columns)
         if key not in self._graphs:
             self._graphs[key] = self._captured(rows, columns)
+            log.debug("captured a step of %d rows and %d columns", rows, columns)
         self._graphs[key].replay()
-        slots.advance(rows)
-        return slots.next_R[:rows]
 
     def _captured(self, rows: int, columns: int) -> Graph:
-        slots, failure = self.slots, None
+        failure: Exception
         try:
-            graph = self._make(lambda: slots.answer(rows, columns))
+            return self._make(lambda: self.slots.answer(rows, columns))
         except Exception as error:  # of CUDA, of a library on top of it, of the model's own code, or a lack of memory
-            failure = _why(error)
-        if failure is not None:  # outside the handler, where the traceback no longer holds tensors
-            raise failure
-        log.debug("captured a step of %d rows and %d columns", rows, columns)
-        return graph
+            first = _first(error)
+            failure = CannotCapture(f"a step cannot be captured ({type(first).__name__}: {first_line(first)})")
+            if is_out_of_memory(first):
+                failure = torch.OutOfMemoryError("memory ran out while a step was captured")
+        raise failure  # outside the handler, where the traceback no longer holds tensors
 
     def forget(self, below: int = sys.maxsize) -> None:
-        """Drop the graphs of steps with edits of their rows: of the kinds below one, or of all."""
-        self._keep(lambda kind: kind == 0 or kind >= below)
-
-    def _keep(self, wanted: Callable[[int], bool]) -> None:
-        kept = {key: graph for key, graph in self._graphs.items() if wanted(key[0])}
+        """Drop the graphs of steps with edits of their rows: of the numbers below one, or of all."""
+        kept = {key: graph for key, graph in self._graphs.items() if key[0] == 0 or key[0] >= below}
         if self._graphs and not kept:
             self._make = self._new_maker()  # the memory that graphs share goes with the last of them
         self._graphs = kept
 
-    def close(self) -> None:
-        """Drop all graphs and the memory of the slots."""
-        self._keep(lambda kind: False)
-        self._slots = None
 
-
-def _why(error: BaseException) -> CannotReplay:
-    """By the error that came first: ending a capture that has failed fails too, and says nothing of the cause."""
+def _first(error: BaseException) -> BaseException:
+    """The error that came first: ending a capture that has failed fails too, and says nothing of the cause."""
     while error.__context__ is not None:
         error = error.__context__
-    if is_out_of_memory(error):
-        return NoRoom("memory ran out while a step was captured")
-    return CannotReplay(f"a step cannot be captured ({type(error).__name__}: {first_line(error)})")
+    return error
 
 
 def row_buckets(most: int) -> list[int]:
     """Numbers of rows that graphs are made for, the largest first: ``most``, and about half as many each time."""
     sizes = [most]
     while sizes[-1] > _FEWEST_ROWS:
-        sizes.append(_rounded((sizes[-1] + 1) // 2, _FEWEST_ROWS))
+        sizes.append(rounded((sizes[-1] + 1) // 2, _FEWEST_ROWS))
     return sizes
 
 
@@ -211,23 +179,31 @@ def column_buckets(most: int) -> list[int]:
     return [*sizes[:-1], most]
 
 
-def _rounded(number: int, unit: int) -> int:
+def rounded(number: int, unit: int = _FEWEST_COLUMNS) -> int:
     """The next multiple."""
     return -(-number // unit) * unit
 
 
-def read_later(token_B: Tensor) -> Callable[[], list[int]]:
-    """Start a copy of tokens to the host; what is returned waits for it, and for nothing that was started since."""
-    if token_B.device.type != "cuda":
-        return token_B.clone().tolist
-    host_B = torch.empty(token_B.shape, dtype=token_B.dtype, pin_memory=True)
-    host_B.copy_(token_B, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(token_B.device))  # where the copy is; another device may be current
+def maker_for(device: torch.device) -> MakeGraph | None:
+    """What makes graphs on a device; None where there are none."""
+    return CudaGraphs(device) if device.type == "cuda" else None
 
-    def tokens() -> list[int]:
-        copied.synchronize()
-        numbers: list[int] = host_B.tolist()
-        return numbers
 
-    return tokens
+def obstacle(forward: Forward, anatomy: Anatomy) -> str | None:
+    """Why steps over slots cannot be captured; None where nothing is known against it."""
+    for writer in anatomy.writers:
+        if writer.experts is not None or "*" in writer.path.split("."):
+            experts = forward.model.get_submodule(writer.module)
+            chosen = base_implementation(experts) if has_expert_dispatch(experts) else "eager"
+            if chosen not in _STATIC_EXPERTS:
+                return f"which experts run depends on the tokens (experts implementation {chosen})"
+            weight = next(experts.parameters())
+            if chosen == "grouped_mm" and waits_for_groups(weight.device, weight.dtype):
+                return f"the host waits for the sizes of grouped products of {weight.dtype} on this device"
+    return None
+
+
+def waits_for_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether grouped products are known to make the host wait for a device; a warm-up finds out about the others."""
+    one_kernel, capability = _GROUPED_PRODUCTS
+    return device.type == "cuda" and (dtype != one_kernel or torch.cuda.get_device_capability(device) < capability)

@@ -1,46 +1,33 @@
-"""Batches that survive a lack of memory, and what memory was used."""
+"""Memory: whether it ran out, what was used, what is free, and giving it back, on the device and on the host.
+
+One setting of the C library holds for the whole process: an engine that changes it brings it back when it is closed.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import os
 import resource
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
-from weakref import WeakSet
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from heretic_ds.errors import UserError
-
 log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of ``malloc.h``: free bytes at the end of the heap from which on they are returned; bytes from which on a block has a
+mapping of its own, which is returned as soon as it is freed."""
+_SOME_MEGABYTES = 2**22
+_USUAL_BLOCK, _USUAL_END = 2**25, 2**26
+"""What glibc comes to by itself in a process that frees large blocks, and the most that all its versions take."""
+_KEPT_END = 2**28
+
 _captures = {"failed": False}
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class Spare(Protocol):
-    """Somebody who holds memory that can be done without."""
-
-    def give_back(self) -> bool:
-        """Free it; whether there was any."""
-        ...
-
-    def lend(self) -> None:
-        """Free it for the moment: it is taken again when it is needed."""
-        ...
-
-
-spares: WeakSet[Spare] = WeakSet()
-"""Who is asked for memory where it runs out, before batches get smaller."""
-
-
-def lend_spares() -> None:
-    """Free what can be taken again: else a batch would be measured in what is left, and stay small when it is gone."""
-    for spare in list(spares):
-        spare.lend()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,82 +56,85 @@ def note_failed_capture() -> None:
     _captures["failed"] = True
 
 
-def in_batches(
-    items: Sequence[Item],
-    sizes: dict[str, int],
-    phase: str,
-    work: Callable[[Sequence[Item]], Result],
-    cut: Callable[[Sequence[Item]], int] = len,
-    retries: bool = True,
-) -> Iterator[tuple[int, Result]]:
-    """Run ``work`` over consecutive batches of ``sizes[phase]`` items, yielding (start, result).
-
-    ``cut`` says how many of the first items that would make up a batch had better be one by themselves.
-    A batch that runs out of memory is halved and tried again, and the smaller size is kept for the rest of the run;
-    not so without ``retries``, for work that this rank cannot do again by itself.
-    Raises :class:`UserError` where even one item does not fit.
-    """
-    start = 0
-    while start < len(items):
-        batch = items[start : start + sizes[phase]]
-        batch = batch[: cut(batch)]
-        failed = False
-        try:
-            result = work(batch)
-        except Exception as error:
-            if not (retries and is_out_of_memory(error)):
-                raise
-            failed = True
-        if failed:  # outside the handler, where the traceback no longer holds the batch's tensors
-            _halve(sizes, phase, len(batch))
-            continue
-        yield start, result
-        start += len(batch)
-
-
-def with_fewer_rows(
-    work: Callable[[int], None], sizes: dict[str, int], phase: str, left: Callable[[], int] = lambda: sys.maxsize
-) -> None:
-    """Call ``work`` with ``sizes[phase]`` rows at a time, and with half as many whenever memory runs out.
-
-    ``work`` goes on where the call before it was left; ``left`` says how many rows there still are at most.
-    """
-    while True:
-        rows = min(sizes[phase], left())
-        failed = False
-        try:
-            work(rows)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            failed = True
-        if not failed:
-            return
-        _halve(sizes, phase, min(rows, left()))
-
-
-def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
-    """Make batches half as large as one that ran out of memory, for the rest of the run, unless some can be had."""
-    release_memory()
-    if any([spare.give_back() for spare in list(spares)]):
-        return
-    if rows == 1:
-        raise too_large(phase)
-    sizes[phase] = rows // 2
-    log.warning("out of memory with %d rows in a batch (%s); going on with %d", rows, phase, sizes[phase])
-
-
-def too_large(phase: str) -> UserError:
-    """What to say where memory does not hold a batch of one."""
-    return UserError(
-        f"a single prompt does not fit in memory while {phase} runs; use shorter prompts, a smaller "
-        "generation.max_new_tokens, or a placement that spreads the model"
-    )
-
-
 def peak_memory() -> dict[str, int]:
     """Peak bytes used so far by this process on the host, and on its device (0 without one)."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     _highest["host"], _highest["device"] = max(_highest["host"], host), max(_highest["device"], device)
     return dict(_highest)
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that were used at most while ``run`` ran, above what was used before; None where that cannot be told."""
+    peak_memory()  # what was highest so far would be forgotten
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        _call("malloc_trim", 0)  # what was freed and kept would be taken without being seen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _number("/proc/self/status", "VmRSS")
+        run()
+        return _number("/proc/self/status", "VmHWM") - before
+    except OSError:
+        run()
+        return None
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this rank may still use; host memory is shared with the other ranks of this machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        return _number("/proc/meminfo", "MemAvailable") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    except OSError:
+        return None
+
+
+def give_back_memory() -> None:
+    """Collect garbage, and return freed memory to the device and to the operating system.
+
+    The C library keeps freed memory for later allocations of this process; another engine would come on top of it.
+    """
+    release_memory()
+    _call("malloc_trim", 0)
+
+
+def return_freed_blocks(at_once: bool) -> None:
+    """Whether the C library returns blocks of some megabytes as soon as they are freed, or does what it usually does.
+
+    Weights that are gathered for a moment come and go in such blocks, between others that stay: kept, their holes add
+    up to more than the weights themselves.
+    """
+    _call("mallopt", _M_MMAP_THRESHOLD, _SOME_MEGABYTES if at_once else _USUAL_BLOCK)
+    _call("mallopt", _M_TRIM_THRESHOLD, _USUAL_END)
+
+
+def keep_freed_blocks() -> None:
+    """Let the C library keep some hundred freed megabytes for what comes next, until :func:`return_freed_blocks`.
+
+    Passes come and go in blocks of megabytes; returned each time, every page of the next one is a fault: a tenth of a
+    small model's trial on a CPU.
+    """
+    if _call("mallopt", _M_MMAP_THRESHOLD, _USUAL_BLOCK):
+        _call("mallopt", _M_TRIM_THRESHOLD, _KEPT_END)
+
+
+def _number(file: str, field: str) -> int:
+    """A field of a file of ``/proc``, which counts in kilobytes, in bytes."""
+    for line in Path(file).read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return 1024 * int(value.split()[0])
+    raise OSError(f"{file} has no {field}")
+
+
+def _call(name: str, *arguments: int) -> int:
+    """Call a function that glibc alone has; 0 where it is not there."""
+    if sys.platform != "linux":
+        return 0
+    function = getattr(ctypes.CDLL(None), name, None)
+    return 0 if function is None else int(function(*arguments))

@@ -1,14 +1,19 @@
-"""The check that a split model computes what the unsplit one does, on any size of model.
+"""Whether two ways to the same logits differ by more than rounding: a model in parts beside the whole one, steps over
+slots beside those over the model's own cache.
 
-The reference needs no rank that holds the whole model: one block at a time gets its weights, runs, and loses them.
+The reference for a model in parts needs no rank that holds the whole of it: one block at a time gets its weights, runs,
+and loses them.
+
+Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +24,10 @@ from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.fitness import dtype_name, first_line
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import pad_left
-from heretic_ds.runner.forward import Forward, last_logits
-
-if TYPE_CHECKING:
-    from heretic_ds.job import Job
+from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.rows import Row
+from heretic_ds.runner.slots import Slots
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +37,21 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 _LOW_PRECISION = 0.15
 """In 16 bits sums in another order differ by a few percent, more where a router's choice flips; what is wrong by
 design differs by half and more."""
+_LEAST, _TIMES_ROUNDING, _MOST = 1e-4, 4.0, 0.1
+"""How far logits of one model on one machine may be off, as a part of their spread: at least, in multiples of rounding,
+and at most. Logits that depend on what else is in the batch are no measure of rounding."""
+
+
+def distance(found_BV: Tensor, expected_BV: Tensor) -> float:
+    """How far logits are off, as a part of their spread."""
+    expected_BV = expected_BV.double()
+    spread = (expected_BV - expected_BV.mean(-1, keepdim=True)).norm()
+    return ((found_BV.double() - expected_BV).norm() / spread).item()
+
+
+def is_rounding(error: float, rounding: float) -> bool:
+    """Whether a distance is explained by another one, between logits that differ in rounding alone."""
+    return error <= min(max(_LEAST, _TIMES_ROUNDING * rounding), _MOST)
 
 
 def sample_rows(vocabulary: int, count: int = len(_LENGTHS)) -> list[list[int]]:
@@ -39,6 +59,28 @@ def sample_rows(vocabulary: int, count: int = len(_LENGTHS)) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     lengths = [_LENGTHS[row % len(_LENGTHS)] for row in range(count)]
     return [torch.randint(vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.inference_mode()
+def slot_distances(forward: Forward) -> tuple[float, float]:
+    """How far the logits of one step over slots are from those over the model's own cache, and how far those are from
+    the same with more padding, which is rounding alone.
+
+    Three rows of unlike lengths, each with columns behind it that are not its own.
+    """
+    rows = [Row(prompt) for prompt in sample_rows(forward.model.config.get_text_config(decoder=True).vocab_size)]
+    cache = forward.own_cache()
+    begun = forward(rows, cache)
+    token_B = begun.logits_BV.argmax(dim=-1)
+    expected_BV = forward.step(begun, token_B, cache)
+    cache = forward.own_cache()
+    begun = forward([*rows, Row([*rows[0].prompt, *rows[1].prompt])], cache)
+    padded_BV = forward.step(begun, torch.cat([token_B, token_B[:1]]), cache)[: len(rows)]
+    slots, order = Slots(forward, len(rows) + 1, 2 * max(_LENGTHS)), [2, 0, 1]
+    cache = forward.growing_cache()
+    slots.join(forward(rows, cache), cache, token_B, order)
+    found_BV = slots.logits(slots.rows, slots.columns)[order]
+    return distance(found_BV, expected_BV), distance(padded_BV, expected_BV)
 
 
 @torch.inference_mode()
@@ -63,8 +105,8 @@ def streamed_logits(
             streamed = _Streamed(parts, checkpoint, device)
             stack.callback(unit.register_forward_pre_hook(streamed.load).remove)
             stack.callback(unit.register_forward_hook(streamed.drop).remove)
-        forward = Forward(model)
-        logits_BV = forward(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS, use_cache=False)
+        forward = Forward(model, pad_id=0)
+        logits_BV = forward.logits(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS)
     return logits_BV.float().cpu()
 
 
@@ -106,45 +148,43 @@ class _Streamed:
 
 
 def check_split_model(
-    job: Job, model: PreTrainedModel, checkpoint: Checkpoint, what: str, otherwise: str, turn: int = 0, turns: int = 1
+    world: World,
+    model: PreTrainedModel,
+    reference: Callable[[list[list[int]]], Tensor],
+    what: str,
+    otherwise: str,
+    turn: int = 0,
+    turns: int = 1,
 ) -> None:
-    """Compare with the unsplit model, which rank 0 runs block by block.
+    """Compare with the unsplit model, whose logits [B, V] after some rows rank 0 finds by ``reference``.
 
-    All ranks call it; ``what`` and ``otherwise`` are :func:`check`'s. Where each rank of a replica has rows of its own,
-    this one's are in the ``turn``-th of as many orders as there are ``turns``: what comes back to another rank's row is
-    noticed.
+    All ranks call it; ``what`` names the choice that split the model, ``otherwise`` says what to choose instead. Where
+    each rank of a replica has rows of its own, this one's are in the ``turn``-th of as many orders as there are
+    ``turns``: what comes back to another rank's row is noticed. Raises UserError where the logits are another model's.
     """
     count = max(len(_LENGTHS), turns)
     rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size, count)
-
-    def reference() -> Tensor:
-        return streamed_logits(job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device)
-
-    reference_BV = job.world.decide(reference)
+    reference_BV = world.decide(lambda: reference(rows))
     order = [(turn + row) % len(rows) for row in range(len(rows))]
     try:
         with torch.inference_mode():
-            logits_BV = last_logits(model, [rows[row] for row in order], pad_id=0).float().cpu()
+            logits_BV = Forward(model, pad_id=0)([Row(rows[row]) for row in order]).logits_BV.float().cpu()
     except RuntimeError as error:  # shapes that do not fit: on every rank alike
         raise UserError(
             f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
         ) from error
-    job.world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
+    world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
 
 
 def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> None:
-    """Compare a split model's logits with the unsplit model's; raise UserError where they are another model's.
-
-    ``what`` names the choice that split it, ``otherwise`` says what to choose instead.
-    """
+    """Compare a split model's logits with the unsplit model's; :func:`check_split_model`'s arguments and errors."""
     reference_BV = reference_BV.double()
     if reference_BV.isnan().any() or (reference_BV == math.inf).any():
         raise UserError(
             f"the unsplit model gives logits that are not finite in {dtype_name(dtype)}; set another model.dtype "
             "(float32 is the safest)"
         )
-    spread = (reference_BV - reference_BV.mean(-1, keepdim=True)).norm()
-    error = ((logits_BV.double().cpu() - reference_BV).norm() / spread).item()
+    error = distance(logits_BV.cpu(), reference_BV)
     if not error <= _TOLERANCES.get(dtype, _LOW_PRECISION):
         raise UserError(
             f"{what} gives other logits than the unsplit model (off by {error:.2g} of their spread): it does not "

@@ -1,13 +1,13 @@
-"""Rows of a batch in slots of memory that stays where it is, each row with its tokens from the first column on.
+"""Rows of a batch in slots of memory, each row with its tokens from the first column on.
 
-A step of decoding then reads and writes the same memory every time, with the same shapes, whatever rows there are:
-what a captured graph needs. A row that comes takes a slot without moving the others. (transformers' own StaticCache
-writes all rows at one common position, so that with rows that come later it would fill up with holes.)
+A row that comes takes a slot without moving the others, and a step reads and writes the same memory whatever rows there
+are: what a captured graph needs. (transformers' own StaticCache writes all rows at one common position, so that with
+rows that come later it would fill up with holes.)
 
 A column of a slot is the position of its token, so that no padding has to be masked, only what comes after the row's
 last token. A window of attention is a matter of the mask too: keys outside it stay in memory.
 
-Shapes: R slots, C columns, B rows of a step, N rows that come, P positions of a prompt, H heads, K width of a head.
+Shapes: R slots, C columns, B rows of a step, N rows that come, S columns of a prompt cache, H heads, K width of a head.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from heretic_ds.runner.caches import growing_cache
-from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.forward import Begun, Forward, rope_depends_on_length
 from heretic_ds.runner.grouped_attention import attention_per_key_head
+
+_MASKED_ATTENTION = frozenset({"eager", "sdpa"})
+"""Implementations of attention that take a mask of what each row sees."""
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 class _Part:
@@ -37,14 +40,22 @@ class _Part:
 class SlotLayer(DynamicLayer):
     """Keys and values [R, H, C, K] of one layer."""
 
-    def __init__(self, slots: int, columns: int, part: _Part) -> None:
+    def __init__(self, part: _Part) -> None:
         super().__init__()
-        self._slots, self._columns, self._part = slots, columns, part
+        self._part = part
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory for keys and values like these, zero: what is masked must still be a number."""
-        for name, like in (("keys", key_states), ("values", value_states)):
-            setattr(self, name, like.new_zeros(self._slots, like.shape[1], self._columns, like.shape[-1]))
+    def reserve(self, slots: int, columns: int, like: tuple[Tensor, Tensor] | None = None) -> None:
+        """Have memory for so many slots and columns, zero where nothing was written: what is masked must still be a
+        number. The first time it is taken ``like`` some keys and values."""
+        olds = (self.keys, self.values) if self.is_initialized else like
+        if olds is None:
+            return
+        for name, old in zip(("keys", "values"), olds, strict=True):
+            assert old is not None
+            memory = old.new_zeros(slots, old.shape[1], columns, old.shape[-1])
+            if self.is_initialized:
+                memory[: old.shape[0], :, : old.shape[2]] = old
+            setattr(self, name, memory)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -58,13 +69,11 @@ class SlotLayer(DynamicLayer):
             given.append(view)
         return given[0], given[1]
 
-    def join(self, prompts: Any, column_NP: Tensor, slot_N: Tensor) -> None:
-        """Copy a prompt cache's layer into slots; ``column_NP`` says which of its columns comes to lie where."""
-        if not self.is_initialized:
-            self.lazy_initialization(prompts.keys, prompts.values)
+    def join(self, prompts: Any, column_NS: Tensor, slot_N: Tensor) -> None:
+        """Copy a prompt cache's layer into slots; ``column_NS`` says which of its columns comes to lie where."""
         for memory, states in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            index = column_NP[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-            memory[slot_N, :, : column_NP.shape[1]] = states.gather(2, index)  # type: ignore[index]
+            index = column_NS[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+            memory[slot_N, :, : column_NS.shape[1]] = states.gather(2, index)  # type: ignore[index]
 
     def move(self, from_N: Tensor, to_N: Tensor, columns: int) -> None:
         """Copy the first columns of slots to others."""
@@ -83,36 +92,43 @@ class SlotLayer(DynamicLayer):
 class Slots:
     """Rows in flight: their keys and values, next tokens, positions, and trials."""
 
-    def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
-        self.rows, self.columns = rows, columns
-        parameter = next(model.parameters())
-        self.device = parameter.device
+    def __init__(self, forward: Forward, rows: int, columns: int) -> None:
+        self._forward, self._part, self.device = forward, _Part(), forward.device
+        self.rows = self.columns = 0
         self.token_R, self.next_R, self.position_R, self.trial_R = (
-            torch.zeros(rows, dtype=torch.int64, device=self.device) for _ in range(4)
+            torch.zeros(0, dtype=torch.int64, device=self.device) for _ in range(4)
         )
         """Of each row: the token that the model sees next, at which position; what it answered to the token before;
         its trial."""
-        self._model, self._forward, self._part = model, Forward(model), _Part()
-        config = model.config.get_text_config(decoder=True)
+        config: Any = forward.model.config.get_text_config(decoder=True)
         self._window: int | None = getattr(config, "sliding_window", None)
-        kinds = [type(layer) for layer in DynamicCache(config=config).layers]
-        self._slides = [kind is DynamicSlidingWindowLayer for kind in kinds]
-        self._additive = parameter.dtype if config._attn_implementation == "eager" else None
-        self._layers = [SlotLayer(rows, columns, self._part) for _ in kinds]
+        self._slides = [kind is DynamicSlidingWindowLayer for kind in forward.layer_kinds]
+        self._additive = forward.model.dtype if config._attn_implementation == "eager" else None
+        self._layers = [SlotLayer(self._part) for _ in self._slides]
         self._cache = Cache(layers=list(self._layers))
+        self.reserve(rows, columns)
 
-    def prompt_cache(self) -> DynamicCache:
-        """A cache for prompts that will join, which keeps all of their positions."""
-        return growing_cache(self._model)
+    def reserve(self, rows: int, columns: int) -> None:
+        """Have room for at least so many rows of so many columns; the rows in flight stay. A captured graph does not
+        notice that memory has moved."""
+        if rows <= self.rows and columns <= self.columns:
+            return
+        self.rows, self.columns = max(rows, self.rows), max(columns, self.columns)
+        for name in ("token_R", "next_R", "position_R", "trial_R"):
+            old = getattr(self, name)
+            setattr(self, name, torch.cat([old, old.new_zeros(self.rows - len(old))]))
+        for layer in self._layers:
+            layer.reserve(self.rows, self.columns)
 
-    def join(self, prompts: DynamicCache, lengths: Sequence[int], token_N: Tensor, slots: Sequence[int]) -> None:
-        """Put rows with their first tokens into slots; prompts lie at the end of their cache's columns."""
-        slot_N, length_N = self._numbers(slots), self._numbers(lengths)
-        wide = prompts.get_seq_length()
-        column_NP = (torch.arange(wide, device=self.device) + wide - length_N[:, None]).clamp_(max=wide - 1)
+    def join(self, begun: Begun, prompts: DynamicCache, token_N: Tensor, slots: Sequence[int]) -> None:
+        """Put rows that have begun, with their first tokens, into slots; ``prompts`` has their keys and values."""
+        slot_N, length_N = self._numbers(slots), begun.mask_BS.sum(dim=1)
+        column_NS = begun.mask_BS.argsort(dim=1, descending=True, stable=True)[:, : int(length_N.max())]
         for layer, other in zip(self._layers, prompts.layers, strict=True):
             if isinstance(other, DynamicLayer) and other.is_initialized:
-                layer.join(other, column_NP, slot_N)
+                if not layer.is_initialized:
+                    layer.reserve(self.rows, self.columns, (other.keys, other.values))  # type: ignore[arg-type]
+                layer.join(other, column_NS, slot_N)
         self.token_R[slot_N], self.position_R[slot_N] = token_N, length_N
 
     def move(self, origins: Sequence[int], targets: Sequence[int], columns: int) -> None:
@@ -134,14 +150,9 @@ class Slots:
         part.row_B = torch.arange(rows, device=self.device)
         part.column_B = self.position_R[:rows].clamp(max=columns - 1)  # a row that is done may have gone on too far
         position_B1 = part.column_B[:, None]
-        with attention_per_key_head(self._model):
-            logits_BV = self._forward(
-                self.token_R[:rows, None],
-                self._masks(column_C, position_B1),
-                position_B1,
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+        with attention_per_key_head(self._forward.model):
+            mask = self._masks(column_C, position_B1)
+            logits_BV = self._forward.logits(self.token_R[:rows, None], mask, position_B1, self._cache)
         del part.row_B, part.column_B  # a graph's own memory
         return logits_BV
 
@@ -177,3 +188,21 @@ class Slots:
 
     def _numbers(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
+
+def obstacle(forward: Forward) -> str | None:
+    """Why a model's rows cannot lie in slots; None where nothing is known against it."""
+    config: Any = forward.model.config.get_text_config(decoder=True)
+    if not forward.keeps_positions:
+        own = {kind.__name__ for kind in forward.layer_kinds} - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+        return f"the model's cache has layers with a state of their own ({', '.join(sorted(own))})"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if kinds:
+        return f"the model has layers of {', '.join(sorted(kinds))}"
+    if not forward.takes_positions:
+        return "the model takes positions from the mask alone"
+    if config._attn_implementation not in _MASKED_ATTENTION:
+        return f"the attention {config._attn_implementation} takes no mask of what each row sees"
+    if rope_depends_on_length(config):
+        return "the model's rotary frequencies depend on the longest row"
+    return None

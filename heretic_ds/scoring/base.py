@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
+from torch import Tensor
+
+from heretic_ds.ablation import Edit
 from heretic_ds.settings import ScoringSettings
+
+TokenRows = Sequence[Sequence[int]]
+"""Prompts as token ids, one row each, unpadded, ending where the answer starts."""
 
 Decided = Callable[[Sequence[Sequence[int]]], Sequence[bool]]
 """For each of several answers, given by their first tokens: whether its scores can no longer change."""
+
+ReadLogits = Callable[[Sequence[int], Sequence[Tensor]], Sequence[float]]
+"""A number for each row of a batch, from the places of their prompts in the list and their next-token logits [K, V]:
+after the prompt, and after each token of its continuation where there is one."""
+
+
+class GivesDistributions(Protocol):
+    """A model that can be asked for next-token logits: an engine."""
+
+    def distributions(
+        self,
+        prompts: TokenRows,
+        edits: Sequence[Edit | None],
+        read: ReadLogits,
+        continuations: TokenRows | None = None,
+    ) -> list[list[float]]:
+        """What ``read`` makes of the logits of each prompt under each edit: [edit][prompt]."""
+        ...
 
 
 class Scorer(ABC):

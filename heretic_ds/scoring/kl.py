@@ -1,9 +1,15 @@
-"""Divergence of first-token distributions. Shapes: B prompts, V vocabulary."""
+"""Divergence of next-token distributions. Shapes: B prompts, K positions of a prompt, V vocabulary."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from heretic_ds.ablation import Edit
+from heretic_ds.scoring.base import GivesDistributions, TokenRows
 
 
 def log_probabilities(logits_BV: Tensor) -> Tensor:
@@ -28,3 +34,35 @@ def first_token_kl(reference_logp_BV: Tensor, logits_BV: Tensor) -> Tensor:
     p_BV = reference_logp_BV.exp()
     terms_BV = torch.where(p_BV == 0, 0.0, p_BV * gap_BV)
     return terms_BV.sum(dim=-1, dtype=torch.float64).clamp(min=0)
+
+
+class Divergence:
+    """KL(original || edited) of the next-token distributions of a list of prompts, in nats.
+
+    First-token distributions, or with ``continuations`` those after the prompt and after each of its continuation's
+    tokens, of which a prompt's divergence is the mean. The reference is the model as it is when this is made; it lies
+    on the host, float32, for the prompts that are this process's work.
+    """
+
+    def __init__(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> None:
+        self._engine, self._prompts, self._continuations = engine, prompts, continuations
+        self.reference_KV: dict[int, Tensor] = {}
+        """Log-probabilities by place of the prompt."""
+        engine.distributions(prompts, [None], self._remember, continuations)
+
+    def of(self, edits: Sequence[Edit | None]) -> list[float]:
+        """For each edit (None: the weights as they are) the mean over prompts."""
+        found = self._engine.distributions(self._prompts, edits, self._divergences, self._continuations)
+        return [math.fsum(each) / len(each) for each in found]
+
+    def _remember(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        for prompt, each_KV in zip(prompts, logits_KV, strict=True):
+            self.reference_KV[prompt] = log_probabilities(each_KV).cpu()
+        return [0.0] * len(prompts)
+
+    def _divergences(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        counts, logits_NV = [len(each) for each in logits_KV], torch.cat(list(logits_KV))
+        reference_NV = torch.cat([self.reference_KV[prompt] for prompt in prompts]).to(logits_NV.device)
+        parts = first_token_kl(reference_NV, logits_NV).split(counts)
+        found: list[float] = torch.stack([part.mean() for part in parts]).tolist()
+        return found

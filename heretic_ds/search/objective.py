@@ -9,6 +9,7 @@ from heretic_ds.ablation import Edit
 from heretic_ds.placements.base import Engine
 from heretic_ds.prompts import PromptSet
 from heretic_ds.scoring.base import Decided, Scorer
+from heretic_ds.scoring.kl import Divergence
 from heretic_ds.search.trials import TrialScores
 
 log = logging.getLogger(__name__)
@@ -31,17 +32,17 @@ class Objective:
         early_stop: bool = True,
         print_answers: bool = False,
     ) -> None:
-        self._engine, self._target, self._baseline = engine, target, baseline
+        self._engine, self._target = engine, target
         self._scorers, self._text_of = scorers, text_of
         self._print_answers = print_answers
         self._decided = self._early_stop() if early_stop and not print_answers else None
         self.original = self._score_answers(engine.generate(target.rows, [None], self._decided)[0], kl=0.0)
         """Scores of the original model."""
-        self._reference = engine.reference(baseline.rows)
+        self._divergence = Divergence(engine, baseline.rows)
 
     def score(self, edits: Sequence[Edit | None]) -> list[TrialScores]:
         """Scores of each edit; None stands for the weights as they are."""
-        kls = self._engine.kl(self._baseline.rows, self._reference, edits)
+        kls = self._divergence.of(edits)
         answers = self._engine.generate(self._target.rows, edits, self._decided)
         return [self._score_answers(rows, kl) for rows, kl in zip(answers, kls, strict=True)]
 

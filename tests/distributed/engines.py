@@ -17,7 +17,8 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import open_model
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.engine import Runner
+from heretic_ds.scoring.kl import Divergence
 from heretic_ds.settings import PlacementSettings, Settings
 from heretic_ds.world import World
 from tests import families
@@ -44,7 +45,7 @@ def job_for(world: World, folder: str, batch_size: int = 3, dtype: str = "float3
     return Job(settings, world, opened, find_anatomy(opened.skeleton()), None, [])  # type: ignore[arg-type]
 
 
-def ablation_for(engine: ResidentEngine, row_norm: str, through_norm: bool = False) -> Ablation:
+def ablation_for(engine: Runner, row_norm: str, through_norm: bool = False) -> Ablation:
     """Random directions, the same in every process."""
     generator = torch.Generator().manual_seed(3)
     shape = (engine.anatomy.n_blocks + 1, engine.anatomy.width)
@@ -52,19 +53,19 @@ def ablation_for(engine: ResidentEngine, row_norm: str, through_norm: bool = Fal
     return Ablation(torch.nn.functional.normalize(directions_LD, dim=-1), row_norm, through_norm)
 
 
-def measure(engine: ResidentEngine, count: int = len(LENGTHS)) -> dict[str, Any]:
+def measure(engine: Runner, count: int = len(LENGTHS)) -> dict[str, Any]:
     """Everything an engine says about one model: unedited, edited in every mode, and restored."""
     rows = prompts(count)
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     found: dict[str, Any] = {"means": engine.capture(rows)}
     engine.prepare(ablation_for(engine, "none"))
-    reference = engine.reference(rows)
+    reference = Divergence(engine, rows)
     found["answers"] = {"original": engine.generate(rows, [None])[0]}
-    found["kl"] = {"original": engine.kl(rows, reference, [None])[0]}
+    found["kl"] = {"original": reference.of([None])[0]}
     for row_norm in ROW_NORMS:
         engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
         found["answers"][row_norm] = engine.generate(rows, [EDIT])[0]
-        found["kl"][row_norm] = engine.kl(rows, reference, [EDIT])[0]
+        found["kl"][row_norm] = reference.of([EDIT])[0]
     engine.restore()
     after = engine.model.state_dict()
     found["restored"] = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
@@ -141,11 +142,11 @@ def measure_late_starts(world: World, folder: str, degree: int, reuse: bool = Tr
     job.settings.generation.prefill_reuse = reuse
     engine = tensor_parallel.build(job, PlacementSettings("tensor_parallel", degree, "auto"), "evaluate")
     engine.prepare(ablation_for(engine, "full"))
-    reference = engine.reference(rows)
+    reference = Divergence(engine, rows)
     found: dict[str, Any] = {"kl": [], "answers": []}
     with contextlib.closing(engine), mock.patch.object(prompt_learning, "PASS_IN_TOKENS", 1):
         for edits in (LATE[:1], LATE, [None, LATE[1]]):
-            found["kl"] += engine.kl(rows, reference, edits)
+            found["kl"] += reference.of(edits)
             found["answers"].append(engine.generate(rows, edits))
         found["starts"] = [(s.boundaries, s.shared, s.passes_share) for s in engine._prefill._kept.values() if s]
     return found

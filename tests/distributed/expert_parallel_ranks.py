@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from heretic_ds.runner.in_step import InStepEngine
 from torch import Tensor, nn
 
 from heretic_ds.errors import UserError
@@ -18,7 +19,7 @@ from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, expert_parallel, replicated
 from heretic_ds.placements.deepspeed import Originals
 from heretic_ds.runner import engine as resident
-from heretic_ds.runner.in_step import InStepEngine
+from heretic_ds.scoring.kl import Divergence
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed import output_edits_ranks
@@ -181,7 +182,7 @@ def batch_sizes(world: World, folder: str) -> dict[str, int]:
     """What ranks measure in step."""
     engine = _engine(world, folder, None, batch_size=0)
     engine.capture(prompts())
-    engine.kl(prompts(), engine.reference(prompts()), [None])
+    engine.kl(prompts(), Divergence(engine, prompts()), [None])
     engine.generate(prompts(), [None])
     engine.close()
     return engine.batch_sizes
@@ -193,7 +194,7 @@ def most_rows_tried(world: World, folder: str) -> int:
     forward = engine._first_token_logits
     engine._first_token_logits = lambda rows: tried.append(len(rows)) or forward(rows)  # type: ignore[method-assign]
     with mock.patch("heretic_ds.runner.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
-        engine.reference(prompts())
+        Divergence(engine, prompts())
     engine.close()
     return max(tried)
 
@@ -217,7 +218,7 @@ def memory_ran_out(world: World, folder: str) -> str:
 
     engine.model.register_forward_pre_hook(full)
     try:
-        engine.reference(prompts(4))
+        Divergence(engine, prompts(4))
     except UserError as error:
         return str(error)
     finally:
@@ -229,11 +230,11 @@ def memory_ran_out_behind_a_pass(world: World, folder: str) -> str:
     """What an engine says whose comparison of distributions runs out of memory once."""
     engine = _engine(world, folder, None)
     engine.prepare(ablation_for(engine, "full"))
-    reference = engine.reference(prompts(4))
+    reference = Divergence(engine, prompts(4))
     full = torch.OutOfMemoryError("pretended")
     try:
         with mock.patch.object(resident, "first_token_kl", side_effect=[full, *[torch.zeros(1)] * 9]):
-            engine.kl(prompts(4), reference, [EDIT])
+            reference.of([EDIT])
     except UserError as error:
         return str(error)
     finally:

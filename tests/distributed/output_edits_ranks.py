@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.placements import replicated, tensor_parallel
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.engine import Runner
+from heretic_ds.scoring.kl import Divergence
 from heretic_ds.settings import PlacementSettings
 from heretic_ds.world import World
 from tests.distributed.engines import EDIT, ablation_for, job_for, prompts
@@ -24,15 +25,15 @@ EDITS = (
 )
 
 
-def score(engine: ResidentEngine, together: bool) -> dict[str, Any]:
+def score(engine: Runner, together: bool) -> dict[str, Any]:
     """KL and answers of all edits in every mode, in one pass or one after another; collectives of a first-token pass
     with and without edits."""
     found: dict[str, Any] = {"kl": {}, "answers": {}, "collectives": {}}
     rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
     for row_norm in ROW_NORMS:
         engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
-        reference = engine.reference(rows)
-        found["kl"][row_norm] = [kl for edits in passes for kl in engine.kl(rows, reference, edits)]
+        reference = Divergence(engine, rows)
+        found["kl"][row_norm] = [kl for edits in passes for kl in reference.of(edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
         if together and dist.is_initialized():
             found["collectives"][row_norm] = [
@@ -41,7 +42,7 @@ def score(engine: ResidentEngine, together: bool) -> dict[str, Any]:
     return found
 
 
-def _collectives(engine: ResidentEngine, reference: Any, edits: Any) -> list[int]:
+def _collectives(engine: Runner, reference: Any, edits: Any) -> list[int]:
     """Numbers that each all-reduce of one pass moves for one prompt, of which every edit has its own copy."""
     engine.batch_sizes["kl"] = len(EDITS)
     moved: list[int] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heretic_ds.runner.host_memory import give_back_memory
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,7 +16,6 @@ from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, replicated, zero3
 from heretic_ds.placements.deepspeed import Originals, start_deepspeed
 from heretic_ds.placements.zero3.partitions import Partitions
-from heretic_ds.runner.host_memory import give_back_memory
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed.engines import job_for, prompts
@@ -34,7 +34,7 @@ def zero3_job(world: World, folder: str, batch_size: int = 2, dtype: str = "floa
 def capture_and_answer(world: World, folder: str, counts: tuple[int, ...], **options: Any) -> dict[str, Any]:
     """Captured means and answers for the first prompts, so many as each of ``counts`` says."""
     engine = build_engine(zero3_job(world, folder, **options), "capture")
-    assert isinstance(engine, zero3.Zero3Engine)
+    assert isinstance(engine, zero3.Zero3Runner)
     engine._ends = STOPS
     found: dict[str, Any] = {
         "means": [engine.capture(prompts(count)) for count in counts],

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from heretic_ds.ablation import Edit, Profile
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.engine import Runner
 from heretic_ds.runner.reuse import HeadStart
 from tests.e2e.conftest import Heretic, Material, read_results
 
@@ -29,13 +29,13 @@ def first_edited(trial: dict[str, Any]) -> int:
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """Every trial's answers [trial][prompt][token], after those of the original: finer than how many are refusals."""
     noted: list[list[list[int]]] = []
-    generate = ResidentEngine.generate
+    generate = Runner.generate
 
-    def generate_and_note(engine: ResidentEngine, *arguments: Any) -> list[list[list[int]]]:
+    def generate_and_note(engine: Runner, *arguments: Any) -> list[list[list[int]]]:
         noted.extend(answers := generate(engine, *arguments))
         return answers
 
-    monkeypatch.setattr(ResidentEngine, "generate", generate_and_note)
+    monkeypatch.setattr(Runner, "generate", generate_and_note)
     return noted
 
 

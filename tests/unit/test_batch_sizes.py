@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from heretic_ds.errors import UserError
-from heretic_ds.prompts import TokenRows
 from heretic_ds.runner import batch_sizes
-from heretic_ds.runner.batch_sizes import BatchSizing, measure_batch_size
+from heretic_ds.runner.batch_sizes import Batches, measure_batch_size
+from heretic_ds.runner.comm import ALONE, Comm
+from heretic_ds.runner.rows import Row
 
 
 class Machine:
@@ -19,11 +21,10 @@ class Machine:
     def __init__(self, seconds: Callable[[int], float], room: int = 1000) -> None:
         self.now, self.runs, self._seconds, self._room = 0.0, list[int](), seconds, room
 
-    def run(self, rows: int) -> None:
+    def run(self, rows: int) -> bool:
         self.runs.append(rows)
-        if rows > self._room:
-            raise torch.OutOfMemoryError("pretended")
         self.now += self._seconds(rows)
+        return rows <= self._room
 
     def best(self, most: int = 64) -> int:
         return measure_batch_size(self.run, most, "capture", clock=lambda: self.now)
@@ -59,17 +60,35 @@ def test_what_does_not_fit_is_not_tried_with_more() -> None:
         Machine(lambda n: 1.0, room=0).best()
 
 
-def test_ranks_run_alike_and_take_the_first_ones_measure() -> None:
-    first, second, told = Machine(lambda n: 0.1 + 0.01 * n), Machine(lambda n: 0.01 * n), list[float]()
+class Ranks:
+    """Two ranks whose numbers are told one after the other: what the first tells, the second hears."""
 
-    def tell(value: float) -> float:
-        told.append(value)
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def most(self, value: float) -> float:
+        self.told.append(value)
         return value
 
-    found = measure_batch_size(first.run, 64, "capture", tell, clock=lambda: first.now)
-    heard, other = iter(told), {"clock": lambda: second.now, "amount": lambda rows: 1.0}
-    assert measure_batch_size(second.run, 64, "capture", lambda _: next(heard), **other) == found
+    least = most
+
+
+def test_ranks_run_alike_and_come_to_one_size() -> None:
+    first, second, ranks = Machine(lambda n: 0.1 + 0.01 * n), Machine(lambda n: 0.01 * n), Ranks()
+    found = measure_batch_size(first.run, 64, "capture", ranks, clock=lambda: first.now)  # type: ignore[arg-type]
+    heard = iter(ranks.told)
+    ranks.most = ranks.least = lambda value: next(heard)  # type: ignore[method-assign]
+    other: dict[str, Any] = {"clock": lambda: second.now, "amount": lambda rows: 1.0}
+    assert measure_batch_size(second.run, 64, "capture", ranks, **other) == found  # type: ignore[arg-type]
     assert second.runs == first.runs and next(heard, None) is None
+
+
+def batches_on(device: str, comm: Comm = ALONE, retries: bool = True) -> Batches:
+    return Batches(comm, torch.device(device), "a_placement", 16, retries)
+
+
+def rows_of_lengths(*lengths: int) -> list[Row]:
+    return [Row([5] * length) for length in lengths]
 
 
 @pytest.mark.parametrize(("device", "most"), [("cuda", 6), ("cpu", 2)])
@@ -77,34 +96,65 @@ def test_on_an_accelerator_batches_of_many_trials_rows_are_measured(device: str,
     """They have more rows than there are prompts. On a CPU more rows than that would gain nothing."""
     seen: list[list[int]] = []
 
-    def work(rows: TokenRows) -> None:
+    def work(rows: Sequence[Row]) -> None:
         seen.append(list(map(len, rows)))
 
-    sizing = BatchSizing(torch.device(device), 16, starts_late=False, same=lambda value: value)
-    assert 1 <= sizing.find("kl", [[5] * 4, [6] * 9], work, trials=3) <= most
+    batches = batches_on(device)
+    batches.find(rows_of_lengths(4, 9), "kl", work, trials=3)
+    assert 1 <= batches.sizes["kl"] <= most
     longest = max(seen, key=len)
     assert longest == [9, 9, 9, 4, 4, 4][: len(longest)] if device == "cuda" else longest == [9, 4]
     assert len(longest) >= min(most, 4)  # doubled twice whatever is gained
     seen.clear()
-    sizing.find("kl", [[5] * 4, [6] * 9], work, trials=1)
+    batches_on(device).find(rows_of_lengths(4, 9), "kl", work, trials=1)
     assert max(seen, key=len) == [9, 4]
 
 
-def test_where_ranks_cannot_try_again_the_least_of_all_ranks_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On every device; and a lack of memory while that is found out ends them all."""
+class ThreeLess(Comm):
+    """Another rank has memory for three rows less."""
+
+    def least(self, value: float) -> float:
+        return value - 3 if value > 3 else value
+
+
+def test_the_least_of_all_ranks_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, and on every device where memory that has run out cannot be recovered from."""
     ran: list[int] = []
     monkeypatch.setattr(batch_sizes, "rows_that_fit", lambda run, most, device: 6)
-    for device in ("cpu", "cuda"):
+    for device, retries in (("cpu", True), ("cpu", False), ("cuda", False)):
         ran.clear()
-        sizing = BatchSizing(torch.device(device), 16, False, lambda value: value, least=lambda rows: rows - 3)
-        sizing.find("kl", [[5] * 4] * 12, lambda rows: ran.append(len(rows)), trials=1)
+        batches_on(device, ThreeLess(), retries).find(
+            rows_of_lengths(*[4] * 12), "kl", lambda rows: ran.append(len(rows))
+        )
         assert max(ran) == 3
 
-    def full(run: object, most: int, device: object) -> int:
+
+def test_memory_that_runs_out_while_it_is_measured() -> None:
+    """Ends what cannot recover from it; alone, a smaller batch is found."""
+
+    def full(rows: Sequence[Row]) -> None:
+        if len(rows) > 3:
+            raise torch.OutOfMemoryError("pretended")
+
+    rows = rows_of_lengths(*[4] * 12)
+    with pytest.raises(UserError, match=r"memory ran out with 4 rows in a batch \(kl\), from which a_placement cannot"):
+        batches_on("cpu", retries=False).find(rows, "kl", full)
+    for device in ("cpu", "cuda"):
+        alone = batches_on(device)
+        alone.find(rows, "kl", full)
+        assert 1 <= alone.sizes["kl"] <= 3
+
+
+def test_a_batch_is_never_made_empty() -> None:
+    """Also where memory runs out when no row is left."""
+    batches, rows = batches_on("cpu"), rows_of_lengths(4, 4)
+    batches.sizes["generate"] = 2
+
+    def ends_and_fails(most: int) -> None:
+        for row in rows:
+            row.done = True
         raise torch.OutOfMemoryError("pretended")
 
-    monkeypatch.setattr(batch_sizes, "rows_that_fit", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        sizing.find("kl", [[5] * 4] * 12, lambda rows: None, trials=1)
-    alone = BatchSizing(torch.device("cpu"), 16, False, lambda value: value)
-    assert 1 <= alone.find("kl", [[5] * 4] * 12, lambda rows: None, trials=1) <= 12
+    with pytest.raises(UserError, match="a single prompt does not fit"):
+        batches.finish(rows, "generate", ends_and_fails)
+    assert batches.sizes["generate"] == 2

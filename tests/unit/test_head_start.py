@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from heretic_ds.runner.closeness import is_rounding
+from heretic_ds.runner.prompt_learning import boundaries_within, shared_beginning
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.runner import prompt_learning, prompt_states, replays
 from heretic_ds.runner import reuse as head_start
-from heretic_ds.runner.closeness import is_rounding
 from heretic_ds.runner.forward import rope_depends_on_length
 from heretic_ds.runner.memory import spares
-from heretic_ds.runner.prompt_learning import boundaries_within, shared_beginning
+from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import stop_some
@@ -61,8 +62,8 @@ def engine_of(model, reuse=True, row_norm="full", through_norm=False, **options)
 
 def scores(engine, rows, passes):
     """KL divergences and answers of the edits of several passes."""
-    reference = engine.reference(rows)
-    kl = [kl for edits in passes for kl in engine.kl(rows, reference, edits)]
+    reference = Divergence(engine, rows)
+    kl = [kl for edits in passes for kl in reference.of(edits)]
     answers = [of_edit for edits in passes for of_edit in engine.generate(rows, edits, stop_some)]
     engine.restore()  # for other engines of the same model
     return kl, answers
@@ -104,16 +105,16 @@ def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_lear
     edits, found = (edit(1, None, 3.0), edit(3)), []
     for reuse in (False, True):
         engine, scored = engine_of(model, reuse, "none"), {"kl": [], "generate": []}
-        reference = engine.reference(rows)
+        reference = Divergence(engine, rows)
         for one in edits:
             for phase in phases:
-                scored[phase] += engine.kl(rows, reference, [one]) if phase == "kl" else engine.generate(rows, [one])
+                scored[phase] += reference.of([one]) if phase == "kl" else engine.generate(rows, [one])
         found.append((scored["kl"], scored["generate"]))
         engine.restore()
     assert_same(found[1], found[0])
     states = {states.answers: states for states in kept(engine)}
     original = engine_of(model)
-    original.kl(rows, original.reference(rows), [edits[1]])
+    original.kl(rows, Divergence(original, rows), [edits[1]])
     original.generate(rows, [edits[1]])
     original.restore()
     for expected in kept(original):
@@ -158,32 +159,32 @@ class Counted:
 def test_blocks_before_an_edit_and_shared_tokens_are_left_out():
     model, rows = built(), prompts(lengths=(6, 6, 6, 6))
     engine, counted = engine_of(model), Counted(model)
-    reference = engine.reference(rows)
-    engine.kl(rows, reference, EDITS[:1])
+    reference = Divergence(engine, rows)
+    reference.of(EDITS[:1])
     counted.take()
-    engine.kl(rows, reference, [EDITS[0]])
+    reference.of([EDITS[0]])
     assert counted.take() == [0, 0, 5 + 4 * 6, 5 + 4 * 6]
-    engine.kl(rows, reference, EDITS[:2])  # the batches of four rows mix both trials
+    reference.of(EDITS[:2])  # the batches of four rows mix both trials
     assert counted.take() == [0, 2 * (5 + 4 * 6)] + [2 * (5 + 4 * 6)] * 2
     engine.generate(rows, [EDITS[2]])
     counted.take()
     steps = len(max(engine.generate(rows, [EDITS[2]])[0], key=len))
     assert counted.take()[3] >= 5 + 4 * 6 + steps - 1
-    assert engine.kl(rows, reference, [None]) == pytest.approx([0], abs=1e-7)
+    assert reference.of([None]) == pytest.approx([0], abs=1e-7)
     assert counted.take() == [4 * 11] * LAYERS  # the original is not what is scored with less
 
 
 def test_really_edited_weights_are_scored_from_the_first_block():
     model, rows = built(), prompts()
     engine, counted = engine_of(model), Counted(model)
-    reference = engine.reference(rows)
-    expected = engine.kl(rows, reference, [EDITS[0]])
+    reference = Divergence(engine, rows)
+    expected = reference.of([EDITS[0]])
     engine.apply(EDITS[0])
     counted.take()
-    assert engine.kl(rows, reference, [None]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert reference.of([None]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert counted.take()[0] == counted.of[0] + sum(map(len, rows)) + padding_of(rows)
     # Edits asked for while another is applied take its place, on the original's states.
-    assert engine.kl(rows, reference, [EDITS[1]]) == pytest.approx(
+    assert reference.of([EDITS[1]]) == pytest.approx(
         engine_of(built(), reuse=False).kl(rows, reference, [EDITS[1]]), rel=1e-4, abs=1e-6
     )
 
@@ -232,14 +233,14 @@ def test_memory_that_is_lacking_before_anything_is_kept(caplog):
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
-    reference = engine.reference(rows)
+    reference = Divergence(engine, rows)
 
     def full(*arguments):
         raise torch.OutOfMemoryError("pretended")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
         patch.setattr(prompt_learning.Learning, "_bytes", full)
-        assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+        assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert "6 prompts go through the whole model: memory ran out" in caplog.text
     assert engine.batch_sizes["kl"] == 4
 
@@ -308,7 +309,7 @@ def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypa
     engine = engine_of(model, cuda_graphs=True)
     expected = scores(engine, rows, [EDITS])
     assert any(states.bytes for states in kept(engine)) and engine._replays.steps() is not None
-    reference, logits, failures = engine.reference(rows), engine._first_token_logits, [torch.OutOfMemoryError("so")]
+    reference, logits, failures = Divergence(engine, rows), engine._first_token_logits, [torch.OutOfMemoryError("so")]
 
     def full(batch):
         if failures:
@@ -316,7 +317,7 @@ def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypa
         return logits(batch)
 
     monkeypatch.setattr(engine, "_first_token_logits", full)
-    assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert not kept(engine) and engine._replays.steps() is None and engine.batch_sizes["kl"] == 4
 
 
@@ -324,14 +325,14 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
-    reference = engine.reference(rows)
+    reference = Divergence(engine, rows)
 
     def full(states, rows, *more):
         raise torch.OutOfMemoryError("pretended")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prompt_states.PromptStates, "put", full)
-        assert engine.kl(rows, reference, EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+        assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert not kept(engine) and engine.batch_sizes["kl"] == 4
     assert engine.generate(rows, EDITS, stop_some) == expected[1]
 

@@ -18,13 +18,14 @@ from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, kernel_inject
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.placements.kernel_inject import KernelInjectEngine, parity
+from heretic_ds.placements.kernel_inject import KernelInjectRunner, parity
 from heretic_ds.placements.kernel_inject.adapter import ResidualSum
 from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
 from heretic_ds.placements.kernel_inject.op import load_kernels
 from heretic_ds.placements.kernel_inject.workspace import Shape, Workspace
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.engine import Runner
+from heretic_ds.scoring.kl import Divergence
 from heretic_ds.world import World
 from tests import families
 from tests.conftest import ComposeSettings
@@ -97,15 +98,15 @@ def prompts() -> list[list[int]]:
     return [torch.randint(low, high, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[ResidentEngine, KernelInjectEngine]:
+def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[Runner, KernelInjectRunner]:
     """The engine over the model, and the one over the same model with its kernels injected; both with an ablation."""
     tokenizer = families.tokenizer()
-    plain = ResidentEngine(model, tokenizer, find_anatomy(model), NEW_TOKENS, batch_size)
+    plain = Runner(model, tokenizer, find_anatomy(model), NEW_TOKENS, batch_size)
     twin, injected = injected_copy(model)
-    return plain, KernelInjectEngine(twin, tokenizer, injected, NEW_TOKENS, batch_size)
+    return plain, KernelInjectRunner(twin, tokenizer, injected, NEW_TOKENS, batch_size)
 
 
-def prepare(engine: ResidentEngine, row_norm: str = "full") -> None:
+def prepare(engine: Runner, row_norm: str = "full") -> None:
     shape = (engine.anatomy.n_blocks + 1, engine.anatomy.width)
     generator = torch.Generator().manual_seed(3)
     directions_LD = torch.nn.functional.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
@@ -133,10 +134,10 @@ def test_engine_gives_the_means_answers_and_kl_of_the_plain_one_and_restores_bit
     assert ((found_LD - expected_LD).norm(dim=-1) / expected_LD.norm(dim=-1)).max() < 1e-5
     prepare(plain), prepare(injected)
     for engine in (plain, injected):
-        engine.original = engine.reference(prompts())
+        engine.original = Divergence(engine, prompts())
     assert torch.allclose(injected.original, plain.original, atol=1e-5)
     for edit in (None, EDIT):
-        expected, found = (e.kl(prompts(), e.original, [edit])[0] for e in (plain, injected))
+        expected, found = (e.original.of([edit])[0] for e in (plain, injected))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert injected.generate(prompts(), [edit]) == plain.generate(prompts(), [edit])
     assert expected > 1e-4
@@ -343,7 +344,7 @@ def test_a_run_builds_the_placement_from_its_settings(
     monkeypatch.setattr("heretic_ds.placements.kernel_inject.op.load_kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine, rows = build_engine(job, "evaluate"), job.prompts("target.eval").rows
-    assert isinstance(engine, KernelInjectEngine) and engine.whole is None and engine.max_edits_per_pass == 1
+    assert isinstance(engine, KernelInjectRunner) and engine.whole is None and engine.max_edits_per_pass == 1
     plain = build_engine(job, "capture")
     engine.batch_sizes = plain.batch_sizes = {"generate": 2}
     assert engine.generate(rows, [None]) == plain.generate(rows, [None])

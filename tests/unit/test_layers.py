@@ -1,4 +1,4 @@
-"""The house rules of imports: dependencies point down, placements do not know each other, libraries stay in their rooms.
+"""The house rules of imports: dependencies point down, placements do not know each other, libraries stay put.
 
 Read from the sources by `ast`, so that an import inside a function counts too; only those for type checkers do not.
 """

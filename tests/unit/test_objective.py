@@ -26,13 +26,9 @@ class FakeEngine:
         self.calls: list[tuple[str, Any]] = []
         self.decided: Any = None
 
-    def reference(self, rows: Any) -> str:
-        self.calls.append(("reference", rows))
-        return "reference"
-
-    def kl(self, rows: Any, reference: Any, edits: Sequence[Edit | None]) -> list[float]:
-        self.calls.append(("kl", (rows, reference, list(edits))))
-        return [0.25 * (1 + number) for number in range(len(edits))]
+    def distributions(self, rows: Any, edits: Sequence[Edit | None], read: Any, more: Any = None) -> list[list[float]]:
+        self.calls.append(("distributions", (rows, list(edits))))
+        return [[0.25 * (1 + number)] * len(rows) for number in range(len(edits))]
 
     def generate(self, rows: Any, edits: Sequence[Edit | None], decided: Any = None) -> list[list[list[int]]]:
         self.calls.append(("generate", (rows, list(edits))))
@@ -54,7 +50,7 @@ def test_the_original_is_measured_once_before_everything() -> None:
     measured = objective(engine, [RefusalScorer(["no"]), LengthScorer()])
     assert measured.original.refusals == 3 and measured.original.kl == 0.0
     assert measured.original.scores == {"refusals": 3, "length": pytest.approx(2 / 3)}
-    assert engine.calls == [("generate", (TARGET.rows, [None])), ("reference", BASELINE.rows)]
+    assert engine.calls == [("generate", (TARGET.rows, [None])), ("distributions", (BASELINE.rows, [None]))]
 
 
 def test_each_edit_gets_its_own_numbers() -> None:
@@ -63,7 +59,7 @@ def test_each_edit_gets_its_own_numbers() -> None:
     scores = measured.score(EDITS)
     assert [score.refusals for score in scores] == [1, 3] and [score.kl for score in scores] == [0.25, 0.5]
     assert engine.calls[2:] == [
-        ("kl", (BASELINE.rows, "reference", EDITS)),
+        ("distributions", (BASELINE.rows, EDITS)),
         ("generate", (TARGET.rows, EDITS)),
     ]
 

@@ -15,7 +15,9 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import experts as expert_edits
 from heretic_ds.edits.outputs import OutputEdits, obstacle
 from heretic_ds.edits.weights import WeightEditor
-from heretic_ds.runner.forward import last_logits
+from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.rows import Row
+from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.unit.test_resident import EDIT, LENGTHS, ablation_for, engine_for, greedy_alone, prompts, state
 
@@ -24,6 +26,11 @@ ONE_BLOCK = Edit(None, {"attention": Profile(0.8, 1.0, 0.8, 0.5)})
 STRONG = Edit(0.9, {"attention": Profile(-0.7, 0.3, 1.5, 2.0), "mlp": Profile(1.5, 1.0, 1.2, 1.5)})
 EDITS: tuple[Edit | None, ...] = (EDIT, ONE_BLOCK, None, STRONG)
 PAD = families.PAD
+
+
+def last_logits(model, rows, pad_id) -> Tensor:
+    """Logits [B, V] of the first answer token of each prompt."""
+    return Forward(model, pad_id)([Row(row) for row in rows]).logits_BV
 
 
 def trial_rows(trials: int) -> list[tuple[int, list[int]]]:
@@ -99,11 +106,11 @@ def test_scores_and_answers_of_trials_in_one_pass_equal_those_one_by_one(family)
     before = state(model)
     engine = engine_for(model, batch_size=4)
     engine.prepare(ablation_for(engine))
-    reference = engine.reference(prompts())
-    together = engine.kl(prompts(), reference, EDITS), engine.generate(prompts(), EDITS)
+    reference = Divergence(engine, prompts())
+    together = reference.of(EDITS), engine.generate(prompts(), EDITS)
     compared = 0
     for edit, kl, answers in zip(EDITS, *together, strict=True):
-        alone = engine.kl(prompts(), reference, [edit])[0]
+        alone = reference.of([edit])[0]
         assert abs(kl - alone) < 1e-6 + 1e-4 * alone
         for row, answer, expected in zip(prompts(), answers, engine.generate(prompts(), [edit])[0], strict=True):
             if answer != expected:
@@ -234,9 +241,9 @@ def test_where_rows_cannot_have_their_own_edits_weights_are_edited(name, caplog)
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
         engine.prepare(ablation_for(engine))
     assert engine.max_edits_per_pass == 1 and "every trial has passes of its own" in caplog.text
-    reference = engine.reference(prompts())
-    together = engine.kl(prompts(), reference, EDITS)
-    assert together == [engine.kl(prompts(), reference, [edit])[0] for edit in EDITS]
+    reference = Divergence(engine, prompts())
+    together = reference.of(EDITS)
+    assert together == [reference.of([edit])[0] for edit in EDITS]
     assert len(engine.generate(prompts(), EDITS)) == len(EDITS)
 
 
@@ -253,11 +260,11 @@ def test_none_stands_for_the_edit_that_is_applied():
     model = families.build("llama")
     engine = engine_for(model, batch_size=4)
     engine.prepare(ablation_for(engine))
-    reference = engine.reference(prompts())
-    alone = [engine.kl(prompts(), reference, [edit])[0] for edit in (EDIT, STRONG)]
+    reference = Divergence(engine, prompts())
+    alone = [reference.of([edit])[0] for edit in (EDIT, STRONG)]
     engine.apply(STRONG)
     for edits, expected in (([EDIT, None], alone), ([None, EDIT], alone[::-1]), ([None, None], [alone[1]] * 2)):
-        assert engine.kl(prompts(), reference, edits) == pytest.approx(expected, rel=1e-4)
+        assert reference.of(edits) == pytest.approx(expected, rel=1e-4)
 
 
 def test_rows_that_run_out_of_memory_lose_no_answer():

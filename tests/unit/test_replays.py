@@ -10,13 +10,14 @@ import logging
 
 import pytest
 import torch
+from heretic_ds.runner.replays import Replays, obstacle
 from torch import nn
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.runner import graphs, replays, slots
-from heretic_ds.runner.engine import ResidentEngine
-from heretic_ds.runner.replays import Replays, obstacle
+from heretic_ds.runner.engine import Runner
+from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder
 from tests.unit.test_decoding import prompts, stop_some
@@ -34,19 +35,17 @@ EDITS = [[edit(1.1), None, edit(0.7, None)], [edit(0.2), edit(1.4, 0.9)], [edit(
 
 
 def engine_of(model, cuda_graphs, batch_size=7):
-    return ResidentEngine(
-        model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, cuda_graphs=cuda_graphs
-    )
+    return Runner(model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, cuda_graphs=cuda_graphs)
 
 
 def answers_and_kl(model, trials, cuda_graphs, row_norm="full"):
     """Of all passes of `EDITS`, with as many edits each at most."""
     engine = engine_of(model, cuda_graphs)
     engine.prepare(ablation_for(engine, row_norm))
-    reference, found = engine.reference(prompts()), []
+    reference, found = Divergence(engine, prompts()), []
     answers = []
     for edits in EDITS:
-        found += engine.kl(prompts(), reference, edits[:trials])
+        found += reference.of(edits[:trials])
         answers.append(engine.generate(prompts(), edits[:trials], stop_some))
     engine.restore()
     return answers, found
@@ -197,7 +196,7 @@ def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder):
     assert steps is not None and steps._slots is not None
     engine._first_token_logits = lambda rows: held.append(steps._slots) or logits(rows)
     del engine.batch_sizes["kl"]
-    engine.reference(prompts())
+    Divergence(engine, prompts())
     assert held and set(held) == {None} and engine.batch_sizes["kl"] >= 1
     replayed = recorder.replayed
     assert engine.generate(prompts(), [edit(1.1)]) == answers
@@ -228,21 +227,21 @@ def test_memory_that_other_phases_lack_is_given_back_before_their_batches_get_sm
     model = families.build("llama")
     engine = engine_of(model, True)
     engine.prepare(ablation_for(engine))
-    reference = engine.reference(prompts())
-    expected = engine.kl(prompts(), reference, [edit(1.1)])
+    reference = Divergence(engine, prompts())
+    expected = reference.of([edit(1.1)])
     answers = engine.generate(prompts(), [edit(1.1)])
     logits, failures = engine._first_token_logits, [torch.OutOfMemoryError("CUDA out of memory")]
     monkeypatch.setattr(
         engine, "_first_token_logits", lambda rows: _raise(failures.pop()) if failures else logits(rows)
     )
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
-        assert engine.kl(prompts(), reference, [edit(1.1)]) == expected
+        assert reference.of([edit(1.1)]) == expected
     assert engine.batch_sizes["kl"] == 7 and "rows in a batch" not in caplog.text
     assert caplog.text.count("memory ran out beside what replayed steps keep") == 1
     replayed = recorder.replayed
     assert engine.generate(prompts(), [edit(1.1)]) == answers and recorder.replayed == replayed
     failures.append(torch.OutOfMemoryError("CUDA out of memory"))
-    engine.kl(prompts(), reference, [edit(1.1)])
+    reference.of([edit(1.1)])
     assert engine.batch_sizes["kl"] == 3
 
 

@@ -8,7 +8,9 @@ import torch
 from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.errors import UserError
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.runner.engine import Runner, RunnerOptions
+from heretic_ds.runner.rows import rows_of
+from heretic_ds.scoring.kl import Divergence
 from tests import families
 
 LENGTHS = (9, 4, 6, 11, 5)
@@ -22,8 +24,8 @@ def prompts() -> list[list[int]]:
     return [torch.randint(low, high, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def engine_for(model, batch_size=3, **options) -> ResidentEngine:
-    return ResidentEngine(model, families.tokenizer(), find_anatomy(model), NEW_TOKENS, batch_size, **options)
+def engine_for(model, batch_size=3, **options) -> Runner:
+    return Runner(model, find_anatomy(model), families.tokenizer(), RunnerOptions(NEW_TOKENS, batch_size, **options))
 
 
 def ablation_for(engine, row_norm="full", through_norm=False) -> Ablation:
@@ -86,13 +88,13 @@ def test_kl_equals_that_of_unpadded_prompts_and_leaves_the_weights(family):
     _, model, before = family
     engine = engine_for(model)
     engine.prepare(ablation_for(engine))
-    reference = engine.reference(prompts())
+    reference = Divergence(engine, prompts())
     original = [alone(model, row)[1].double().log_softmax(-1) for row in prompts()]
     engine.apply(EDIT)
     edited = [alone(model, row)[1].double().log_softmax(-1) for row in prompts()]
     expected = sum((p.exp() * (p - q)).sum() for p, q in zip(original, edited, strict=True)).item() / len(LENGTHS)
     engine.restore()
-    measured, unedited = (engine.kl(prompts(), reference, [edit])[0] for edit in (EDIT, None))
+    measured, unedited = (reference.of([edit])[0] for edit in (EDIT, None))
     assert measured == pytest.approx(expected, rel=1e-4, abs=1e-6) and expected > 1e-4
     assert abs(unedited) < 1e-6
     engine.restore()
@@ -103,14 +105,19 @@ def test_reference_is_of_the_model_as_it_is_whatever_was_scored_last():
     """Of the original, or of the edit that was applied."""
     engine = engine_for(families.build("llama"))
     engine.prepare(ablation_for(engine))
-    original, other = engine.reference(prompts()), Edit(None, EDIT.profiles)
-    engine.kl(prompts(), original, [EDIT])
-    assert torch.equal(engine.reference(prompts()), original)
+    original, other = Divergence(engine, prompts()), Edit(None, EDIT.profiles)
+
+    def taken():
+        return torch.cat([logp_KV for _, logp_KV in sorted(Divergence(engine, prompts()).reference_KV.items())])
+
+    expected = taken()
+    original.of([EDIT])
+    assert torch.equal(taken(), expected)
     engine.apply(EDIT)
-    edited = engine.reference(prompts())
-    assert not torch.allclose(edited, original, atol=1e-2)
+    edited = taken()
+    assert not torch.allclose(edited, expected, atol=1e-2)
     engine.generate(prompts(), [other])
-    assert torch.equal(engine.reference(prompts()), edited)
+    assert torch.equal(taken(), edited)
 
 
 @torch.no_grad()
@@ -237,11 +244,10 @@ def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(mo
 
     monkeypatch.setattr("heretic_ds.runner.batch_sizes.rows_that_fit", rows_that_fit)
     monkeypatch.setattr("heretic_ds.runner.batch_sizes.measure_batch_size", measure_batch_size)
-    engine = ResidentEngine(
-        model := families.build("llama"), families.tokenizer(), find_anatomy(model), 64, prefill_reuse=True
-    )
+    options = RunnerOptions(64, prefill_reuse=True)
+    engine = Runner(model := families.build("llama"), find_anatomy(model), families.tokenizer(), options)
     for phase in ("kl", "generate"):
-        engine._find_batch_size(phase, prompts(), lambda batch: asked.append([len(row) for row in batch]))
+        engine._batches.find(rows_of(prompts()), phase, lambda batch: asked.append([len(row) for row in batch]))
     assert asked == [[11, 9], [6], [11 + 48, 9 + 48], [1]]  # 16 tokens of an answer are decoded in either
     assert measured == [3, 3] and engine.batch_sizes == {"kl": 3, "generate": 3}
 

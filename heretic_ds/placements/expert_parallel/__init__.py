@@ -7,23 +7,23 @@ since all of them run the experts that any of them needs.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Ablation
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.dtypes import in_some_dtype
 from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
-from heretic_ds.edits.weights import WeightEditor
-from heretic_ds.placements.deepspeed import check_accelerator
+from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
-from heretic_ds.runner.engine import MOST_EDITS
-from heretic_ds.runner.in_step import InStepEngine
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.settings import PlacementSettings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelEngine:
+def build(job: Job, placement: PlacementSettings, phase: str) -> Runner:
     """The engine over a model whose experts are shared out over the ranks of a replica.
 
     An edit in the weights is that of a rank's own experts, and of its copy of every other writer. Raises UserError, on
@@ -56,9 +56,22 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelE
     log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
     if placement.parity_check:
         what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
-        parity.check_split_model(job, model, checkpoint, what, otherwise, replicas.member, replicas.degree)
+        parity.check_split_model(
+            world,
+            model,
+            lambda rows: parity.streamed_logits(
+                job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, device
+            ),
+            what,
+            otherwise,
+            replicas.member,
+            replicas.degree,
+        )
     checkpoint.files.close()
-    return ExpertParallelEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
+    options = replace(runner_options(job), cuda_graphs=False, prefill_reuse=False)
+    comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
+    traits = Traits("expert_parallel", rows_move=False, edits=ExpertParallelEdits)
+    return Runner(model, anatomy, job.opened.tokenizer, options, comm, traits)
 
 
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:
@@ -67,13 +80,3 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     check_accelerator(job.opened.device)
     degree = job.world.degree(placement.degree, f"{phase}.degree")
     ExpertLayers(job.opened.skeleton(), job.anatomy, degree, phase, job.opened.device)
-
-
-class ExpertParallelEngine(InStepEngine):
-    """Rows of one batch may belong to different trials, whose edits experts make for the tokens of all ranks."""
-
-    max_edits_per_pass = MOST_EDITS
-
-    def prepare(self, ablation: Ablation) -> None:
-        super().prepare(ablation)
-        self._outputs = ExpertParallelEdits(self.model, self.anatomy, ablation)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Ablation, Edit
+from heretic_ds.ablation import Ablation, Edit, Reduce
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.edits.experts import ExpertEdit
 from heretic_ds.edits.outputs import OutputEdits
@@ -64,7 +64,9 @@ class TravellingRows(Rows):
 class ExpertParallelEdits(OutputEdits):
     """Edits of one model's outputs, those of this rank's experts for the tokens of all ranks."""
 
-    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, ablation: Ablation) -> None:
+    def __init__(
+        self, model: PreTrainedModel, anatomy: Anatomy, ablation: Ablation, reduce: Reduce | None = None
+    ) -> None:
         dense = tuple(writer for writer in anatomy.writers if writer.experts is None)
         super().__init__(model, replace(anatomy, writers=dense), ablation)
         self._experts = [writer for writer in anatomy.writers if writer.experts is not None]

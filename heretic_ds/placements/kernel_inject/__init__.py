@@ -7,18 +7,20 @@ them, one at a time.
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
+from heretic_ds.placements.base import runner_options
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
-from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.engine import ResidentEngine
-from heretic_ds.scoring.base import Decided
+from heretic_ds.runner.comm import ALONE, Comm
+from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
 from heretic_ds.settings import PlacementSettings
 
 if TYPE_CHECKING:
@@ -43,27 +45,19 @@ def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> KernelInjectEngine:
+def build(job: Job, placement: PlacementSettings, phase: str) -> KernelInjectRunner:
     """The engine over a model whose blocks are injected kernels, checked against the model as it was before.
 
     Raises UserError for models that the kernels do not serve, and where the check fails.
     """
-    world, opened, generation = job.world, job.opened, job.settings.generation
-    replicas = world.replicas(1, f"{phase}.degree")
+    world, opened = job.world, job.opened
     torch.cuda.set_device(opened.device)  # the kernels run on the current device
     world.agree(op.load_kernels)
     model = world.agree(lambda: load_weights(opened)).model
     family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
     injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
-    return KernelInjectEngine(
-        model,
-        opened.tokenizer,
-        injected,
-        generation.max_new_tokens,
-        generation.batch_size,
-        replicas=replicas,
-        same=world.same,
-    )
+    comm = Comm.of_replicas(world, 1, f"{phase}.degree")
+    return KernelInjectRunner(model, opened.tokenizer, injected, runner_options(job), comm)
 
 
 def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> Injected:
@@ -78,20 +72,27 @@ def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> 
     return injected
 
 
-class KernelInjectEngine(ResidentEngine):
+class KernelInjectRunner(Runner):
     """Passes go through injected kernels, whose workspace has to know beforehand how long answers get."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, injected: Injected, *arguments: Any, **options: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        injected: Injected,
+        options: RunnerOptions,
+        comm: Comm = ALONE,
     ) -> None:
-        super().__init__(model, tokenizer, injected.anatomy, *arguments, **options)
+        options = replace(options, cuda_graphs=False, prefill_reuse=False)
+        traits = Traits("kernel_inject", rows_move=False, edits=None)
+        super().__init__(model, injected.anatomy, tokenizer, options, comm, traits)
         self._injected = injected
 
-    def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
-        with self._injected.adapter.expecting(max_new_tokens):
-            return super()._decode(rows, max_new_tokens, decided)
+    def _decoding(self, max_new_tokens: int) -> AbstractContextManager[Any]:
+        return self._injected.adapter.expecting(max_new_tokens)
 
     def close(self) -> None:
+        """Give back what the kernels hold; the runner is of no use afterwards."""
         self._injected.close()
         del self._injected
         super().close()

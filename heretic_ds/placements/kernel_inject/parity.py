@@ -83,10 +83,10 @@ def _run(model: PreTrainedModel, lengths: tuple[int, ...], given: list[Tensor] |
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config(decoder=True)
     rows = [torch.randint(config.vocab_size, (length,), generator=generator).tolist() for length in lengths]
-    batch, forward = pad_left(rows, 0).to(model.device), Forward(model)
+    batch, forward = pad_left(rows, 0).to(model.device), Forward(model, pad_id=0)
     mask_BS, position_B1 = batch.attention_mask_BS, batch.position_ids_BS[:, -1:]
     cache = DynamicCache(config=config)
-    logits = [forward(batch.input_ids_BS, mask_BS, batch.position_ids_BS, past_key_values=cache, use_cache=True)]
+    logits = [forward.logits(batch.input_ids_BS, mask_BS, batch.position_ids_BS, cache)]
     tokens: list[Tensor] = []
     for step in range(_STEPS):
         token_B = given[step].to(model.device) if given is not None else logits[-1].argmax(-1)
@@ -97,5 +97,5 @@ def _run(model: PreTrainedModel, lengths: tuple[int, ...], given: list[Tensor] |
             token_B = token_B if given is not None else token_B[keep]
         tokens.append(token_B.cpu())
         mask_BS, position_B1 = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], 1), position_B1 + 1
-        logits.append(forward(token_B[:, None], mask_BS, position_B1, past_key_values=cache, use_cache=True))
+        logits.append(forward.logits(token_B[:, None], mask_BS, position_B1, cache))
     return torch.cat([part.float().cpu() for part in logits]), tokens

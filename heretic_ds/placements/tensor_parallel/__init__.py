@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +24,12 @@ from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refus
 from heretic_ds.edits.fused_experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.placements.base import runner_options
 from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding
 from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
-from heretic_ds.runner.engine import ResidentEngine
-from heretic_ds.runner.parity import check_split_model
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, Traits
+from heretic_ds.runner.parity import check_split_model, streamed_logits
 from heretic_ds.settings import PlacementSettings
 
 if TYPE_CHECKING:
@@ -35,14 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
+def build(job: Job, placement: PlacementSettings, phase: str) -> Runner:
     """The engine over a model whose weights are split over the ranks of a replica.
 
     Raises UserError, on every rank, where the model cannot be split that way.
     """
-    world, generation = job.world, job.settings.generation
-    replicas = world.replicas(placement.degree, f"{phase}.degree")
-    group = replicas.inside
+    world = job.world
+    comm = Comm.of_replicas(world, placement.degree, f"{phase}.degree")
+    group = comm.partners
 
     def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
         model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
@@ -59,30 +62,24 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
         job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
     )
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
+    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, comm.degree, backend)
     if compared:
         check_split_model(
-            job,
+            world,
             model,
-            checkpoint,
+            lambda rows: streamed_logits(
+                job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device
+            ),
             what=f"{phase}.backend={backend}",
             otherwise=f"choose another {phase}.backend, or {phase}=replicated",
         )
     checkpoint.files.close()
-    engine = ResidentEngine(
-        model,
-        job.opened.tokenizer,
-        job.anatomy,
-        generation.max_new_tokens,
-        generation.batch_size,
-        editor=WeightEditor(model, job.anatomy, sum_over(group)),
-        replicas=replicas,
-        same=world.same,
-        prefill_reuse=generation.prefill_reuse,
-    )
+    options, editor = runner_options(job), WeightEditor(model, job.anatomy, sum_over(group))
+    options = replace(options, cuda_graphs=False)
+    runner = Runner(model, job.anatomy, job.opened.tokenizer, options, comm, Traits("tensor_parallel"), editor)
     if group is None:
-        engine.whole = job.opened.loaded(model)
-    return engine
+        runner.whole = job.opened.loaded(model)
+    return runner
 
 
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:

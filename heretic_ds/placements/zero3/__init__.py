@@ -6,22 +6,22 @@ Each rank works on prompts of its own, in step with the others, since every one 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.checkpoint.dtypes import in_some_dtype
 from heretic_ds.checkpoint.from_files import refuse_quantised
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
-from heretic_ds.placements.deepspeed import check_accelerator, start_deepspeed
+from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, start_deepspeed
 from heretic_ds.placements.zero3.offload import check_offload, load_reader
 from heretic_ds.placements.zero3.partitions import Partitions
-from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.in_step import InStepEngine
-from heretic_ds.runner.taps import tapped
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.settings import CaptureSettings
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _NO_EDITS = "weights that zero3 has cut into parts cannot be edited; choose another placement for evaluate"
 
 
-def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Engine:
+def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Runner:
     """The engine over a model that no rank reads or holds whole; :func:`check` has to have accepted it.
 
     Raises UserError, on every rank, where a weight file is at fault on any of them.
@@ -51,7 +51,7 @@ def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Engine:
 
     partitions = in_some_dtype(job.opened, job.world, load, lambda loaded: loaded.model, Partitions.release)
     log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
-    return Zero3Engine(partitions, job)
+    return Zero3Runner(partitions, job)
 
 
 def check(job: Job, placement: CaptureSettings, phase: str) -> None:
@@ -80,21 +80,19 @@ class _NoEditor(WeightEditor):
             raise UserError(_NO_EDITS)
 
 
-class Zero3Engine(InStepEngine):
+class Zero3Runner(Runner):
     """Captures residuals and generates with the original weights; edits are refused."""
 
-    max_edits_per_pass = 0
-
     def __init__(self, partitions: Partitions, job: Job) -> None:
+        options = replace(runner_options(job), cuda_graphs=False, prefill_reuse=False)
+        comm = Comm.in_lockstep(job.world, job.world.size, collectives_of_deepspeed())
+        traits = Traits("zero3", rows_move=False, edits=None, retries=False)
         editor = _NoEditor(partitions.model, job.anatomy)
-        super().__init__("zero3", partitions.model, job.anatomy, job, job.world.size, editor)
+        super().__init__(partitions.model, job.anatomy, job.opened.tokenizer, options, comm, traits, editor)
+        self.max_edits_per_pass = 0
         self.partitions = partitions
 
     def close(self) -> None:
-        del self.model, self._editor
+        """Release every rank's parts; the runner is of no use afterwards."""
+        super().close()
         self.partitions.release()
-
-    def _residuals(self, decoder: nn.Module, rows: TokenRows) -> Tensor:
-        with tapped(self.model, self.anatomy) as taps:
-            self._first_token_logits(rows)  # DeepSpeed counts forward passes of the whole model
-            return taps.take()

@@ -12,7 +12,7 @@ from heretic_ds.checkpoint import Checkpoint, TensorFiles
 from heretic_ds.placements.deepspeed import Originals
 from heretic_ds.placements.zero3.loading import load_partitions
 from heretic_ds.placements.zero3.offload import offload_section, remove_swap_files
-from heretic_ds.runner.host_memory import give_back_memory, return_freed_blocks
+from heretic_ds.runner.memory import give_back_memory, return_freed_blocks
 from heretic_ds.settings import CaptureSettings
 from heretic_ds.world import World
 

@@ -1,0 +1,150 @@
+"""What ranks that run one model's passes tell each other: whose prompts are whose, who goes on, where memory ran out.
+
+A rank that runs out of memory in the middle of a pass leaves the others waiting in a collective. So, until a pass of a
+size has gone well on all of them, ranks exchange a flag on the host before every collective: one of the same size
+whatever comes next, by which a failure is known to all before any of them goes on (:meth:`Comm.attempt`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from heretic_ds.runner.memory import is_out_of_memory
+from heretic_ds.world import ALONE as ONE_REPLICA
+from heretic_ds.world import Replicas, World
+
+T = TypeVar("T")
+
+_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+_sum_up = dist.all_reduce if dist.is_available() else None
+"""The function itself, whatever is put in its place while passes are guarded."""
+
+
+_ONE_RANK = World()
+
+
+class PeerRanOut(Exception):
+    """Memory ran out on another rank of this pass."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """One engine's ranks."""
+
+    shares: Replicas = ONE_REPLICA
+    """Which prompts are this rank's work, and how results come together."""
+    degree: int = 1
+    """Ranks that hold one replica of the model together."""
+    partners: dist.ProcessGroup | None = None
+    """The ranks without which this one cannot run a pass; None where there are none."""
+    lockstep: bool = False
+    """Whether partners work on prompts of their own, and so have to run equally many passes."""
+    world: World = _ONE_RANK
+    owners: tuple[Any, ...] = ()
+    """Objects that keep collective functions of their own: a library's."""
+    _gone_well: set[Hashable] = field(default_factory=set)
+    """Sizes of passes that no rank failed."""
+
+    @classmethod
+    def of_replicas(cls, world: World, degree: int | None, setting: str) -> Comm:
+        """Replicas of the model whose ranks run the same passes. Raises UserError, naming ``setting``, where the world
+        does not divide."""
+        replicas = world.replicas(degree, setting)
+        return cls(replicas, replicas.degree, replicas.inside, world=world)
+
+    @classmethod
+    def in_lockstep(cls, world: World, degree: int, owners: Sequence[Any] = ()) -> Comm:
+        """All ranks, each at work on prompts of its own, in step with the others."""
+        partners = dist.group.WORLD if world.size > 1 else None
+        return cls(world.replicas(1, "degree"), degree, partners, True, world, tuple(owners))
+
+    def anyone(self, flag: bool) -> bool:
+        """Whether the flag is set on any partner that works on prompts of its own."""
+        return self._any(flag) if self.lockstep else flag
+
+    def alike(self, value: float) -> float:
+        """One partner's number on all of them, for what they have to do alike."""
+        return self.shares.alike(value)
+
+    def least(self, value: float) -> float:
+        """The least of all ranks' numbers."""
+        return min(self.world.gather(value))
+
+    def most(self, value: float) -> float:
+        """The largest of all ranks' numbers."""
+        return max(self.world.gather(value))
+
+    def attempt(self, work: Callable[[], T], size: Hashable = None) -> tuple[bool, T | None]:
+        """Whether memory held what the work took on every partner, and what it gave.
+
+        Partners call it together. Work of a ``size`` that has gone well before (None: of a new one) is not guarded: if
+        memory runs out in it on one rank after all, that rank's MemoryError tells of it, and the others cannot.
+        """
+        guarded = self.partners is not None and self.anyone(size is None or size not in self._gone_well)
+        value, failed, told = None, False, False
+        with self._guard() if guarded else _nothing():
+            try:
+                value = work()
+            except PeerRanOut:
+                failed = told = True
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.partners is not None and not guarded:
+                    raise MemoryError("memory ran out in a pass that other ranks are part of") from error
+                failed = True
+        if guarded and not told:
+            failed = self._any(failed)
+        if failed:
+            return False, None
+        if self.partners is not None and size is not None:
+            self._gone_well.add(size)
+        return True, value
+
+    def _any(self, flag: bool) -> bool:
+        """Whether the flag is set on any partner; exchanged on the host."""
+        if self.partners is None or _sum_up is None:
+            return flag
+        count = torch.tensor([int(flag)])
+        _sum_up(count, group=self.partners)
+        return count.item() > 0
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """While the context lasts, every collective begins with the question whether all partners take part in it."""
+
+        def guarded(collective: Callable[..., Any]) -> Callable[..., Any]:
+            def asks_first(*args: Any, **kwargs: Any) -> Any:
+                if self._any(False):
+                    raise PeerRanOut
+                return collective(*args, **kwargs)
+
+            return asks_first
+
+        known = {id(getattr(dist, name)): getattr(dist, name) for name in _COLLECTIVES}
+        replaced = [(dist, name, getattr(dist, name)) for name in _COLLECTIVES]
+        replaced += [
+            (owner, name, value) for owner in self.owners for name, value in vars(owner).items() if id(value) in known
+        ]
+        for owner, name, function in replaced:
+            setattr(owner, name, guarded(function))
+        try:
+            yield
+        finally:
+            for owner, name, function in replaced:
+                setattr(owner, name, function)
+
+
+ALONE = Comm()
+"""A model that lies whole in this process, which is the only one."""
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

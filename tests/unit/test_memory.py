@@ -1,0 +1,49 @@
+"""Batch sizes told from the memory of small batches."""
+
+from __future__ import annotations
+
+import torch
+
+from heretic_ds.runner import batch_sizes, memory
+from heretic_ds.runner.memory import give_back_memory, peak_memory
+
+CPU = torch.device("cpu")
+
+
+def test_rows_that_fit_follow_the_memory_of_small_batches(monkeypatch):
+    peaks = {1: 10_000, 4: 40_000}
+    seen: list[int] = []
+    monkeypatch.setattr(batch_sizes, "free_bytes", lambda device: 2_000_000)
+
+    def peak_of(run, device):
+        run()
+        return peaks[seen[-1]]
+
+    monkeypatch.setattr(batch_sizes, "peak_of", peak_of)
+    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 1 + (1_000_000 - 10_000) // 10_000
+    assert seen == [1, 1, 4]
+    assert batch_sizes.rows_that_fit(seen.append, 30, CPU) == 30
+    monkeypatch.setattr(batch_sizes, "free_bytes", lambda device: 4_000)
+    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 1
+    monkeypatch.setattr(batch_sizes, "peak_of", lambda run, device: run())
+    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 512
+
+
+def test_a_peak_is_measured_and_earlier_ones_are_not_forgotten():
+    give_back_memory()
+    earlier = torch.ones(2**25)
+    highest = peak_memory()["host"]
+    del earlier
+    give_back_memory()
+    peak = memory.peak_of(lambda: torch.ones(2**24).sum(), CPU)
+    assert peak is not None and 60e6 < peak < 100e6
+    assert peak_memory()["host"] >= highest
+    assert memory.free_bytes(CPU) > 0
+
+
+def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypatch):
+    monkeypatch.setattr(memory, "_number", lambda file, field: {"MemAvailable": 4_000_003}[field])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert memory.free_bytes(CPU) == 4_000_003
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_bytes(CPU) == 1_000_000
