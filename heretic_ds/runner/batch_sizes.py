@@ -92,8 +92,8 @@ class Batches:
             most = min(self.sizes[phase], len(left))
             size = (phase, most, max(map(len, left)))
             ok, _ = self._attempt(phase, most, lambda: work(most), size)  # noqa: B023 - called at once
-            if not ok:
-                self._shrink(phase, min(most, sum(not row.done for row in left)))
+            if not ok and (unfinished := sum(not row.done for row in left)):
+                self._shrink(phase, min(most, unfinished))
 
     def _attempt(self, phase: str, rows: int, work: Callable[[], T], size: Any) -> tuple[bool, T | None]:
         try:

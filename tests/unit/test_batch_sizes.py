@@ -155,6 +155,5 @@ def test_a_batch_is_never_made_empty() -> None:
             row.done = True
         raise torch.OutOfMemoryError("pretended")
 
-    with pytest.raises(UserError, match="a single prompt does not fit"):
-        batches.finish(rows, "generate", ends_and_fails)
+    batches.finish(rows, "generate", ends_and_fails)
     assert batches.sizes["generate"] == 2
