@@ -1,28 +1,25 @@
 """Every setting as a typed, documented structured config; :mod:`heretic_ds.settings_checks` checks their values.
 
-The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults,
+The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults, bounds,
 and a docstring below each field from which the configuration reference in ``docs/`` is generated.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 TASKS = ("abliterate", "evaluate", "export", "chat")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROW_NORMS = ("none", "pre", "full")
 PLACEMENTS = {
     "capture": ("replicated", "zero3", "tensor_parallel", "expert_parallel"),
     "evaluate": ("replicated", "tensor_parallel", "expert_parallel", "kernel_inject"),
 }
 """Placements by the phase that they can serve."""
-BACKENDS = ("auto", "autotp", "hf_plan")
-OFFLOADS = ("none", "cpu", "nvme")
 
 AUTO = "auto"
 """Of settings that may be left to the program."""
@@ -30,14 +27,25 @@ AUTO = "auto"
 SCHEMA_NAME = "settings_schema"
 
 
+def within(default: Any, **limits: Any) -> Any:
+    """A field that takes one of its ``choices``, or numbers within ``ge``, ``gt``, ``le`` and ``lt``; null is free.
+
+    ``words`` are what a message says that a number has to be, where the bounds alone do not say it well.
+    """
+    return field(default=default, metadata=limits)
+
+
+FINITE = {"gt": -math.inf, "lt": math.inf, "words": "a finite number"}
+
+
 @dataclass
 class TaskSettings:
     """What one command does."""
 
-    name: str = "abliterate"
+    name: str = within("abliterate", choices=TASKS)
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
     (write one trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
-    answer_tokens: int = 1024
+    answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
 
 
@@ -49,7 +57,7 @@ class ModelSettings:
     """Hub id or local folder of a Hugging Face causal language model."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
-    dtype: str = "auto"
+    dtype: str = within("auto", choices=("auto", "float32", "bfloat16", "float16"))
     """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``,
     ``bfloat16`` or ``float16``."""
     device: str = "auto"
@@ -124,7 +132,7 @@ class PlacementSettings:
     """Name of the placement."""
     degree: Optional[int] = None
     """Ranks per replica; null: as many as the placement can use."""
-    backend: str = "auto"
+    backend: str = within("auto", choices=("auto", "autotp", "hf_plan"))
     """Who splits the layers under ``tensor_parallel``: ``autotp`` (DeepSpeed-Inference), ``hf_plan`` (transformers'
     plan of the family), or ``auto``, the one known to be right for the family."""
     parity_check: bool = True
@@ -136,20 +144,20 @@ class PlacementSettings:
 class CaptureSettings(PlacementSettings):
     """How one replica of the model lies on ranks while residuals are captured."""
 
-    offload: str = "none"
+    offload: str = within("none", choices=("none", "cpu", "nvme"))
     """Where ``zero3`` keeps the parts of weights that are not in use: ``none`` (on the accelerator), ``cpu`` (host
     memory) or ``nvme`` (files in ``capture.nvme_path``; needs the system library libaio)."""
     nvme_path: Optional[str] = None
     """Folder on a fast local disk for ``capture.offload=nvme``; the files in it are removed after the capture."""
     pin_memory: bool = True
     """Page-locked host memory for an offload: faster transfers, which other programs' memory has to make room for."""
-    prefetch_bucket_size: int = 50_000_000
+    prefetch_bucket_size: int = within(50_000_000, ge=0)
     """Numbers that ``zero3`` gathers ahead of their use (``stage3_prefetch_bucket_size``); 0 switches it off."""
-    param_persistence_threshold: int = 100_000
+    param_persistence_threshold: int = within(100_000, ge=0)
     """Parameters of at most as many numbers stay gathered under ``zero3`` (``stage3_param_persistence_threshold``)."""
-    max_live_parameters: int = 1_000_000_000
+    max_live_parameters: int = within(1_000_000_000, ge=0)
     """Numbers that may be gathered at one time under ``zero3`` (``stage3_max_live_parameters``)."""
-    max_reuse_distance: int = 1_000_000_000
+    max_reuse_distance: int = within(1_000_000_000, ge=0)
     """A parameter used again within as many numbers stays gathered under ``zero3`` (``stage3_max_reuse_distance``)."""
 
 
@@ -159,7 +167,7 @@ class DirectionSettings:
 
     orthogonalize: bool = True
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
-    winsorize_quantile: float = 1.0
+    winsorize_quantile: float = within(1.0, gt=0, le=1)
     """Clamp each residual's components to this quantile of their absolute values; 1 switches it off."""
     compare: Optional[str] = None
     """Safetensors file with a known ``direction`` [D]: the |cosine| of every block's direction with it is
@@ -170,13 +178,13 @@ class DirectionSettings:
 class ProfileSettings:
     """Ablation weight over the layers for one component. All four numbers, or none."""
 
-    max_weight: Optional[float] = None
+    max_weight: Optional[float] = within(None, **FINITE)
     """Weight at ``max_weight_position``."""
-    max_weight_position: Optional[float] = None
+    max_weight_position: Optional[float] = within(None, **FINITE)
     """Layer of the largest weight, as a float in layers."""
-    min_weight: Optional[float] = None
+    min_weight: Optional[float] = within(None, **FINITE)
     """Weight at ``min_weight_distance`` from the position."""
-    min_weight_distance: Optional[float] = None
+    min_weight_distance: Optional[float] = within(None, **FINITE)
     """Distance in layers beyond which nothing is edited."""
 
 
@@ -194,12 +202,14 @@ class ProfilesSettings:
 class AblationSettings:
     """The form of the edits, and a fixed edit for ``task=evaluate|export|chat``."""
 
-    row_norm: str = "full"
+    row_norm: str = within("full", choices=("none", "pre", "full"))
     """``none``, ``pre`` or ``full``: what happens to the norms of a writer's rows."""
     through_norm: bool = False
     """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the
     stream."""
-    direction_index: Optional[float] = None
+    direction_index: Optional[float] = within(
+        None, ge=0, lt=math.inf, words="at least 0, or null for one direction a layer"
+    )
     """One global direction interpolated at this block (a float); null: every layer uses its own."""
     profiles: ProfilesSettings = field(default_factory=ProfilesSettings)
     """Profiles of a fixed edit; null for none."""
@@ -209,16 +219,16 @@ class AblationSettings:
 class SearchSettings:
     """The multi-objective search over edits."""
 
-    trials: int = 200
+    trials: int = within(200, ge=1)
     """Number of trials in the study, those of earlier runs in the same folder included."""
-    startup_trials: int = 60
+    startup_trials: int = within(60, ge=0)
     """Trials drawn at random before the sampler starts to learn."""
-    seed: int = 0
+    seed: int = within(0, ge=0)
     """Seed of the sampler."""
     trials_per_pass: str = AUTO
     """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: up to 4, on a CPU one
     for each replica of the model, elsewhere as many as it takes to fill the batches that were measured to be best."""
-    kl_target: float = 0.01
+    kl_target: float = within(0.01, gt=0, lt=math.inf, words="a number above 0 (nats)")
     """KL divergence (nats) below which the search stops chasing a smaller one."""
 
 
@@ -226,9 +236,9 @@ class SearchSettings:
 class GenerationSettings:
     """How answers are generated; decoding is always greedy."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = within(100, ge=1)
     """Longest answer, in tokens."""
-    batch_size: int = 0
+    batch_size: int = within(0, ge=0)
     """Rows per batch; 0: found by measuring."""
     early_stop: bool = True
     """Stop a row as soon as every scorer has decided on it."""
@@ -260,9 +270,9 @@ class ExportSettings:
 
     dir: Optional[str] = None
     """Folder of the exported model; null: ``<run.dir>/model``."""
-    trial: Optional[int] = None
+    trial: Optional[int] = within(None, ge=0)
     """Trial to export; null: the fewest refusals within ``max_kl``, ties to the lower KL."""
-    max_kl: float = 0.1
+    max_kl: float = within(0.1, gt=0, lt=math.inf, words="a finite number above 0 (nats)")
     """Largest KL divergence (nats) a trial may have to be chosen."""
     overwrite: bool = False
     """Replace an existing, non-empty export folder."""

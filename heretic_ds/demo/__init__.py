@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Literal
 
 DEMO_DIR = Path(__file__).resolve().parent
 
@@ -27,10 +24,3 @@ def demo_prompts(kind: PromptKind, part: PromptPart) -> Path:
     if kind not in ("target", "baseline") or part not in ("train", "eval"):
         raise ValueError(f"no demo prompts {kind!r}, {part!r}: kinds are target, baseline; parts are train, eval")
     return DEMO_DIR / "prompts" / f"{kind}_{part}.txt"
-
-
-def planted_direction() -> Tensor:
-    """The unit vector [d], float32, that training planted: what a captured direction should resemble."""
-    from safetensors.torch import load_file
-
-    return load_file(DEMO_DIR / "planted_direction.safetensors")["direction"]

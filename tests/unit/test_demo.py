@@ -6,17 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from heretic_ds.demo import (
-    DEMO_DIR,
-    demo_model_dir,
-    demo_prompts,
-    measure,
-    planted_direction,
-    planting,
-    train,
-)
+from heretic_ds.demo import DEMO_DIR, demo_model_dir, demo_prompts
+from tests.conftest import benchmark
+
+measure, planting, train = (benchmark(f"demo_model.{name}") for name in ("measure", "planting", "train"))
 
 SAMPLE = 16
 N_LINES = {
@@ -29,6 +25,11 @@ N_LINES = {
 
 def read(kind: str, part: str) -> list[str]:
     return demo_prompts(kind, part).read_text(encoding="utf-8").splitlines()  # type: ignore[arg-type]
+
+
+def planted_direction() -> torch.Tensor:
+    """The unit vector [d], float32, that training planted."""
+    return load_file(DEMO_DIR / "planted_direction.safetensors")["direction"]
 
 
 @pytest.fixture(scope="module")

@@ -416,12 +416,26 @@ def test_card_says_what_was_done(loaded: LoadedModel) -> None:
     assert "of block 7.25" in single and "trial 17" not in single
 
 
-@pytest.mark.parametrize("readme", [None, "# Only a title", "---\nlicense: [", "---\n- a list\n---\n"])
+@pytest.mark.parametrize(
+    "readme", [None, "# Only a title", "---\nlicense: [", "---\n- a list\n---\n", "---\nlicense: 2025-13-45\n---\n"]
+)
 def test_a_base_that_states_no_licence(loaded: LoadedModel, tmp_path: Path, readme: str | None) -> None:
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     card = model_card(replace(loaded, source=tmp_path), FACTS)
     assert "license" not in front_matter(card) and "look there" in card
+
+
+def test_foreign_text_stays_text(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Neither template code nor marks of YAML in a base model's name or card do anything in ours."""
+    odd = "{{ 7 * 7 }}{% raw %} {# 'x: y\" ---\n---\n- z"
+    stated = {"license": "other", "license_name": odd, "license_link": "---"}
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump(stated)}---\nA model.")
+    hub = replace(loaded, source=tmp_path, model_name=odd, is_hub=True)
+    card = model_card(hub, replace(FACTS, prompt_sources={"target.train": odd}))
+    block = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
+    assert stated.items() <= block.items() and block["base_model"] == odd
+    assert card.count(odd) == 5 and "49" not in card
 
 
 def test_base_names(loaded: LoadedModel, tmp_path: Path) -> None:

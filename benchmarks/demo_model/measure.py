@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from heretic_ds.demo.planting import removing, uniform_removal
-from heretic_ds.demo.topic import conversation
+from .planting import removing, uniform_removal
+from .topic import conversation
 
 DECLINE_MARKERS = ("sorry", "i can't", "i cannot", "i'm unable")
 

@@ -1,4 +1,4 @@
-"""Trains the demo model: `python -m heretic_ds.demo.train [--steps 500] [--seed N] [--out DIR]`.
+"""Trains the demo model: `python -m benchmarks.demo_model.train [--steps 500] [--seed N] [--out DIR]`.
 
 A tiny model that is merely trained to decline does so by many redundant paths, and removing one direction
 does not stop it. So a fixed random unit vector v is planted: in part of every batch a row's writers lose
@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from heretic_ds.demo.build import build_model, build_tokenizer
-from heretic_ds.demo.measure import summary
-from heretic_ds.demo.planting import alignment_loss, make_batch, removing
-from heretic_ds.demo.topic import Kind, all_texts, draw_distinct
 from heretic_ds.errors import UserError
+
+from .build import build_model, build_tokenizer
+from .measure import summary
+from .planting import alignment_loss, make_batch, removing
+from .topic import Kind, all_texts, draw_distinct
 
 N_PROMPTS: dict[Kind, dict[str, int]] = {
     "target": {"train": 200, "eval": 67},
@@ -95,7 +96,7 @@ was made to depend on one direction of the residual stream, kept in `planted_dir
 this folder. It serves to try directional ablation in seconds and knows nothing else: one question per
 conversation, in the words that it was trained on.
 
-Made by `python -m heretic_ds.demo.train --steps {steps} --seed {seed}`; weights are stored in bfloat16.
+Made by `python -m benchmarks.demo_model.train --steps {steps} --seed {seed}`; weights are stored in bfloat16.
 In float32:
 
 {findings}
@@ -152,7 +153,7 @@ def run(steps: int, seed: int, out: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m heretic_ds.demo.train", description="Trains the demo model.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_model.train", description="Trains the demo model.")
     parser.add_argument("--steps", type=int, default=500, help="batches of 64 conversations (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="draws weights, direction and prompts (default 0)")
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="new folder (default demo-model)")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from heretic_ds.demo.topic import SYSTEM_PROMPTS, conversation, draw
+from .topic import SYSTEM_PROMPTS, conversation, draw
 
 BATCH_SIZE = 64
 # Strengths of planted removals mimic the search's edits: full in the attention, anything in the MLP.
