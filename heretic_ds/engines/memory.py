@@ -144,7 +144,7 @@ def too_large(phase: str) -> UserError:
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes used so far by this process on the host, and on its device (0 without one)."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     _highest["host"], _highest["device"] = max(_highest["host"], host), max(_highest["device"], device)
     return dict(_highest)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from heretic_ds.engines import headroom
+from heretic_ds.engines import headroom, memory
 from heretic_ds.engines.host_memory import give_back_memory
 from heretic_ds.engines.memory import peak_memory
 
@@ -48,3 +51,11 @@ def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypat
     assert headroom.free_bytes(CPU) == 4_000_003
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert headroom.free_bytes(CPU) == 1_000_000
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_host_peak_is_in_bytes_where_the_system_counts_in_kibibytes_and_where_not(platform, unit, monkeypatch):
+    monkeypatch.setitem(memory._highest, "host", 0)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    assert peak_memory()["host"] == 7_000_000 * unit
