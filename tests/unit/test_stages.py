@@ -156,7 +156,7 @@ class FakeRun(SimpleNamespace):
     def __init__(self, settings: Settings, records: list[TrialRecord]) -> None:
         super().__init__(
             settings=settings, records=records, folder=None, console=Console(quiet=True), path=Path("x"), saved=[],
-            applied=[], scorer="refusals", results={
+            applied=[], scorer="refusals", world=WORLD, results={
                 "selected": None, "verified": None, "baseline": {"refusals": 8}, "prompts": {"target_eval": 10},
                 "timings": {},
             },
@@ -198,6 +198,14 @@ def test_the_fewest_refusals_within_the_limit_are_chosen(settings: ComposeSettin
 
 def test_a_trial_beyond_the_limit_on_edited_weights_gives_way(settings: ComposeSettings) -> None:
     chosen, run = choose(settings("export.max_kl=0.1"), (1, 0.11), (2, 0.1))
+    assert chosen.index == 2 and run.applied == [RECORDS[1].edit, RECORDS[2].edit]
+
+
+def test_all_ranks_go_by_the_kl_of_the_one_that_decides(settings: ComposeSettings) -> None:
+    run = FakeRun(settings("export.max_kl=0.1"), RECORDS)
+    told = [0.11, 0.1]
+    run.world = SimpleNamespace(same=lambda value: told.pop(0))
+    chosen = select_and_verify(run, Verified((1, 0.1), (2, 0.11)))  # type: ignore[arg-type]
     assert chosen.index == 2 and run.applied == [RECORDS[1].edit, RECORDS[2].edit]
 
 
