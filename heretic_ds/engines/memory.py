@@ -110,7 +110,7 @@ def with_fewer_rows(
     ``work`` goes on where the call before it was left; ``left`` says how many rows there still are at most.
     """
     while True:
-        rows = min(sizes[phase], left())
+        rows = max(1, min(sizes[phase], left()))
         failed = False
         try:
             work(rows)
@@ -120,7 +120,7 @@ def with_fewer_rows(
             failed = True
         if not failed:
             return
-        _halve(sizes, phase, min(rows, left()))
+        _halve(sizes, phase, min(rows, left()) or rows)
 
 
 def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
