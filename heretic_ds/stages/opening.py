@@ -263,7 +263,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
-    searches = run.settings.task.name in ("abliterate", "evaluate") or not run.path.exists()
+    searches = run.settings.task.name in ("abliterate", "evaluate") or not (run.path / FINGERPRINT_NAME).exists()
     config = OmegaConf.to_yaml(OmegaConf.structured(run.settings)) if searches else None
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
