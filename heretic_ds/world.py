@@ -10,7 +10,7 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -108,6 +108,8 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    _layouts: dict[int, Replicas] = field(default_factory=dict, repr=False, compare=False)
+    """By degree: process groups hold connections and buffers, so each is made once."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -149,16 +151,22 @@ class World:
         Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
         """
         degree = self.degree(degree, setting)
-        count = self.size // degree
-        index, member = divmod(self.rank, degree)
-        inside = across = None
-        for replica in range(count if degree > 1 else 0):  # every rank takes part in making every group
-            group = dist.new_group(list(range(replica * degree, (replica + 1) * degree)))
-            inside = group if replica == index else inside
-        for place in range(degree if count > 1 else 0):
-            group = dist.new_group(list(range(place, self.size, degree)))
-            across = group if place == member else across
-        return Replicas(count, degree, index, member, inside, across)
+        if degree not in self._layouts:
+            count = self.size // degree
+            index, member = divmod(self.rank, degree)
+            inside = self._own_group([range(replica * degree, (replica + 1) * degree) for replica in range(count)])
+            across = self._own_group([range(place, self.size, degree) for place in range(degree)])
+            self._layouts[degree] = Replicas(count, degree, index, member, inside, across)
+        return self._layouts[degree]
+
+    def _own_group(self, groups: Sequence[range]) -> dist.ProcessGroup | None:
+        """Of these groups of equally many ranks, which every rank takes part in making, its own; None for one rank."""
+        if len(groups) == self.size:
+            return None
+        if len(groups) == 1:
+            return dist.group.WORLD
+        made = [dist.new_group(list(ranks)) for ranks in groups]
+        return next(group for group, ranks in zip(made, groups, strict=True) if self.rank in ranks)
 
     def decide(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`."""
@@ -213,7 +221,8 @@ class World:
         return self.decide(lambda: value)
 
     def leave(self) -> None:
-        """End this process's part in the job."""
+        """End this process's part in the job, and close every process group."""
+        self._layouts.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

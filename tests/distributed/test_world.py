@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from heretic_ds.errors import NotFinite, RankFailed, SearchFailed, UserError
 from heretic_ds.world import World
@@ -115,3 +118,34 @@ def test_what_rank_0_decides_is_sent_or_it_is_said_why_not(ranks: RanksOf) -> No
     assert ranks(2).run(decide, sendable=True) == [{"a": 1}] * 2
     for said in ranks(2).run(decide, sendable=False):
         assert "what rank 0 made cannot be sent to the other ranks" in said and "lock" in said
+
+
+def lay_out(world: World) -> tuple[int, list[Any]]:
+    """How many process groups several engines' layouts make, and what they are good for."""
+    found = []
+    with mock.patch.object(dist, "new_group", wraps=dist.new_group) as made:
+        for degree in (1, 2, None, 1):
+            replicas = world.replicas(degree, "degree")
+            own = [f"{item} of rank {world.rank}" for item in replicas.share(3)]
+            sums = replicas.total(torch.tensor(world.rank + 1.0)).item()
+            found.append((replicas.gather(own, 3), sums, replicas.alike(world.rank)))
+    return made.call_count, found
+
+
+def test_layouts_make_no_group_that_there_is_already(ranks: RanksOf) -> None:
+    split = ["0 of rank 0", "1 of rank 1", "2 of rank 0"]
+    (calls, first), (_, second) = ranks(2).run(lay_out)
+    assert calls == 0
+    assert first[0] == first[3] == (split, 3.0, 0) and second[0] == second[3] == (split, 3.0, 1)
+    assert first[1] == first[2] == ([f"{item} of rank 0" for item in range(3)], 1.0, 0)
+    assert second[1] == second[2] == ([f"{item} of rank 1" for item in range(3)], 2.0, 0)
+
+
+def test_groups_of_a_part_of_the_ranks_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[int]] = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks: made.append(ranks) or ranks)
+    world = World(rank=1, size=4)
+    for _ in range(3):
+        replicas = world.replicas(2, "degree")
+        assert (replicas.inside, replicas.across) == ([0, 1], [1, 3])
+    assert made == [[0, 1], [2, 3], [0, 2], [1, 3]]
