@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heretic_ds import __version__, sweep_summary
 from heretic_ds.cli_errors import explain, unknown_keys
-from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.launching import rank_guard
 from heretic_ds.settings import TASKS, Settings, register_schemas
 from heretic_ds.settings_checks import validate
@@ -64,7 +64,8 @@ def report(error: BaseException) -> int:
     status = EXIT_USER_ERROR if isinstance(error, UserError | COMPOSITION_ERRORS) else EXIT_FAILED
     if isinstance(error, UserError | SearchFailed | COMPOSITION_ERRORS):
         return _say(f"heretic-ds: {_in_one_line(error)}", status)
-    return _say("".join(traceback.format_exception(error)).rstrip(), status, shared=False)
+    told = str(error) if isinstance(error, RankFailed) else "".join(traceback.format_exception(error)).rstrip()
+    return _say(told, status, shared=False)
 
 
 def conf_dir() -> Path:

@@ -11,3 +11,7 @@ class NotFinite(UserError):
 
 class SearchFailed(Exception):
     """The job ran as asked but reached no usable result: shown as one line, exit status 1."""
+
+
+class RankFailed(Exception):
+    """Another rank of the job failed; the message holds all that it said."""

@@ -18,6 +18,7 @@ from heretic_ds.fingerprint import differences
 
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
+_DIRECTIONS = "directions.safetensors"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -52,7 +53,7 @@ class RunFolder:
         self._logged: logging.Logger | None = None
         self.results = path / "results.json"
         self.journal = path / "study.journal"
-        self.directions = path / "directions.safetensors"
+        self.directions = path / _DIRECTIONS
         self.config = path / "config.yaml"
         self.log = path / "run.log"
         self.front_plot = path / "pareto.png"
@@ -150,16 +151,18 @@ class RunFolder:
         self._lock.close()
 
     def discard(self) -> None:
-        """Close the folder, and remove again what this run put there, where it was the first in it.
+        """Close the folder, and remove again what this run put there, where it was the first in it, but for directions.
 
-        For a run that a mistake ended before it found anything out: the mended command would be refused by what this
-        one left. A folder inside, which is not a run's own, keeps it all.
+        For a run that a mistake ended before its first trial: the mended command would be refused by what this one
+        left. Directions, which may have taken hours, say by themselves what they were captured from. A folder inside,
+        which is not a run's own, keeps it all.
         """
         self.close()
         if not self._fresh or any(entry.is_dir() for entry in self.path.iterdir()):
             return
         for file in self.path.iterdir():
-            file.unlink()
+            if file != self.directions:
+                file.unlink()
         for folder in self._made:
             if any(folder.iterdir()):
                 break
@@ -199,8 +202,9 @@ def _refuse_foreign(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
     if _FINGERPRINT in names:
         return
-    # A run killed while it opened leaves its lock and perhaps config.yaml; Hydra may write .hydra before.
-    own = {_LOCK, ".hydra", "config.yaml"}
+    # A run killed while it opened leaves its lock and perhaps config.yaml, one that a mistake ended its directions;
+    # Hydra may write .hydra before.
+    own = {_LOCK, ".hydra", "config.yaml", _DIRECTIONS}
     foreign = sorted(name for name in names - own if not (name.startswith(".") and name.endswith(".tmp")))
     if foreign:
         raise UserError(

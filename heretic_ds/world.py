@@ -7,8 +7,10 @@ ranks making up one replica, so that a replica's traffic stays inside a node whe
 from __future__ import annotations
 
 import os
+import pickle
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from heretic_ds.errors import UserError
+from heretic_ds.errors import NotFinite, RankFailed, SearchFailed, UserError
 
 T = TypeVar("T")
 
@@ -81,12 +83,33 @@ ALONE = Replicas(count=1, degree=1, index=0, member=0, inside=None, across=None)
 
 
 @dataclass(frozen=True)
+class _Problem:
+    """An error as other ranks are told of it: exceptions hold what cannot be pickled, or cannot be made anew of it."""
+
+    rank: int
+    kind: type[Exception]
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception | None, rank: int) -> _Problem | None:
+        if error is None:
+            return None
+        for kind in (NotFinite, UserError, SearchFailed, RankFailed):
+            if isinstance(error, kind):
+                return cls(rank, kind, str(error))
+        told = "".join(traceback.format_exception(error)).rstrip()
+        return cls(rank, RankFailed, f"rank {rank} failed:\n{told}")
+
+
+@dataclass(frozen=True)
 class World:
     """This process among the ranks of the job."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    _layouts: dict[int, Replicas] = field(default_factory=dict, repr=False, compare=False)
+    """By degree: process groups hold connections and buffers, so each is made once."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -128,50 +151,62 @@ class World:
         Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
         """
         degree = self.degree(degree, setting)
-        count = self.size // degree
-        index, member = divmod(self.rank, degree)
-        inside = across = None
-        for replica in range(count if degree > 1 else 0):  # every rank takes part in making every group
-            group = dist.new_group(list(range(replica * degree, (replica + 1) * degree)))
-            inside = group if replica == index else inside
-        for place in range(degree if count > 1 else 0):
-            group = dist.new_group(list(range(place, self.size, degree)))
-            across = group if place == member else across
-        return Replicas(count, degree, index, member, inside, across)
+        if degree not in self._layouts:
+            count = self.size // degree
+            index, member = divmod(self.rank, degree)
+            inside = self._own_group([range(replica * degree, (replica + 1) * degree) for replica in range(count)])
+            across = self._own_group([range(place, self.size, degree) for place in range(degree)])
+            self._layouts[degree] = Replicas(count, degree, index, member, inside, across)
+        return self._layouts[degree]
+
+    def _own_group(self, groups: Sequence[range]) -> dist.ProcessGroup | None:
+        """Of these groups of equally many ranks, which every rank takes part in making, its own; None for one rank."""
+        if len(groups) == self.size:
+            return None
+        if len(groups) == 1:
+            return dist.group.WORLD
+        made = [dist.new_group(list(ranks)) for ranks in groups]
+        return next(group for group, ranks in zip(made, groups, strict=True) if self.rank in ranks)
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. An error there is raised on every rank."""
+        """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`."""
         if self.size == 1:
             return make()
-        outcome: list[Any] = [None, None]
-        if self.decides:
+
+        def packed() -> tuple[T, bytes]:
+            made = make()
             try:
-                outcome[0] = make()
+                return made, pickle.dumps(made)
             except Exception as error:
-                outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                raise TypeError(f"what rank 0 made cannot be sent to the other ranks: {error}") from error
+
+        made, error = _attempt(packed) if self.decides else (None, None)
+        told: list[Any] = [made and made[1], _Problem.of(error, self.rank)]
+        dist.broadcast_object_list(told, src=0)
+        self._raise_first(told[1:], error)
+        return made[0] if made is not None else pickle.loads(told[0])
 
     def agree(self, work: Callable[[], T]) -> T:
         """Each rank's own result; an error on any rank is raised on every rank, that of the lowest rank first.
 
-        For work without collectives, such as reading files: a rank that failed alone would leave the others waiting.
+        It is raised as it is where it was made; elsewhere as the same kind of error where it is one of
+        :mod:`heretic_ds.errors`, else as RankFailed with that rank's traceback. For work without collectives, such as
+        reading files: a rank that failed alone would leave the others waiting.
         """
         if self.size == 1:
             return work()
-        result, problem = None, None
-        try:
-            result = work()
-        except Exception as error:
-            problem = error
-        problems: list[Any] = [None] * self.size
-        dist.all_gather_object(problems, problem)
-        for found in problems:
-            if found is not None:
-                raise found
+        result, error = _attempt(work)
+        self._raise_first(self.gather(_Problem.of(error, self.rank)), error)
         return result  # type: ignore[return-value]
+
+    def _raise_first(self, told: Sequence[_Problem | None], own: Exception | None) -> None:
+        """Raise the first problem that a rank told of; ``own`` is the error behind what this rank told."""
+        first = next(filter(None, told), None)
+        if first is None:
+            return
+        if own is not None and first.rank == self.rank:
+            raise own
+        raise first.kind(first.text) from own
 
     def gather(self, item: T) -> list[T]:
         """Every rank's item, by rank, on every rank."""
@@ -186,6 +221,15 @@ class World:
         return self.decide(lambda: value)
 
     def leave(self) -> None:
-        """End this process's part in the job."""
+        """End this process's part in the job, and close every process group."""
+        self._layouts.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of some work, and its error."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error

@@ -23,23 +23,21 @@ _HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bflo
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `model.device` names; `auto` is the accelerator where there is one, else the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "auto":
-        device = accelerator or torch.device("cpu")
-    else:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise UserError(f"model.device={name} is no device; expected auto, cpu, cuda or cuda:N.") from error
+    """The device `model.device` names; `auto` is CUDA where there is a device of it, else the CPU.
+
+    Not any accelerator: sums are made in float64, which those of Apple do not have.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise UserError(f"model.device={name} is no device; expected auto, cpu, cuda or cuda:N.") from error
     if device.type == "cpu":
         return device
-    count = torch.accelerator.device_count() if accelerator and accelerator.type == device.type else 0
-    if (device.index or 0) >= count:
-        raise UserError(f"model.device={name}: {count} such devices are usable here; set model.device=auto or cpu.")
-    return torch.device(
-        device.type, device.index if device.index is not None else torch.accelerator.current_device_index()
-    )
+    usable = count if device.type == "cuda" else 0
+    if (device.index or 0) >= usable:
+        raise UserError(f"model.device={name}: {usable} such devices are usable here; set model.device=auto or cpu.")
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def own_dtype(config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> torch.dtype:

@@ -5,7 +5,7 @@ Every tensor is copied but those of writers, which go through the same edit as w
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
-from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.checkpoint.source import WEIGHT_FILES, TensorInfo
 from heretic_ds.checkpoint.sources import Assembled
 from heretic_ds.errors import UserError
 
@@ -118,8 +118,9 @@ def _write(
     dtype: torch.dtype,
     kept: Mapping[str, torch.dtype],
 ) -> None:
-    """Write every weight file of ``source`` to ``folder``; in memory is one file's tensors at a time."""
-    for file in sorted({info.file for info in headers.values()}):
+    """Write every weight file of ``source`` to ``folder``, and their index; in memory is one file's tensors."""
+    files, size = sorted({info.file for info in headers.values()}), 0
+    for file in files:
         tensors: dict[str, Tensor] = {}
         with safe_open(source / file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a dict
@@ -127,6 +128,11 @@ def _write(
                 if tensor.is_floating_point():
                     tensor = tensor.to(kept.get(name, dtype))
                 tensors[name] = edited_tensor(tensor, plan[name], row_norm) if name in plan else tensor
+        size += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    for index in source.glob("*.safetensors.index.json"):
-        shutil.copyfile(index, folder / index.name)
+    if files != [WEIGHT_FILES[0]]:
+        content = {
+            "metadata": {"total_size": size},
+            "weight_map": {name: headers[name].file for name in sorted(headers)},
+        }
+        (folder / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -75,8 +75,8 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
         if not choice:
             raise UserError(f"export.trial={wanted}: the search has no finished trial of that number")
     for record in choice:
-        scores = verify_trial(run, objective, record)
-        if scores.kl <= max_kl or wanted is not None:
+        kl = run.world.same(verify_trial(run, objective, record).kl)  # all ranks go on with one trial
+        if kl <= max_kl or wanted is not None:
             run.results["selected"] = record.index
             return record
         log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,6 +31,9 @@ from heretic_ds.settings import PlacementSettings, Settings
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
+
+_ONE_RANK = ("replicated", "kernel_inject")
+"""Placements whose replicas are one rank each, however many ranks there are."""
 
 SCHEMA = 1
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
@@ -82,7 +85,7 @@ class Run:
     """``results.json`` as an earlier run left it."""
     _ablation: Ablation | None = None
     _engine: Engine | None = None
-    _layout: tuple[str, int | None] | None = None
+    _layout: PlacementSettings | None = None
 
     @property
     def settings(self) -> Settings:
@@ -124,7 +127,7 @@ class Run:
     def lay_out(self, phase: str) -> Engine:
         """The engine of a phase. Where two phases are placed alike they share one; else the first one's memory is
         released before the second is built."""
-        layouts = {name: (placed.placement, placed.degree) for name, placed in self._placed().items()}
+        layouts = {name: self._resolved(placed) for name, placed in self._placed().items()}
         if self._engine is None or layouts[phase] != self._layout:
             self.close()
             with self.timed("load"):
@@ -151,10 +154,16 @@ class Run:
             return ""
         device = self.job.opened.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return f"{self._layout[0]}, {self._engine.degree} of {self.world.size} ranks, {name}"
+        return f"{self._layout.placement}, {self._engine.degree} of {self.world.size} ranks, {name}"
 
     def _placed(self) -> dict[str, PlacementSettings]:
         return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
+
+    def _resolved(self, placed: PlacementSettings) -> PlacementSettings:
+        """All that decides how the model lies in a phase, its degree as a number: phases share it where it is equal."""
+        options = {option.name: getattr(placed, option.name) for option in fields(PlacementSettings)}
+        degree = placed.degree or (1 if placed.placement in _ONE_RANK else self.world.size)
+        return PlacementSettings(**options | {"degree": degree})
 
     def close(self) -> None:
         """Release the model."""
@@ -254,7 +263,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
-    searches = run.settings.task.name in ("abliterate", "evaluate") or not run.path.exists()
+    searches = run.settings.task.name in ("abliterate", "evaluate") or not (run.path / FINGERPRINT_NAME).exists()
     config = OmegaConf.to_yaml(OmegaConf.structured(run.settings)) if searches else None
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))

@@ -113,10 +113,16 @@ def test_settings(words: list[str], said: str, refused, material: Material) -> N
     assert said in refused(material.words(material.model("llama"), *words))
 
 
-def test_an_original_that_declines_nothing(refused, material: Material) -> None:
-    """No run folder stays behind, which would refuse the same command with other markers."""
-    line = refused(material.words(material.model("llama"), "scoring.markers=[never said by anyone]"))
+def test_an_original_that_declines_nothing(heretic: Heretic, material: Material, tmp_path: Path) -> None:
+    """What was captured stays, and is used by the same command with other markers, which nothing else refuses."""
+    outcome = heretic(*material.words(material.model("llama"), "scoring.markers=[never said by anyone]"))
+    assert outcome.status == 2
+    [line] = outcome.err.splitlines()
     assert "nothing to search for" in line and "scoring.markers" in line
+    captured = files_below(tmp_path)
+    assert list(captured) == ["runs/llama-layers4/directions.safetensors"]
+    assert heretic(*material.words(material.model("llama"), "search.trials=2")).status == 0
+    assert files_below(tmp_path).items() > captured.items()
 
 
 def test_a_used_export_folder(refused, material: Material, tmp_path: Path) -> None:

@@ -194,6 +194,20 @@ class TestRefusedEarly:
                 choose_device(name)
 
 
+def test_auto_is_cuda_or_the_cpu_and_no_other_accelerator(monkeypatch) -> None:
+    apple = {"is_available": lambda: True, "device_count": lambda: 1, "current_device_index": lambda: 0}
+    for name, stand_in in (apple | {"current_accelerator": lambda *_: torch.device("mps")}).items():
+        monkeypatch.setattr(torch.accelerator, name, stand_in)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UserError, match=r"model\.device=mps: 0 such devices are usable"):
+        choose_device("mps")
+    cuda = {"is_available": lambda: True, "device_count": lambda: 2, "current_device": lambda: 1}
+    for name, stand_in in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda:1")
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+
+
 # --- checked on the loaded weights ----------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from heretic_ds.runner import batch_sizes, memory
@@ -47,3 +50,24 @@ def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypat
     assert memory.free_bytes(CPU) == 4_000_003
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_bytes(CPU) == 1_000_000
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_the_host_peak_is_in_bytes_where_the_system_counts_in_kibibytes_and_where_not(platform, unit, monkeypatch):
+    monkeypatch.setitem(memory._highest, "host", 0)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    assert peak_memory()["host"] == 7_000_000 * unit
+
+
+def test_memory_that_runs_out_with_no_row_left_halves_the_batch_that_ran_and_never_makes_it_empty():
+    sizes, left, calls = {"generate": 8}, [5], []
+
+    def work(rows):
+        calls.append(rows)
+        left[0] = 0
+        if len(calls) == 1:
+            raise MemoryError
+
+    memory.with_fewer_rows(work, sizes, "generate", lambda: left[0])
+    assert calls == [5, 1] and sizes == {"generate": 2}

@@ -113,6 +113,19 @@ def test_a_new_folder_can_be_taken_back(tmp_path: Path) -> None:
     assert (folder.path / "config.yaml").is_file() and path.is_dir()
 
 
+def test_directions_outlive_a_new_folder_that_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "model"
+    folder = opened(path)
+    folder.remember(response_prefix="")
+    folder.directions.write_bytes(b"hours of work")
+    folder.discard()
+    assert files_below(tmp_path) == {"runs/model/directions.safetensors": b"hours of work"}
+    folder = opened(path, HELD | {"search.seed": 1})  # and with other settings, which made the mistake
+    assert folder.measured == {}
+    folder.discard()
+    assert files_below(tmp_path) == {"runs/model/directions.safetensors": b"hours of work"}
+
+
 def test_results_are_whole_or_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path / "run") as folder:
         folder.save_results({"schema": 1, "trials": []}, finished={"trials": 4, "export": "x"})

@@ -156,7 +156,7 @@ class FakeRun(SimpleNamespace):
     def __init__(self, settings: Settings, records: list[TrialRecord]) -> None:
         super().__init__(
             settings=settings, records=records, folder=None, console=Console(quiet=True), path=Path("x"), saved=[],
-            applied=[], scorer="refusals", results={
+            applied=[], scorer="refusals", world=WORLD, results={
                 "selected": None, "verified": None, "baseline": {"refusals": 8}, "prompts": {"target_eval": 10},
                 "timings": {},
             },
@@ -201,6 +201,14 @@ def test_a_trial_beyond_the_limit_on_edited_weights_gives_way(settings: ComposeS
     assert chosen.index == 2 and run.applied == [RECORDS[1].edit, RECORDS[2].edit]
 
 
+def test_all_ranks_go_by_the_kl_of_the_one_that_decides(settings: ComposeSettings) -> None:
+    run = FakeRun(settings("export.max_kl=0.1"), RECORDS)
+    told = [0.11, 0.1]
+    run.world = SimpleNamespace(same=lambda value: told.pop(0))
+    chosen = select_and_verify(run, Verified((1, 0.1), (2, 0.11)))  # type: ignore[arg-type]
+    assert chosen.index == 2 and run.applied == [RECORDS[1].edit, RECORDS[2].edit]
+
+
 def test_where_none_is_left_the_closest_is_named_and_the_weights_come_back(settings: ComposeSettings) -> None:
     run = FakeRun(settings("export.max_kl=0.1"), RECORDS)
     with pytest.raises(SearchFailed, match=r"export\.max_kl=0\.1: the closest was trial 0 with KL 0\.01"):
@@ -231,22 +239,29 @@ def test_a_stopped_search_is_not_finished(words: list[str], finished: bool, sett
 # The model's layouts
 
 
-def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[str] = []
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The phases for which an engine is built, and closed, from now on."""
+    phases: list[str] = []
 
     def build(job: Any, phase: str) -> Any:
-        built.append(phase)
-        return SimpleNamespace(batch_sizes={}, degree=1, close=lambda: built.append(f"{phase} closed"))
+        phases.append(phase)
+        return SimpleNamespace(batch_sizes={}, degree=1, close=lambda: phases.append(f"{phase} closed"))
 
     monkeypatch.setattr(opening, "build_engine", build)
+    return phases
 
-    def run_of(chosen: Settings, device: str = "cpu") -> Run:
-        job = SimpleNamespace(settings=chosen, world=WORLD, opened=SimpleNamespace(device=torch.device(device)))
-        run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
-        run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
-        run.measured = {"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}}
-        return run
 
+def run_of(chosen: Settings, device: str = "cpu", ranks: int = 1) -> Run:
+    """A run whose folder has a batch size for the model on one rank of the CPU."""
+    job = SimpleNamespace(settings=chosen, world=World(size=ranks), opened=SimpleNamespace(device=torch.device(device)))
+    run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
+    run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
+    run.measured = {"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}}
+    return run
+
+
+def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, built: list[str]) -> None:
     run = run_of(settings())
     assert run.lay_out("capture") is run.lay_out("evaluate") is run.engine
     assert built == ["capture"] and run.engine.batch_sizes == {"generate": 7}
@@ -262,6 +277,26 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, monkeypa
     given = run_of(settings("generation.batch_size=3"))
     given.use_measured({"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}})
     assert given.lay_out("evaluate").batch_sizes == {}  # the size that the user gave is the engine's business
+
+
+@pytest.mark.parametrize(
+    ("words", "shared"),
+    [
+        (["capture=tensor_parallel", "evaluate=tensor_parallel", "evaluate.degree=4"], True),
+        (["capture=tensor_parallel", "evaluate=tensor_parallel", "evaluate.degree=2"], False),
+        (["capture=tensor_parallel", "evaluate=tensor_parallel", "evaluate.backend=hf_plan"], False),
+        (["capture=tensor_parallel", "capture.parity_check=false", "evaluate=tensor_parallel"], False),
+        (["capture=zero3", "evaluate=tensor_parallel"], False),
+        (["capture.degree=1"], True),
+    ],
+)
+def test_a_model_is_laid_out_anew_where_any_option_differs_and_not_for_another_way_to_write_it(
+    words: list[str], shared: bool, settings: ComposeSettings, built: list[str]
+) -> None:
+    run = run_of(settings(*words), ranks=4)
+    run.lay_out("capture")
+    run.lay_out("evaluate")
+    assert built == (["capture"] if shared else ["capture", "capture closed", "evaluate"])
 
 
 # Ctrl-C

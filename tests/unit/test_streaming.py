@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +21,13 @@ EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 
 FAMILIES = ("llama", "gpt2", "gemma2", "mixtral", "qwen3_moe", "gpt_oss", "phi3", "deepseek_v3")
 
 
+def random_ablation(anatomy, row_norm):
+    """Directions that are the same in every test."""
+    generator = torch.Generator().manual_seed(0)
+    directions_LD = torch.randn(anatomy.n_blocks + 1, anatomy.width, generator=generator, dtype=torch.float64)
+    return Ablation(torch.nn.functional.normalize(directions_LD, dim=-1), row_norm, through_norm=True)
+
+
 def tensors_of(folder):
     merged = {}
     for file in folder.glob("*.safetensors"):
@@ -33,10 +42,7 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     opened = open_model(ModelSettings(path=str(tmp_path / "original")))
     loaded = load_weights(opened)
     anatomy = find_anatomy(loaded.model)
-    generator = torch.Generator().manual_seed(0)
-    directions_LD = torch.randn(anatomy.n_blocks + 1, anatomy.width, generator=generator, dtype=torch.float64)
-    directions_LD = torch.nn.functional.normalize(directions_LD, dim=-1)
-    ablation = Ablation(directions_LD, row_norm, through_norm=True)
+    ablation = random_ablation(anatomy, row_norm)
 
     described, write_weights = weight_writer(opened, anatomy, ablation, EDIT, loaded.dtype)
     export_model(described, tmp_path / "streamed", "card", {"schema": 1}, write_weights=write_weights)
@@ -60,3 +66,24 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     reloaded = load_weights(again).model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.allclose(tensor, reloaded[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
+    families.build("llama").save_pretrained(tmp_path / "original", max_shard_size="40KB")
+    families.tokenizer().save_pretrained(tmp_path / "original")
+    opened = open_model(ModelSettings(path=str(tmp_path / "original")))
+    anatomy = find_anatomy(opened.skeleton())
+
+    _, write_weights = weight_writer(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
+    (tmp_path / "streamed").mkdir()
+    write_weights(tmp_path / "streamed")
+
+    before, after = (
+        json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
+        for folder in ("original", "streamed")
+    )
+    assert after["weight_map"] == before["weight_map"] and len(set(after["weight_map"].values())) > 2
+    written = tensors_of(tmp_path / "streamed")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert after["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
+    assert after["metadata"]["total_size"] == before["metadata"]["total_size"] // 2
