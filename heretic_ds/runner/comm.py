@@ -29,7 +29,7 @@ _sum_up = dist.all_reduce if dist.is_available() else None
 _ONE_RANK = World()
 
 
-class PeerRanOut(Exception):
+class PeerRanOut(MemoryError):
     """Memory ran out on another rank of this pass."""
 
 

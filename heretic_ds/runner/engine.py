@@ -222,9 +222,8 @@ class Runner:
 
     def _passes(self, edits: Sequence[Edit | None]) -> list[Sequence[Edit | None]]:
         """The edits in groups that one pass can serve."""
-        return [
-            edits[start : start + self.max_edits_per_pass] for start in range(0, len(edits), self.max_edits_per_pass)
-        ]
+        most = max(1, self.max_edits_per_pass)
+        return [edits[start : start + most] for start in range(0, len(edits), most)]
 
     def _learn(self, phase: str, prompts: TokenRows, edits: Sequence[Edit | None]) -> None:
         """Let passes of edited models over the prompts of a phase know what the original model makes of them."""

@@ -11,19 +11,18 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from heretic_ds.runner.in_step import InStepEngine
-from torch import Tensor, nn
+from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, expert_parallel, replicated
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.runner import engine as resident
+from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed import output_edits_ranks
-from tests.distributed.engines import EDIT, LENGTHS, ablation_for, job_for, measure, prompts
+from tests.distributed.engines import LENGTHS, job_for, measure, prompts
 from tests.distributed.zero3_ranks import STOPS, status
 
 
@@ -50,15 +49,15 @@ def score_together(world: World, folder: str, degree: int | None) -> dict[str, A
     return found
 
 
-def _engine(world: World, folder: str, degree: int | None, **options: Any) -> InStepEngine:
+def _engine(world: World, folder: str, degree: int | None, **options: Any) -> Runner:
     job = job_for(world, folder, **options)
     job.settings.evaluate = PlacementSettings("expert_parallel", degree)
     engine = build_engine(job, "evaluate")
-    assert isinstance(engine, InStepEngine)
+    assert isinstance(engine, Runner)
     return engine
 
 
-def _experts(engine: InStepEngine) -> list[int]:
+def _experts(engine: Runner) -> list[int]:
     """Experts of each block on this rank."""
     return [len(writer.weight_DK(engine.model)) for writer in engine.anatomy.writers if writer.experts is not None]
 
@@ -182,7 +181,7 @@ def batch_sizes(world: World, folder: str) -> dict[str, int]:
     """What ranks measure in step."""
     engine = _engine(world, folder, None, batch_size=0)
     engine.capture(prompts())
-    engine.kl(prompts(), Divergence(engine, prompts()), [None])
+    Divergence(engine, prompts()).of([None])
     engine.generate(prompts(), [None])
     engine.close()
     return engine.batch_sizes
@@ -190,9 +189,10 @@ def batch_sizes(world: World, folder: str) -> dict[str, int]:
 
 def most_rows_tried(world: World, folder: str) -> int:
     """Rows of the largest batch that is measured, where one rank's memory has room for fewer than the other's."""
-    engine, tried = _engine(world, folder, None, batch_size=0), []
-    forward = engine._first_token_logits
-    engine._first_token_logits = lambda rows: tried.append(len(rows)) or forward(rows)  # type: ignore[method-assign]
+    engine, tried = _engine(world, folder, None, batch_size=0), list[int]()
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: tried.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     with mock.patch("heretic_ds.runner.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
         Divergence(engine, prompts())
     engine.close()
@@ -207,36 +207,3 @@ def captured(world: World, folder: str) -> Tensor:
     means = engine.capture(prompts())
     engine.close()
     return means
-
-
-def memory_ran_out(world: World, folder: str) -> str:
-    """What an engine says whose forward pass runs out of memory."""
-    engine = _engine(world, folder, None)
-
-    def full(module: nn.Module, args: Any) -> None:
-        raise torch.OutOfMemoryError("pretended")
-
-    engine.model.register_forward_pre_hook(full)
-    try:
-        Divergence(engine, prompts(4))
-    except UserError as error:
-        return str(error)
-    finally:
-        engine.close()
-    return "nothing"
-
-
-def memory_ran_out_behind_a_pass(world: World, folder: str) -> str:
-    """What an engine says whose comparison of distributions runs out of memory once."""
-    engine = _engine(world, folder, None)
-    engine.prepare(ablation_for(engine, "full"))
-    reference = Divergence(engine, prompts(4))
-    full = torch.OutOfMemoryError("pretended")
-    try:
-        with mock.patch.object(resident, "first_token_kl", side_effect=[full, *[torch.zeros(1)] * 9]):
-            reference.of([EDIT])
-    except UserError as error:
-        return str(error)
-    finally:
-        engine.close()
-    return "nothing"

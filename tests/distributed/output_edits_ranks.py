@@ -36,15 +36,15 @@ def score(engine: Runner, together: bool) -> dict[str, Any]:
         found["kl"][row_norm] = [kl for edits in passes for kl in reference.of(edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
         if together and dist.is_initialized():
-            found["collectives"][row_norm] = [
-                _collectives(engine, reference, edits) for edits in ((None,), EDITS, EDITS[::-1])
-            ]
+            found["collectives"][row_norm] = [_collectives(engine, edits) for edits in ((None,), EDITS, EDITS[::-1])]
     return found
 
 
-def _collectives(engine: Runner, reference: Any, edits: Any) -> list[int]:
+def _collectives(engine: Runner, edits: Any) -> list[int]:
     """Numbers that each all-reduce of one pass moves for one prompt, of which every edit has its own copy."""
     engine.batch_sizes["kl"] = len(EDITS)
+    reference = Divergence(engine, prompts(1))
+    reference.of(edits)  # the first pass of a size is guarded, which takes collectives of its own
     moved: list[int] = []
     real = dist.all_reduce
 
@@ -53,7 +53,7 @@ def _collectives(engine: Runner, reference: Any, edits: Any) -> list[int]:
         return real(tensor, *args, **options)
 
     with mock.patch.object(dist, "all_reduce", counted):
-        engine.kl(prompts(1), reference[:1], edits)
+        reference.of(edits)
     return moved
 
 

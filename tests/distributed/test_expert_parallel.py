@@ -157,12 +157,6 @@ def test_no_rank_tries_more_rows_than_fit_on_another(ranks, saved):
     assert ranks(2).run(work.most_rows_tried, folder=str(saved("mixtral")[0])) == [2, 2]
 
 
-def test_a_lack_of_memory_names_the_setting(ranks, saved):
-    for run_out in (work.memory_ran_out, work.memory_ran_out_behind_a_pass):
-        for said in ranks(2).run(run_out, folder=str(saved("mixtral")[0])):
-            assert "from which expert_parallel cannot recover; set generation.batch_size below" in said
-
-
 @pytest.mark.parametrize(
     ("family", "phase", "degree", "part"),
     [

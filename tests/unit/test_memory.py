@@ -58,16 +58,3 @@ def test_the_host_peak_is_in_bytes_where_the_system_counts_in_kibibytes_and_wher
     monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
     monkeypatch.setattr(memory.sys, "platform", platform)
     assert peak_memory()["host"] == 7_000_000 * unit
-
-
-def test_memory_that_runs_out_with_no_row_left_halves_the_batch_that_ran_and_never_makes_it_empty():
-    sizes, left, calls = {"generate": 8}, [5], []
-
-    def work(rows):
-        calls.append(rows)
-        left[0] = 0
-        if len(calls) == 1:
-            raise MemoryError
-
-    memory.with_fewer_rows(work, sizes, "generate", lambda: left[0])
-    assert calls == [5, 1] and sizes == {"generate": 2}

@@ -1,0 +1,82 @@
+"""What the tests of memory that runs out on one rank alone run on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from heretic_ds.errors import UserError
+from heretic_ds.placements import build_engine
+from heretic_ds.scoring.kl import Divergence
+from heretic_ds.settings import CaptureSettings, PlacementSettings
+from heretic_ds.world import World
+from tests.distributed.engines import EDIT, ablation_for, job_for, prompts
+
+MOST_TOKENS = 24
+"""So many tokens of a pass does the starved rank have memory for: two of the prompts, three of the short ones."""
+
+
+def engine_of(world: World, folder: str, placement: str, batch_size: int) -> Any:
+    """An engine on all ranks of the phase that the placement serves."""
+    job, phase = job_for(world, folder, batch_size), "capture" if placement == "zero3" else "evaluate"
+    job.settings.capture = CaptureSettings(placement)
+    job.settings.evaluate = PlacementSettings(placement if placement != "zero3" else "replicated")
+    return build_engine(job, phase)
+
+
+@contextlib.contextmanager
+def starved(engine: Any, most_tokens: int = MOST_TOKENS) -> Iterator[None]:
+    """Memory runs out within the second block, between two collectives, where a pass has too many tokens."""
+
+    def full(module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden_BSD = args[0] if args else kwargs["hidden_states"]
+        if hidden_BSD.shape[:-1].numel() > most_tokens:
+            raise torch.OutOfMemoryError("pretended")
+
+    block = engine.model.get_submodule(f"{engine.anatomy.blocks}.1.self_attn")
+    handle = block.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def scores(engine: Any) -> dict[str, Any]:
+    """All that an engine says of a few prompts."""
+    found: dict[str, Any] = {"means": engine.capture(prompts())}
+    if engine.max_edits_per_pass:
+        engine.prepare(ablation_for(engine, "full"))
+        reference = Divergence(engine, prompts())
+        found["kl"] = reference.of([EDIT, None]) if engine.max_edits_per_pass > 1 else reference.of([EDIT])
+    found["answers"] = engine.generate(prompts(), [None])
+    return found
+
+
+def starved_scores(world: World, folder: str, placement: str, batch_size: int) -> dict[str, Any]:
+    """:func:`scores` where memory runs out on the last rank alone, with batches of a size, or measured ones (0); beside
+    those with memory enough."""
+    with contextlib.closing(engine_of(world, folder, placement, 1)) as engine:
+        expected = scores(engine)
+    with contextlib.closing(engine_of(world, folder, placement, batch_size)) as engine:
+        narrow = starved(engine) if world.rank == world.size - 1 else contextlib.nullcontext()
+        try:
+            with narrow:
+                found = scores(engine)
+        except UserError as error:
+            return {"said": str(error)}
+        return {"found": found, "expected": expected, "sizes": dict(engine.batch_sizes)}
+
+
+def never_fits(world: World, folder: str, placement: str) -> str:
+    """What ranks say where one of them has no memory for a single row."""
+    with contextlib.closing(engine_of(world, folder, placement, 4)) as engine:
+        try:
+            with starved(engine, 0) if world.rank else contextlib.nullcontext():
+                engine.capture(prompts())
+        except UserError as error:
+            return str(error)
+    return "nothing"
