@@ -17,6 +17,7 @@ from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.manifest import build_manifest
 from heretic_ds.export.streaming import weight_writer
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.job import KINDS, PARTS
 from heretic_ds.report.plots import plot_front
 from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
@@ -149,8 +150,7 @@ def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
 
 
 def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
-    pairs = {"target": prompts.target, "baseline": prompts.baseline}
-    return {f"{kind}.{part}": getattr(pair, part).source for kind, pair in pairs.items() for part in ("train", "eval")}
+    return {f"{kind}.{part}": getattr(getattr(prompts, kind), part).source for kind in KINDS for part in PARTS}
 
 
 def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
