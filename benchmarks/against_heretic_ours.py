@@ -30,9 +30,10 @@ class Ours:
         torch.set_num_threads(threads)
         if told["case"]["device"] == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        from heretic_ds import stages
         from heretic_ds.cli import compose
         from heretic_ds.report.console import console_of, messages_to
+        from heretic_ds.stages.measure import find_response_prefix
+        from heretic_ds.stages.opening import opened
         from heretic_ds.world import World
 
         case, world = told["case"], World.join()
@@ -52,25 +53,25 @@ class Ours:
         )  # fmt: skip
         settings.scoring.markers, settings.prompts.system = list(told["markers"]), told["system"]
         console = self._stack.enter_context(messages_to(console_of(world)))
-        self.run = self._stack.enter_context(stages.opened(settings, world, console))
-        stages.find_response_prefix(self.run)
+        self.run = self._stack.enter_context(opened(settings, world, console))
+        find_response_prefix(self.run)
         return {"versions": {name: version(name) for name in ("heretic-ds", "torch", "transformers")}}
 
     def capture(self) -> None:
         """Directions of the layers, and what all edits share."""
-        from heretic_ds import stages
+        from heretic_ds.stages.measure import capture_directions
 
-        stages.capture_directions(self.run)
+        capture_directions(self.run)
 
     def original(self) -> dict[str, Any]:
         """What the original model is scored, which every trial is compared with; and how many trials go together."""
-        from heretic_ds import stages
+        from heretic_ds.stages.measure import measure_original
         from heretic_ds.stages.search import trials_per_pass
 
         self.objectives = {}
         for early_stop in (False, True):
             self.run.settings.generation.early_stop = early_stop
-            self.objectives[early_stop] = stages.measure_original(self.run)
+            self.objectives[early_stop] = measure_original(self.run)
         engine = self.run.engine
         for owner, name, part in (
             (engine, "kl", "kl"),

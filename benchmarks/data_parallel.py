@@ -32,20 +32,21 @@ RANDOM = ["prompts=demo", "scoring.markers=[e]", "generation.early_stop=false", 
 
 def measure(arguments: list[str]) -> None:
     """What one rank does: the main job up to the end of its search; rank 0 prints every rank's figures."""
-    from heretic_ds import stages
     from heretic_ds.ablation import Edit, Profile
     from heretic_ds.cli import compose
     from heretic_ds.report.console import console_of, messages_to
+    from heretic_ds.stages.measure import capture_directions, find_response_prefix, measure_original
+    from heretic_ds.stages.opening import opened
     from heretic_ds.stages.search import continue_search, open_search
     from heretic_ds.world import World
 
     world = World.join()
     folder = world.decide(lambda: tempfile.mkdtemp(prefix="data_parallel_"))
     settings = compose([*arguments, f"run.dir={folder}/run", "run.interactive=false", "search.startup_trials=10"])
-    with messages_to(console_of(world)) as console, stages.opened(settings, world, console) as run:
-        stages.find_response_prefix(run)
-        stages.capture_directions(run)
-        objective = stages.measure_original(run)
+    with messages_to(console_of(world)) as console, opened(settings, world, console) as run:
+        find_response_prefix(run)
+        capture_directions(run)
+        objective = measure_original(run)
         search = open_search(run, objective)
         objective.score(
             [Edit(None, {"mlp": Profile(1.0, 1.0, 0.5, 1.0)})]

@@ -19,10 +19,11 @@ from typing import Any
 
 from figures import keep
 
-from heretic_ds import stages
 from heretic_ds.ablation import Edit
 from heretic_ds.cli import compose
 from heretic_ds.report.console import console_of, messages_to
+from heretic_ds.stages.measure import capture_directions, find_response_prefix, measure_original
+from heretic_ds.stages.opening import opened
 from heretic_ds.world import World
 
 
@@ -48,10 +49,10 @@ def main(arguments: list[str]) -> int:
     world = World.join()
     folder = world.decide(lambda: tempfile.mkdtemp(prefix="rescore_"))
     settings = compose([*overrides, f"run.dir={folder}/run", "run.interactive=false"])
-    with messages_to(console_of(world)) as console, stages.opened(settings, world, console) as run:
-        stages.find_response_prefix(run)
-        stages.capture_directions(run)
-        objective = stages.measure_original(run)
+    with messages_to(console_of(world)) as console, opened(settings, world, console) as run:
+        find_response_prefix(run)
+        capture_directions(run)
+        objective = measure_original(run)
         scores = [objective.score([Edit.from_dict(entry)])[0] for entry in recorded]
         placed = run.results["world"]
     world.leave()

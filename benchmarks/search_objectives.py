@@ -174,19 +174,20 @@ def record(count: int, target: Path) -> None:
     """Score random edits of the demo model and write them down."""
     import torch
 
-    from heretic_ds import stages
     from heretic_ds.cli import compose
     from heretic_ds.report.console import console_of, messages_to
+    from heretic_ds.stages.measure import capture_directions, find_response_prefix, measure_original
+    from heretic_ds.stages.opening import opened
     from heretic_ds.world import World
 
     torch.set_num_threads(1)
     world = World.join()
     with tempfile.TemporaryDirectory() as folder:
         settings = compose(["experiment=demo", f"run.dir={folder}/run", "run.interactive=false"])
-        with messages_to(console_of(world)) as console, stages.opened(settings, world, console) as run:
-            stages.find_response_prefix(run)
-            stages.capture_directions(run)
-            objective = stages.measure_original(run)
+        with messages_to(console_of(world)) as console, opened(settings, world, console) as run:
+            find_response_prefix(run)
+            capture_directions(run)
+            objective = measure_original(run)
             layers = run.job.anatomy.n_blocks
             trials = []
             for edit in random_edits(layers, count):

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -209,20 +210,17 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-class _hydra_errors_raised:
+@contextmanager
+def _hydra_errors_raised() -> Iterator[None]:
     """While open, Hydra raises its errors instead of printing them and exiting with status 1."""
-
-    variable = "HYDRA_FULL_ERROR"
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get(self.variable)
-        os.environ[self.variable] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
-            del os.environ[self.variable]
-        else:
-            os.environ[self.variable] = self.before
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def _say(text: str, status: int, shared: bool = True) -> int:

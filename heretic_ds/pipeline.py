@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from heretic_ds import stages
 from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
 from heretic_ds.settings import Settings
+from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
+from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
+from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
+from heretic_ds.stages.opening import already_finished, opened, refuse_used_export_folder
+from heretic_ds.stages.search import search_edits
+from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.world import World
 
 Scores = tuple[float, float]
@@ -33,50 +38,50 @@ def run(settings: Settings) -> Scores | None:
 
 def abliterate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Search for the edit that removes the behaviour, verify it on really edited weights, export the edited model."""
-    interactive = stages.wants_menu(settings, world)
+    interactive = wants_menu(settings, world)
     if not interactive:
-        if results := stages.already_finished(settings, world):
-            return stages.objective_of(results)
-        stages.refuse_used_export_folder(settings, world)
-    with stages.opened(settings, world, console) as run:
-        stages.find_response_prefix(run)
-        stages.capture_directions(run)
-        objective = stages.measure_original(run)
-        search = stages.search_edits(run, objective)
+        if results := already_finished(settings, world):
+            return objective_of(results)
+        refuse_used_export_folder(settings, world)
+    with opened(settings, world, console) as run:
+        find_response_prefix(run)
+        capture_directions(run)
+        objective = measure_original(run)
+        search = search_edits(run, objective)
         if interactive:
-            return stages.menu(run, objective, search)
-        chosen = stages.select_and_verify(run, objective)
-        stages.report_front(run)
-        stages.export_edited(run, chosen.edit, chosen.index)
-        return stages.finish(run)
+            return menu(run, objective, search)
+        chosen = select_and_verify(run, objective)
+        report_front(run)
+        export_edited(run, chosen.edit, chosen.index)
+        return finish(run)
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights."""
-    with stages.opened(settings, world, console) as run:
-        stages.find_response_prefix(run)
-        stages.fixed_directions(run)
-        objective = stages.measure_original(run)
-        stages.score_fixed_edit(run, objective)
-        return stages.finish(run)
+    with opened(settings, world, console) as run:
+        find_response_prefix(run)
+        fixed_directions(run)
+        objective = measure_original(run)
+        score_fixed_edit(run, objective)
+        return finish(run)
 
 
 def export(settings: Settings, world: World, console: Console) -> Scores | None:
     """Write the model with the edit of one trial of an earlier run, or with the one that ``ablation.*`` gives."""
-    edit, record = stages.named_edit(settings, world)
-    stages.refuse_used_export_folder(settings, world)
-    with stages.opened(settings, world, console) as run:
-        stages.find_response_prefix(run)
-        stages.fixed_directions(run)
-        objective = stages.measure_original(run)
-        stages.verify_named(run, objective, edit, record)
-        stages.export_edited(run, edit, record.index if record else None)
-        return stages.objective_of(run.results)
+    edit, record = named_edit(settings, world)
+    refuse_used_export_folder(settings, world)
+    with opened(settings, world, console) as run:
+        find_response_prefix(run)
+        fixed_directions(run)
+        objective = measure_original(run)
+        verify_named(run, objective, edit, record)
+        export_edited(run, edit, record.index if record else None)
+        return objective_of(run.results)
 
 
 def chat(settings: Settings, world: World, console: Console) -> None:
     """Talk to the model in the terminal, as it is, or with the edit of a trial or of ``ablation.*``."""
-    stages.talk(settings, world, console)
+    talk(settings, world, console)
 
 
 _TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat}

@@ -26,7 +26,7 @@ from typing import IO, cast
 
 from heretic_ds.errors import UserError
 from heretic_ds.launching.plan import Launch
-from heretic_ds.launching.supervisor import LAUNCHER_SECONDS, Outcome, Supervisor, ended_by, signals_to
+from heretic_ds.launching.supervisor import LAUNCHER_SECONDS, Outcome, Supervised, Supervisor, ended_by, signals_to
 
 MARK = "\x1eheretic_ds "
 SSH = "ssh -T -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=15 -o ServerAliveCountMax=3"
@@ -65,8 +65,8 @@ def read_hostfile(file: Path, limit: int | None = None) -> dict[str, int]:
     return dict(list(hosts.items())[:limit])
 
 
-class Cluster:
-    """The whole job of several nodes, with the methods of a Supervisor. The first host has rank 0."""
+class Cluster(Supervised):
+    """The whole job of several nodes. The first host has rank 0; the outcome is that of the node that failed first."""
 
     def __init__(self, launch: Launch, hosts: Mapping[str, int], ssh: str = SSH) -> None:
         counts = {launch.ranks} if launch.ranks else set(hosts.values())
@@ -77,19 +77,8 @@ class Cluster:
         self._launch = replace(launch, ranks=counts.pop(), nodes=len(hosts), master_addr=address)
         self._hosts = list(hosts)
         self._ssh = shlex.split(ssh)
-        self._interrupts = 0
-        self._ending_signal: int | None = None
-
-    def interrupt(self) -> None:
-        """As for a Supervisor: the first is for rank 0, the second ends everything."""
-        self._interrupts += 1
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        """End every rank on every node."""
-        self._ending_signal = self._ending_signal or number
 
     def run(self) -> Outcome:
-        """Start all nodes and return when all have ended, with the outcome of the node that failed first."""
         nodes = [_Node(host, rank, self._launch, self._ssh) for rank, host in enumerate(self._hosts)]
         try:
             self._watch(nodes)

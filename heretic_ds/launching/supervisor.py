@@ -10,12 +10,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import psutil
 
@@ -63,32 +63,14 @@ class _Rank:
         return self.status not in (None, 0) or wordless_end
 
 
-class Supervised(Protocol):
-    """A job that is being watched over: the ranks of one node, or all nodes."""
-
-    def interrupt(self) -> None:
-        """What Ctrl-C means: the first is for rank 0, which may end its search with what there is; the second ends."""
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        """End every rank, as the named signal to this process would."""
-
-    def run(self) -> Outcome:
-        """Start the ranks and return when none of them is left. Raises UserError where they cannot be started."""
-
-
-class Supervisor:
-    """Starts one node's ranks and watches over them.
+class Supervised(ABC):
+    """A job that is being watched over: the ranks of one node, or all nodes.
 
     `interrupt` and `end` may be called from signal handlers and other threads while `run` runs.
     """
 
-    def __init__(self, launch: Launch, on_failure: Callable[[], None] = lambda: None) -> None:
-        self._launch = launch
-        self._on_failure = on_failure
-        self._ranks: dict[int, _Rank] = {}
-        self._interrupts = 0
-        self._ending_signal: int | None = None
-        self._logs_matter = False
+    _interrupts = 0
+    _ending_signal: int | None = None
 
     def interrupt(self) -> None:
         """What Ctrl-C means: the first is for rank 0, which may end its search with what there is; the second ends."""
@@ -98,8 +80,21 @@ class Supervisor:
         """End every rank, as the named signal to this process would."""
         self._ending_signal = self._ending_signal or number
 
+    @abstractmethod
     def run(self) -> Outcome:
         """Start the ranks and return when none of them is left. Raises UserError where they cannot be started."""
+
+
+class Supervisor(Supervised):
+    """Starts one node's ranks and watches over them."""
+
+    def __init__(self, launch: Launch, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._launch = launch
+        self._on_failure = on_failure
+        self._ranks: dict[int, _Rank] = {}
+        self._logs_matter = False
+
+    def run(self) -> Outcome:
         folder = Path(tempfile.mkdtemp(prefix="heretic_ds_ranks_"))
         try:
             plan = make_plan(self._launch, folder)

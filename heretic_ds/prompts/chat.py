@@ -12,11 +12,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from heretic_ds.errors import UserError
-from heretic_ds.settings import PromptSettings, ThinkingMarker
+from heretic_ds.settings import AUTO, PromptSettings, ThinkingMarker
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
 _PROBE = "Which vegetables grow in the shade?"
 # What templates raise: refusals of their own and undefined names are TemplateErrors; the others come from
 # operations on contents of a type that the template was not written for.
@@ -104,9 +103,7 @@ class ChatFormat:
             turns = [("user", f"{self.system}\n\n{prompt}")]
         elif self.system is not None:
             turns = [("system", self.system), ("user", prompt)]
-        return [
-            {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text} for role, text in turns
-        ]
+        return [message(role, text, in_parts) for role, text in turns]
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
         rendered = self.tokenizer.apply_chat_template(
@@ -130,6 +127,11 @@ class ChatFormat:
                 if all(text in rendered for text in wanted) and not printed:
                     return folded, in_parts
         raise UserError(_unusable(problem)) from problem
+
+
+def message(role: str, text: str, in_parts: bool) -> dict[str, Any]:
+    """One turn of a conversation, as a text or as a list of parts with one text in it."""
+    return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
 def decode_answers(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -36,42 +34,22 @@ class SearchProgress:
         scorer: name of the first scorer.
     """
 
-    def __init__(
-        self,
-        console: Console,
-        total: int,
-        done: int,
-        prompts: int,
-        scorer: str = REFUSALS,
-    ) -> None:
-        self._console = console
-        self._total = total
+    def __init__(self, console: Console, total: int, done: int, prompts: int, scorer: str = REFUSALS) -> None:
+        self._console, self._total, self._prompts, self._scorer = console, total, prompts, scorer
         self._first = self._done = done
-        self._prompts, self._scorer = prompts, scorer
         self._seconds = 0.0
-        self._bar: Progress | None = None
+        columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        left = TextColumn("{task.fields[left]}")
+        self._bar = Progress(*columns, left, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("search", total=total, completed=done, left="")
 
     def __enter__(self) -> SearchProgress:
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("search"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("search", total=self._total, completed=self._done, left="")
-            self._bar.start()
+        self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
+    def __exit__(self, *_: object) -> None:
+        if not self._bar.disable:
             self._bar.stop()
-            self._bar = None
 
     def time_left(self) -> str:
         """The estimate, in words; empty before the first trial and after the last."""
@@ -85,9 +63,8 @@ class SearchProgress:
         self._done += 1
         self._seconds += record.seconds
         line, left = trial_line(record, self._total, self._prompts, self._scorer), self.time_left()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, left=left)
-        else:
+        self._bar.update(self._task, completed=self._done, left=left)
+        if self._bar.disable:
             line += f"  ({self._done} of {self._total} done{', ' + left if left else ''})"
         # Neither markup nor highlighting nor wrapping: a trial stays one line that tools can read.
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -54,19 +54,12 @@ def edit_of(params: Mapping[str, Any]) -> Edit:
     return Edit(direction_index=float(params["direction_index"]) if is_global else None, profiles=profiles)
 
 
-def _in_range(value: float, distribution: BaseDistribution) -> bool:
-    return isinstance(distribution, FloatDistribution) and distribution.low <= value <= distribution.high
-
-
 def known_params(params: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
     """The part of ``params`` that this space has and whose values lie in its ranges."""
-    known = {}
-    for name, distribution in space.items():
-        value = params.get(name)
-        if isinstance(distribution, CategoricalDistribution):
-            inside = value in distribution.choices
-        else:
-            inside = isinstance(value, int | float) and _in_range(float(value), distribution)
-        if inside:
-            known[name] = value
-    return known
+
+    def fits(value: Any, distribution: BaseDistribution) -> bool:
+        if isinstance(distribution, FloatDistribution):
+            return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+        return isinstance(distribution, CategoricalDistribution) and value in distribution.choices
+
+    return {name: params[name] for name, distribution in space.items() if fits(params.get(name), distribution)}

@@ -44,17 +44,15 @@ def objectives(scores: TrialScores, baseline_refusals: float, kl_target: float) 
     return ratio, scores.kl if scores.kl >= kl_target else ratio * kl_target
 
 
-def _plain(scores: TrialScores | None) -> TrialScores | None:
+def _plain(scores: TrialScores) -> TrialScores:
     """Python numbers, which JSON takes, for a scorer's array scalars; a side score not finite is None."""
-    if scores is None:
-        return None
-    others = {name: _python(value) for name, value in scores.scores.items()}
+
+    def python(number: Any) -> Any:
+        return number.item() if hasattr(number, "item") else number
+
+    others = {name: python(value) for name, value in scores.scores.items()}
     finite = {name: v if v is not None and math.isfinite(v) else None for name, v in others.items()}
-    return TrialScores(_python(scores.refusals), _python(scores.kl), finite)
-
-
-def _python(number: Any) -> Any:
-    return number.item() if hasattr(number, "item") else number
+    return TrialScores(python(scores.refusals), python(scores.kl), finite)
 
 
 class Search:
@@ -133,7 +131,7 @@ class Search:
         Trials of a pass may be told in any order: they reach the journal in theirs, so that it stays a
         prefix.
         """
-        scores = _plain(scores)
+        scores = scores and _plain(scores)
         if scores is not None and not scores.usable:
             failure = failure or f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
             scores = None

@@ -12,10 +12,14 @@ from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import SearchFailed, UserError
-from heretic_ds.export import CardFacts, build_manifest, export_model, model_card
+from heretic_ds.export.card import CardFacts, model_card
+from heretic_ds.export.checkpoint import export_model
+from heretic_ds.export.manifest import build_manifest
 from heretic_ds.export.streaming import weight_writer
 from heretic_ds.export.target import MANIFEST_NAME
-from heretic_ds.report import pareto_table, plot_front
+from heretic_ds.job import KINDS, PARTS
+from heretic_ds.report.plots import plot_front
+from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
@@ -146,8 +150,7 @@ def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
 
 
 def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
-    pairs = {"target": prompts.target, "baseline": prompts.baseline}
-    return {f"{kind}.{part}": getattr(pair, part).source for kind, pair in pairs.items() for part in ("train", "eval")}
+    return {f"{kind}.{part}": getattr(getattr(prompts, kind), part).source for kind in KINDS for part in PARTS}
 
 
 def _same_export(target: Path, manifest: dict[str, Any]) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
-from typing import Any
+from dataclasses import astuple
 
 from heretic_ds.ablation import Edit, Profile
 from heretic_ds.checkpoint.source import read_json
@@ -22,13 +21,8 @@ log = logging.getLogger(__name__)
 
 def fixed_edit(settings: Settings) -> Edit | None:
     """The edit that ``ablation.*`` gives, or None."""
-    given = settings.ablation.profiles
-    profiles: dict[str, Profile] = {}
-    for component, numbers in (("attention", given.attention), ("mlp", given.mlp)):
-        four = (numbers.max_weight, numbers.max_weight_position, numbers.min_weight, numbers.min_weight_distance)
-        known = [number for number in four if number is not None]
-        if len(known) == len(four):
-            profiles[component] = Profile(*known)
+    given = {component: astuple(numbers) for component, numbers in vars(settings.ablation.profiles).items()}
+    profiles = {component: Profile(*numbers) for component, numbers in given.items() if None not in numbers}
     return Edit(settings.ablation.direction_index, profiles) if profiles else None
 
 
@@ -44,7 +38,8 @@ def named_edit(settings: Settings, world: World) -> tuple[Edit, TrialRecord | No
     trial, folder = settings.export.trial, run_dir(settings)
     if trial is None:
         raise UserError("no edit was named: give export.trial=<index> of an earlier run, or ablation.profiles.*")
-    entries = world.decide(lambda: _trials_in(folder))
+    file = folder / RESULTS_NAME
+    entries = world.decide(lambda: read_json(file).get("trials") if file.is_file() else None)
     if not entries:
         raise UserError(f"export.trial={trial}: {folder} holds no trials; give the run.dir of an earlier search")
     for entry in entries:
@@ -54,12 +49,6 @@ def named_edit(settings: Settings, world: World) -> tuple[Edit, TrialRecord | No
         f"export.trial={trial}: {folder} has no finished trial of that number; "
         f"its trials are 0 to {max(entry['index'] for entry in entries)}"
     )
-
-
-def _trials_in(folder: Path) -> list[dict[str, Any]]:
-    file = folder / RESULTS_NAME
-    trials: list[dict[str, Any]] = read_json(file).get("trials", []) if file.is_file() else []
-    return trials
 
 
 def verify_named(run: Run, objective: Objective, edit: Edit, record: TrialRecord | None) -> None:

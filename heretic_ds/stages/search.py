@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 
-from heretic_ds.report import SearchProgress
+from heretic_ds.report.progress import SearchProgress
 from heretic_ds.search.loop import run_search
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.study import Search

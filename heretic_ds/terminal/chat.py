@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
 from heretic_ds.errors import UserError
-from heretic_ds.prompts import ChatFormat
+from heretic_ds.prompts.chat import ChatFormat, message
 
 HELP = "Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
 EXIT, CLEAR = "/exit", "/clear"
@@ -35,7 +36,7 @@ class Conversation:
         messages = self.format.messages(questions[0])
         in_parts = not isinstance(messages[-1]["content"], str)
         for answer, following in zip(answers, questions[1:], strict=True):
-            messages += [_message("assistant", answer, in_parts), _message("user", following, in_parts)]
+            messages += [message("assistant", answer, in_parts), message("user", following, in_parts)]
         text = self.format._apply_template(messages) + self.format.response_prefix
         ids: list[int] = self.format.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
@@ -61,10 +62,6 @@ class Conversation:
                 )
             del self.turns[0]
             dropped += 1
-
-
-def _message(role: str, text: str, in_parts: bool) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
 
 class AnswerStreamer(TextStreamer):
@@ -120,9 +117,8 @@ def read_line(prompt: str) -> str:
     return input(prompt if sys.stdin.isatty() else "")
 
 
-def write_text(text: str) -> None:
-    """Text to standard output, at once."""
-    print(text, end="", flush=True)
+write_text: Callable[[str], None] = partial(print, end="", flush=True)
+"""Writes to standard output, at once."""
 
 
 def chat(

@@ -19,18 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from heretic_ds.checkpoint.open import LoadedModel, load_model
 from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
-from heretic_ds.export import (
-    CardFacts,
-    build_manifest,
-    check_export_target,
-    export_model,
-    model_bytes,
-    model_card,
-)
-from heretic_ds.export import (
-    target as target_module,
-)
-from heretic_ds.export.target import recover_leftovers
+from heretic_ds.export import target as target_module
+from heretic_ds.export.card import CardFacts, model_card
+from heretic_ds.export.checkpoint import export_model, model_bytes
+from heretic_ds.export.manifest import build_manifest
+from heretic_ds.export.target import check_export_target, recover_leftovers
 from heretic_ds.settings import ModelSettings
 from tests import families
 from tests.unit.test_loading import edit_json, quantised_gpt_oss

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from heretic_ds import pipeline, stages
+from heretic_ds import pipeline
 from heretic_ds.errors import SearchFailed
 from tests.conftest import ComposeSettings
 
@@ -44,10 +44,10 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         yield SimpleNamespace(results=RESULTS)
         story.names.append("closed")
 
-    for name in stages.__all__:
-        if name not in ("Run", "opened"):
-            monkeypatch.setattr(stages, name, stage(name))
-    monkeypatch.setattr(stages, "opened", opened)
+    for name, found in vars(pipeline).copy().items():
+        if getattr(found, "__module__", "").startswith("heretic_ds.stages."):
+            monkeypatch.setattr(pipeline, name, stage(name))
+    monkeypatch.setattr(pipeline, "opened", opened)
     monkeypatch.setattr(pipeline, "no_bars_without_a_terminal", lambda world: None)
     return story
 

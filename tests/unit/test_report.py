@@ -13,7 +13,9 @@ from rich.console import Console
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.ablation.profile import Profile
-from heretic_ds.report import SearchProgress, duration, pareto_table, plot_front, trial_line
+from heretic_ds.report.plots import plot_front
+from heretic_ds.report.progress import SearchProgress, duration
+from heretic_ds.report.tables import pareto_table, trial_line
 from heretic_ds.search.trials import TrialRecord
 
 ATTENTION, MLP = Profile(1.2, 14.25, 0.4, 6.1), Profile(0.0, 10.0, 0.0, 3.0)
