@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import operator
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import fields
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Union, get_args, get_origin
 
 from heretic_ds.errors import UserError
 from heretic_ds.settings import (
     AUTO,
-    BACKENDS,
     DTYPES,
-    OFFLOADS,
-    PLACEMENTS,
     ROW_NORMS,
     TASKS,
     ProfileSettings,
     Settings,
 )
+
+_SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def validate(settings: Settings) -> None:
@@ -27,17 +33,69 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    checks = (_check_model, _check_placements, _check_offload, _check_numbers, _check_profiles, _check_fixed_edit)
+    checks = (_check_model, _check_numbers, _check_profiles, _check_fixed_edit)
     if settings.task.name not in TASKS:
         raise UserError(f"task.name is {settings.task.name!r}; choose one of {', '.join(TASKS)}")
     for check in checks:
-        for holds, message in check(settings):
-            if not holds:
-                raise UserError(message)
+        refuse(check(settings))
 
 
 # What a check yields: whether the setting is fine, and what to say where it is not.
 _Findings = Iterator[tuple[bool, str]]
+
+
+def refuse(findings: _Findings) -> None:
+    """Raise UserError for the first mistake among what checks found."""
+    for holds, message in findings:
+        if not holds:
+            raise UserError(message)
+
+
+def find_class(path: str, kind: type, setting: str) -> Any:
+    """The class of a dotted path that a setting gives. Raises UserError where there is none, or none of this kind."""
+    if os.getcwd() not in sys.path:  # a module in the working folder is found however the command was started
+        sys.path.append(os.getcwd())
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        package = kind.__module__.removesuffix(".base")
+        raise UserError(f"{setting}: {path} is not a class derived from {package}.{kind.__name__}")
+    return found
+
+
+def type_name(hint: Any) -> str:
+    """What a setting of this type takes, in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(argument for argument in get_args(hint) if argument is not type(None))
+        return f"{type_name(inner)}, or null"
+    if get_origin(hint) is list:
+        [item] = get_args(hint)
+        names = ", ".join(f"{entry.name}: ..." for entry in fields(item)) if is_dataclass(item) else ""
+        return f"a list of {{{names}}}" if names else "a list, as in [a,b]"
+    return _TYPE_NAMES.get(hint, "a group of settings")
+
+
+def limits_in_words(limits: Mapping[str, Any]) -> str:
+    """What a field takes beyond its type, see :func:`heretic_ds.settings.within`; empty where that is anything."""
+    if "choices" in limits:
+        return f"one of {', '.join(limits['choices'])}"
+    return limits.get("words") or " and ".join(f"{_SIGNS[sign]} {bound}" for sign, bound in limits.items())
+
+
+def check_fields(section: Any, prefix: str = "") -> _Findings:
+    """Every field's own limits, those of nested sections included."""
+    for entry in fields(section):
+        name, value, limits = prefix + entry.name, getattr(section, entry.name), entry.metadata
+        if is_dataclass(value):
+            yield from check_fields(value, f"{name}.")
+        elif value is not None and "choices" in limits:
+            yield value in limits["choices"], f"{name} is {value!r}; choose {limits_in_words(limits)}"
+        elif value is not None:
+            fits = all(getattr(operator, sign)(value, limits[sign]) for sign in _SIGNS if sign in limits)
+            yield fits, f"{name} is {value}; it has to be {limits_in_words(limits)}"
 
 
 def _check_model(settings: Settings) -> _Findings:
@@ -54,40 +112,11 @@ def _check_model(settings: Settings) -> _Findings:
     )
 
 
-def _check_placements(settings: Settings) -> _Findings:
-    for phase, chosen in (("capture", settings.capture), ("evaluate", settings.evaluate)):
-        known = chosen.placement in PLACEMENTS[phase]
-        yield known, f"{phase}.placement is {chosen.placement!r}; choose one of {', '.join(PLACEMENTS[phase])}"
-        whole = chosen.degree in (None, 1) or chosen.placement != "replicated"
-        yield (
-            whole,
-            f"{phase}.degree is {chosen.degree}, but a replicated model lies on one rank; leave it null",
-        )
-        served = chosen.backend in BACKENDS
-        yield served, f"{phase}.backend is {chosen.backend!r}; choose one of {', '.join(BACKENDS)}"
-
-
-def _check_offload(settings: Settings) -> _Findings:
-    capture = settings.capture
-    offload, path = capture.offload, capture.nvme_path
-    yield offload in OFFLOADS, f"capture.offload is {offload!r}; choose one of {', '.join(OFFLOADS)}"
-    served = offload == "none" or capture.placement == "zero3"
-    yield served, f"capture.offload={offload} is for capture=zero3 alone, but capture is {capture.placement}"
-    has_path = offload != "nvme" or path is not None
-    yield has_path, "capture.offload=nvme needs capture.nvme_path, a folder on a fast local disk"
-    yield path is None or offload == "nvme", "capture.nvme_path is set without capture.offload=nvme, so nothing uses it"
-
-
 def _check_numbers(settings: Settings) -> _Findings:
     search, generation, export = settings.search, settings.generation, settings.export
-    capture = settings.capture
     quantile = settings.direction.winsorize_quantile
     lower_bounds: tuple[tuple[str, float | None, int], ...] = (
         ("task.answer_tokens", settings.task.answer_tokens, 1),
-        ("capture.prefetch_bucket_size", capture.prefetch_bucket_size, 0),
-        ("capture.param_persistence_threshold", capture.param_persistence_threshold, 0),
-        ("capture.max_live_parameters", capture.max_live_parameters, 0),
-        ("capture.max_reuse_distance", capture.max_reuse_distance, 0),
         ("search.trials", search.trials, 1),
         ("search.startup_trials", search.startup_trials, 0),
         ("search.seed", search.seed, 0),

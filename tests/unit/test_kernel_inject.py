@@ -16,9 +16,9 @@ from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.placements import build_engine, kernel_inject
+from heretic_ds.placements import build_engine
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.placements.kernel_inject import KernelInjectEngine, parity
+from heretic_ds.placements.kernel_inject import KernelInject, KernelInjectEngine, inject_checked, parity
 from heretic_ds.placements.kernel_inject.adapter import ResidualSum
 from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
@@ -102,7 +102,7 @@ def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[ResidentEngine
     tokenizer = families.tokenizer()
     plain = ResidentEngine(model, tokenizer, find_anatomy(model), NEW_TOKENS, batch_size)
     twin, injected = injected_copy(model)
-    return plain, KernelInjectEngine(twin, tokenizer, injected, NEW_TOKENS, batch_size)
+    return plain, KernelInjectEngine(twin, tokenizer, injected.anatomy, NEW_TOKENS, batch_size, injected=injected)
 
 
 def prepare(engine: ResidentEngine, row_norm: str = "full") -> None:
@@ -233,12 +233,12 @@ def test_the_check_refuses_what_the_float32_kernel_makes_of_pairs(op: InferenceO
     op.pairs_as_in_half = False
     model = build("gptj")
     with pytest.raises(UserError, match=r"other logits .*set evaluate=tensor_parallel"):
-        kernel_inject.inject_checked(model, find_anatomy(model), family_of(model))
+        inject_checked(model, find_anatomy(model), family_of(model))
 
 
 def test_low_precision_passes_the_check(op: InferenceOp) -> None:
     model = build("mistral").to(torch.bfloat16)
-    kernel_inject.inject_checked(model, find_anatomy(model), family_of(model))
+    inject_checked(model, find_anatomy(model), family_of(model))
 
 
 def test_passes_that_do_not_continue_the_last_one_are_errors(op: InferenceOp) -> None:
@@ -313,17 +313,17 @@ def job_for(config: object, device: str = "cuda", longest: int = 5) -> SimpleNam
 
 
 def test_without_cuda_the_placement_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = SimpleNamespace(degree=None)
+    placement = KernelInject("evaluate", KernelInject.Options())
     config = build("mistral").config
     with pytest.raises(UserError, match=r"CUDA devices only.* is cpu; set evaluate=tensor_parallel"):
-        kernel_inject.check(job_for(config, "cpu"), placement, "evaluate")
+        placement.check(job_for(config, "cpu"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(UserError, match=r"evaluate\.degree=2"):
-        kernel_inject.check(job_for(config), SimpleNamespace(degree=2), "evaluate")
+    with pytest.raises(UserError, match=r"evaluate\.degree is 2"):
+        KernelInject("evaluate", KernelInject.Options(degree=2))
     with pytest.raises(UserError, match=r"up to 32 tokens.* takes 33"):
-        kernel_inject.check(job_for(config, longest=27), placement, "evaluate")
+        placement.check(job_for(config, longest=27))
     with pytest.raises(UserError, match="up to 31 tokens"):
-        kernel_inject.check(job_for(build("gpt_neo").config, longest=27), placement, "evaluate")
+        placement.check(job_for(build("gpt_neo").config, longest=27))
 
 
 def test_a_run_builds_the_placement_from_its_settings(

@@ -13,13 +13,13 @@ import torch
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
+from heretic_ds.placements.base import Placement, engine_of
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.engine import ResidentEngine
 from heretic_ds.scoring.base import Decided
-from heretic_ds.settings import PlacementSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,40 +30,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check(job: Job, placement: PlacementSettings, phase: str) -> None:
-    """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
-    if placement.degree not in (None, 1):
-        raise UserError(
-            f"{phase}.degree={placement.degree}, but kernel_inject holds the whole model on every rank; leave it null"
-        )
-    op.refuse_without_cuda(job.opened.device)
-    config, name = job.opened.config, f"model.path={job.settings.model.path}"
-    find_family(config, job.opened.dtypes[0], name)
-    longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
-    refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
+class KernelInject(Placement):
+    """DeepSpeed-Inference's fused CUDA kernels in the place of the model's blocks, the whole model on each rank."""
 
+    name, phases = "kernel_inject", frozenset({"evaluate"})
+    whole = True
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> KernelInjectEngine:
-    """The engine over a model whose blocks are injected kernels, checked against the model as it was before.
+    def check(self, job: Job) -> None:
+        """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
+        op.refuse_without_cuda(job.opened.device)
+        config, name = job.opened.config, f"model.path={job.settings.model.path}"
+        find_family(config, job.opened.dtypes[0], name)
+        longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
+        refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
 
-    Raises UserError for models that the kernels do not serve, and where the check fails.
-    """
-    world, opened, generation = job.world, job.opened, job.settings.generation
-    replicas = world.replicas(1, f"{phase}.degree")
-    torch.cuda.set_device(opened.device)  # the kernels run on the current device
-    world.agree(op.load_kernels)
-    model = world.agree(lambda: load_weights(opened)).model
-    family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
-    injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
-    return KernelInjectEngine(
-        model,
-        opened.tokenizer,
-        injected,
-        generation.max_new_tokens,
-        generation.batch_size,
-        replicas=replicas,
-        same=world.same,
-    )
+    def build(self, job: Job) -> KernelInjectEngine:
+        """The engine over a model whose blocks are injected kernels, checked against the model as it was before.
+
+        Raises UserError for models that the kernels do not serve, and where the check fails.
+        """
+        world, opened = job.world, job.opened
+        replicas = world.replicas(1, f"{self.phase}.degree")
+        torch.cuda.set_device(opened.device)  # the kernels run on the current device
+        world.agree(op.load_kernels)
+        model = world.agree(lambda: load_weights(opened)).model
+        family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
+        injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
+        return engine_of(job, model, KernelInjectEngine, injected.anatomy, replicas=replicas, injected=injected)
 
 
 def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> Injected:
@@ -81,10 +74,8 @@ def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> 
 class KernelInjectEngine(ResidentEngine):
     """Passes go through injected kernels, whose workspace has to know beforehand how long answers get."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, injected: Injected, *arguments: Any, **options: Any
-    ) -> None:
-        super().__init__(model, tokenizer, injected.anatomy, *arguments, **options)
+    def __init__(self, *arguments: Any, injected: Injected, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._injected = injected
 
     def _decode(self, rows: TokenRows, max_new_tokens: int, decided: Decided | None) -> list[list[int]]:
