@@ -7,7 +7,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
 
 from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
-from heretic_ds.settings_checks import type_name  # noqa: E402
+from heretic_ds.settings_checks import limits_in_words, type_name  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 
@@ -82,20 +82,22 @@ def _groups_table() -> str:
 
 def _keys_table(section: type, config: DictConfig, prefix: str) -> str:
     rows = [
-        f"| `{key}` | {type_name(hint)} | {_default(parent, key.rpartition('.')[2])} | {text} |"
-        for key, hint, parent, text in _keys(section, config, prefix)
+        f"| `{key}` | {takes} | {_default(parent, key.rpartition('.')[2])} | {text} |"
+        for key, takes, parent, text in _keys(section, config, prefix)
     ]
     return "\n".join(["| key | takes | default | meaning |", "|---|---|---|---|", *rows])
 
 
-def _keys(section: type, config: DictConfig, prefix: str) -> Iterator[tuple[str, Any, DictConfig, str]]:
-    """Key, type, the node that holds it, and meaning of every setting in a section, nested ones included."""
-    texts = _field_docstrings(section)
+def _keys(section: Any, config: DictConfig, prefix: str) -> Iterator[tuple[str, str, DictConfig, str]]:
+    """Key, what it takes, the node that holds it, and meaning of every setting in a section, nested ones included."""
+    texts, limits = _field_docstrings(section), {entry.name: entry.metadata for entry in fields(section)}
     for name, hint in get_type_hints(section).items():
         if is_dataclass(hint) and isinstance(hint, type):
             yield from _keys(hint, config[name], f"{prefix}.{name}")
         else:
-            yield f"{prefix}.{name}", hint, config, texts[name]
+            own = limits_in_words({**limits[name], "words": ""})
+            takes = own if "choices" in limits[name] else type_name(hint) + (f" ({own})" if own else "")
+            yield f"{prefix}.{name}", takes, config, texts[name]
 
 
 def _field_docstrings(section: type) -> dict[str, str]:

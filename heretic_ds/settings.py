@@ -1,11 +1,12 @@
 """Every setting as a typed, documented structured config; :mod:`heretic_ds.settings_checks` checks their values.
 
-The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults,
+The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults, bounds,
 and a docstring below each field from which the configuration reference in ``docs/`` is generated.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -14,8 +15,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 TASKS = ("abliterate", "evaluate", "export", "chat")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ROW_NORMS = ("none", "pre", "full")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
 
@@ -33,14 +32,17 @@ def within(default: Any, **limits: Any) -> Any:
     return field(default=default, metadata=limits)
 
 
+FINITE = {"gt": -math.inf, "lt": math.inf, "words": "a finite number"}
+
+
 @dataclass
 class TaskSettings:
     """What one command does."""
 
-    name: str = "abliterate"
+    name: str = within("abliterate", choices=TASKS)
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
     (write one trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
-    answer_tokens: int = 1024
+    answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
 
 
@@ -52,7 +54,7 @@ class ModelSettings:
     """Hub id or local folder of a Hugging Face causal language model."""
     revision: Optional[str] = None
     """Branch, tag or commit of a hub model."""
-    dtype: str = "auto"
+    dtype: str = within("auto", choices=("auto", "float32", "bfloat16", "float16"))
     """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``,
     ``bfloat16`` or ``float16``."""
     device: str = "auto"
@@ -125,7 +127,7 @@ class DirectionSettings:
 
     orthogonalize: bool = True
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
-    winsorize_quantile: float = 1.0
+    winsorize_quantile: float = within(1.0, gt=0, le=1)
     """Clamp each residual's components to this quantile of their absolute values; 1 switches it off."""
     compare: Optional[str] = None
     """Safetensors file with a known ``direction`` [D]: the |cosine| of every block's direction with it is
@@ -136,13 +138,13 @@ class DirectionSettings:
 class ProfileSettings:
     """Ablation weight over the layers for one component. All four numbers, or none."""
 
-    max_weight: Optional[float] = None
+    max_weight: Optional[float] = within(None, **FINITE)
     """Weight at ``max_weight_position``."""
-    max_weight_position: Optional[float] = None
+    max_weight_position: Optional[float] = within(None, **FINITE)
     """Layer of the largest weight, as a float in layers."""
-    min_weight: Optional[float] = None
+    min_weight: Optional[float] = within(None, **FINITE)
     """Weight at ``min_weight_distance`` from the position."""
-    min_weight_distance: Optional[float] = None
+    min_weight_distance: Optional[float] = within(None, **FINITE)
     """Distance in layers beyond which nothing is edited."""
 
 
@@ -160,12 +162,14 @@ class ProfilesSettings:
 class AblationSettings:
     """The form of the edits, and a fixed edit for ``task=evaluate|export|chat``."""
 
-    row_norm: str = "full"
+    row_norm: str = within("full", choices=("none", "pre", "full"))
     """``none``, ``pre`` or ``full``: what happens to the norms of a writer's rows."""
     through_norm: bool = False
     """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the
     stream."""
-    direction_index: Optional[float] = None
+    direction_index: Optional[float] = within(
+        None, ge=0, lt=math.inf, words="at least 0, or null for one direction a layer"
+    )
     """One global direction interpolated at this block (a float); null: every layer uses its own."""
     profiles: ProfilesSettings = field(default_factory=ProfilesSettings)
     """Profiles of a fixed edit; null for none."""
@@ -175,16 +179,16 @@ class AblationSettings:
 class SearchSettings:
     """The multi-objective search over edits."""
 
-    trials: int = 200
+    trials: int = within(200, ge=1)
     """Number of trials in the study, those of earlier runs in the same folder included."""
-    startup_trials: int = 60
+    startup_trials: int = within(60, ge=0)
     """Trials drawn at random before the sampler starts to learn."""
-    seed: int = 0
+    seed: int = within(0, ge=0)
     """Seed of the sampler."""
     trials_per_pass: str = AUTO
     """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: up to 4, on a CPU one
     for each replica of the model, elsewhere as many as it takes to fill the batches that were measured to be best."""
-    kl_target: float = 0.01
+    kl_target: float = within(0.01, gt=0, lt=math.inf, words="a number above 0 (nats)")
     """KL divergence (nats) below which the search stops chasing a smaller one."""
 
 
@@ -192,9 +196,9 @@ class SearchSettings:
 class GenerationSettings:
     """How answers are generated; decoding is always greedy."""
 
-    max_new_tokens: int = 100
+    max_new_tokens: int = within(100, ge=1)
     """Longest answer, in tokens."""
-    batch_size: int = 0
+    batch_size: int = within(0, ge=0)
     """Rows per batch; 0: found by measuring."""
     early_stop: bool = True
     """Stop a row as soon as every scorer has decided on it."""
@@ -226,9 +230,9 @@ class ExportSettings:
 
     dir: Optional[str] = None
     """Folder of the exported model; null: ``<run.dir>/model``."""
-    trial: Optional[int] = None
+    trial: Optional[int] = within(None, ge=0)
     """Trial to export; null: the fewest refusals within ``max_kl``, ties to the lower KL."""
-    max_kl: float = 0.1
+    max_kl: float = within(0.1, gt=0, lt=math.inf, words="a finite number above 0 (nats)")
     """Largest KL divergence (nats) a trial may have to be chosen."""
     overwrite: bool = False
     """Replace an existing, non-empty export folder."""
