@@ -5,21 +5,21 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
 
-from heretic_ds.cli import conf_dir  # noqa: E402
-from heretic_ds.cli_errors import type_name  # noqa: E402
-from heretic_ds.settings import Settings, register_schemas  # noqa: E402
-from heretic_ds.settings_checks import limits_in_words  # noqa: E402
+from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
+from heretic_ds.settings_checks import limits_in_words, type_name  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 
@@ -45,13 +45,24 @@ def render() -> str:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = compose("config")
     parts = [INTRODUCTION, "## Groups\n", _groups_table()]
+    texts = _field_docstrings(Settings)
     for name, hint in get_type_hints(Settings).items():
-        parts += [
-            f"\n## {name}\n",
-            f"{_markdown(inspect.getdoc(hint) or '')}\n",
-            _keys_table(hint, config[name], name),
-        ]
+        parts.append(f"\n## {name}\n")
+        if name in PHASES:
+            parts += [f"{texts[name]}\n", *_placements(name)]
+        else:
+            parts += [f"{_markdown(inspect.getdoc(hint) or '')}\n", _keys_table(hint, config[name], name)]
     return "\n".join(parts)
+
+
+def _placements(phase: str) -> Iterator[str]:
+    """A section for each placement of a phase: what it is, and its options."""
+    for choice in sorted((conf_dir() / phase).glob("*.yaml")):
+        given = OmegaConf.load(choice)
+        assert isinstance(given, DictConfig)
+        kind = get_class(given._target_)
+        yield f"### {phase}={choice.stem}\n\n{_markdown(inspect.getdoc(kind) or '')}\n"
+        yield _keys_table(kind.Options, given, phase) + "\n"
 
 
 def _groups_table() -> str:
@@ -95,7 +106,7 @@ def _field_docstrings(section: type) -> dict[str, str]:
     for parent in section.__bases__:
         if is_dataclass(parent):
             texts |= _field_docstrings(parent)
-    [definition] = ast.parse(inspect.getsource(section)).body
+    [definition] = ast.parse(textwrap.dedent(inspect.getsource(section))).body
     assert isinstance(definition, ast.ClassDef)
     for field, after in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):

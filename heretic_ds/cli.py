@@ -32,7 +32,7 @@ from heretic_ds import __version__, sweep_summary
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.launching import rank_guard
-from heretic_ds.settings import TASKS, Settings, register_schemas
+from heretic_ds.settings import TASKS, Settings, conf_dir, register_schemas
 from heretic_ds.settings_checks import validate
 
 Objective = tuple[float, float]
@@ -69,15 +69,6 @@ def report(error: BaseException) -> int:
     return _say(told, status, shared=False)
 
 
-def conf_dir() -> Path:
-    """Folder of the configuration files: the checkout's `conf/`, or the copy in an installed package."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / "conf" / "config.yaml").is_file():
-        return checkout / "conf"
-    return package / "conf"
-
-
 def compose(words: Sequence[str]) -> Settings:
     """Settings as the command line makes them from a model and overrides, without running anything.
 
@@ -104,6 +95,9 @@ def to_settings(config: DictConfig) -> Settings:
             "the configuration does not start from the schema; --config-name has to name a file like config"
         )
     validate(settings)
+    from heretic_ds.placements import placements_of  # their classes import torch
+
+    placements_of(settings)
     return settings
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from heretic_ds.settings import Settings
-
-_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+from heretic_ds.settings import PHASES, Settings, option_owners
+from heretic_ds.settings_checks import type_name
 
 
 def explain(error: BaseException) -> str:
@@ -45,21 +43,9 @@ def setting_keys(section: type = Settings, prefix: str = "") -> list[str]:
         keys.append(prefix + name)
         if is_dataclass(hint) and isinstance(hint, type):
             keys += setting_keys(hint, f"{prefix}{name}.")
+        elif name in PHASES:
+            keys += [f"{name}.{option}" for option in option_owners(name)]
     return keys
-
-
-def type_name(hint: Any) -> str:
-    """What a setting of this type takes, in words."""
-    if get_origin(hint) in (Union, types.UnionType):
-        inner = next(argument for argument in get_args(hint) if argument is not type(None))
-        return f"{type_name(inner)}, or null"
-    if get_origin(hint) is list:
-        [item] = get_args(hint)
-        names = ", ".join(f"{entry.name}: ..." for entry in fields(item)) if is_dataclass(item) else ""
-        return f"a list of {{{names}}}" if names else "a list, as in [a,b]"
-    if is_dataclass(hint):
-        return "a group of settings"
-    return _TYPE_NAMES[hint]
 
 
 def _keys_outside(config: DictConfig, section: type, prefix: str) -> Iterator[str]:

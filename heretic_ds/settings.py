@@ -15,11 +15,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 TASKS = ("abliterate", "evaluate", "export", "chat")
-PLACEMENTS = {
-    "capture": ("replicated", "zero3", "tensor_parallel", "expert_parallel"),
-    "evaluate": ("replicated", "tensor_parallel", "expert_parallel", "kernel_inject"),
-}
-"""Placements by the phase that they can serve."""
+PHASES = ("capture", "evaluate")
+"""Phases in which the model is laid out, each by a placement of its own."""
 
 AUTO = "auto"
 """Of settings that may be left to the program."""
@@ -122,43 +119,6 @@ class PromptSettings:
     """Jinja chat template, or the path of a file that holds one, for a model that ships none."""
     thinking: list[ThinkingMarker] = field(default_factory=list)
     """Chain-of-thought markers that ``response_prefix=auto`` closes."""
-
-
-@dataclass
-class PlacementSettings:
-    """How one replica of the model lies on ranks during one phase."""
-
-    placement: str = "replicated"
-    """Name of the placement."""
-    degree: Optional[int] = None
-    """Ranks per replica; null: as many as the placement can use."""
-    backend: str = within("auto", choices=("auto", "autotp", "hf_plan"))
-    """Who splits the layers under ``tensor_parallel``: ``autotp`` (DeepSpeed-Inference), ``hf_plan`` (transformers'
-    plan of the family), or ``auto``, the one known to be right for the family."""
-    parity_check: bool = True
-    """Under ``tensor_parallel`` and ``expert_parallel``, compare the logits of a few tokens with those of the unsplit
-    model, which one rank computes block by block while it reads the weights once more."""
-
-
-@dataclass
-class CaptureSettings(PlacementSettings):
-    """How one replica of the model lies on ranks while residuals are captured."""
-
-    offload: str = within("none", choices=("none", "cpu", "nvme"))
-    """Where ``zero3`` keeps the parts of weights that are not in use: ``none`` (on the accelerator), ``cpu`` (host
-    memory) or ``nvme`` (files in ``capture.nvme_path``; needs the system library libaio)."""
-    nvme_path: Optional[str] = None
-    """Folder on a fast local disk for ``capture.offload=nvme``; the files in it are removed after the capture."""
-    pin_memory: bool = True
-    """Page-locked host memory for an offload: faster transfers, which other programs' memory has to make room for."""
-    prefetch_bucket_size: int = within(50_000_000, ge=0)
-    """Numbers that ``zero3`` gathers ahead of their use (``stage3_prefetch_bucket_size``); 0 switches it off."""
-    param_persistence_threshold: int = within(100_000, ge=0)
-    """Parameters of at most as many numbers stay gathered under ``zero3`` (``stage3_param_persistence_threshold``)."""
-    max_live_parameters: int = within(1_000_000_000, ge=0)
-    """Numbers that may be gathered at one time under ``zero3`` (``stage3_max_live_parameters``)."""
-    max_reuse_distance: int = within(1_000_000_000, ge=0)
-    """A parameter used again within as many numbers stays gathered under ``zero3`` (``stage3_max_reuse_distance``)."""
 
 
 @dataclass
@@ -295,8 +255,11 @@ class Settings:
     task: TaskSettings = field(default_factory=TaskSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
-    capture: CaptureSettings = field(default_factory=CaptureSettings)
-    evaluate: PlacementSettings = field(default_factory=PlacementSettings)
+    capture: dict[str, Any] = field(default_factory=dict)
+    """How one replica of the model lies on ranks while residuals are captured: ``_target_``, the class of a placement,
+    and its options."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """The same while edits are evaluated."""
     direction: DirectionSettings = field(default_factory=DirectionSettings)
     ablation: AblationSettings = field(default_factory=AblationSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
@@ -306,11 +269,33 @@ class Settings:
     run: RunSettings = field(default_factory=RunSettings)
 
 
+def conf_dir() -> Path:
+    """Folder of the configuration files: the checkout's `conf/`, or the copy in an installed package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "conf" / "config.yaml").is_file():
+        return checkout / "conf"
+    return package / "conf"
+
+
+def option_owners(phase: str) -> dict[str, list[str]]:
+    """The options of a phase that the files of its group give, each with the choices that have it."""
+    owners: dict[str, list[str]] = {}
+    for file in sorted((conf_dir() / phase).glob("*.yaml")):
+        for name in map(str, OmegaConf.load(file)):
+            if name != "_target_":
+                owners.setdefault(name, []).append(file.stem)
+    return owners
+
+
 def register_schemas() -> None:
     """Registers the schema that ``conf/config.yaml`` starts from, and the resolver ``${package_file:path}``.
 
     The resolver gives the path of a file that is shipped inside this package, such as the demo model.
     """
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=Settings)
+    schema = OmegaConf.structured(Settings)
+    for phase in PHASES:  # any option may be given: the placement that is chosen says which there are
+        OmegaConf.set_struct(schema[phase], False)
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=schema)
     package = Path(__file__).resolve().parent
     OmegaConf.register_new_resolver("package_file", lambda path: str(package / path), replace=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
+import os
 import re
+import sys
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from heretic_ds.errors import UserError
-from heretic_ds.settings import AUTO, PLACEMENTS, Settings
+from heretic_ds.settings import AUTO, Settings
 
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def validate(settings: Settings) -> None:
@@ -21,14 +26,46 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    for check in (_check_fields, _check_rest, _check_placements, _check_offload, _check_profiles, _check_fixed_edit):
-        for holds, message in check(settings):
-            if not holds:
-                raise UserError(message)
+    for check in (check_fields, _check_rest, _check_profiles, _check_fixed_edit):
+        refuse(check(settings))
 
 
 # What a check yields: whether the setting is fine, and what to say where it is not.
 _Findings = Iterator[tuple[bool, str]]
+
+
+def refuse(findings: _Findings) -> None:
+    """Raise UserError for the first mistake among what checks found."""
+    for holds, message in findings:
+        if not holds:
+            raise UserError(message)
+
+
+def find_class(path: str, kind: type, setting: str) -> Any:
+    """The class of a dotted path that a setting gives. Raises UserError where there is none, or none of this kind."""
+    if os.getcwd() not in sys.path:  # a module in the working folder is found however the command was started
+        sys.path.append(os.getcwd())
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        package = kind.__module__.removesuffix(".base")
+        raise UserError(f"{setting}: {path} is not a class derived from {package}.{kind.__name__}")
+    return found
+
+
+def type_name(hint: Any) -> str:
+    """What a setting of this type takes, in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = next(argument for argument in get_args(hint) if argument is not type(None))
+        return f"{type_name(inner)}, or null"
+    if get_origin(hint) is list:
+        [item] = get_args(hint)
+        names = ", ".join(f"{entry.name}: ..." for entry in fields(item)) if is_dataclass(item) else ""
+        return f"a list of {{{names}}}" if names else "a list, as in [a,b]"
+    return _TYPE_NAMES.get(hint, "a group of settings")
 
 
 def limits_in_words(limits: Mapping[str, Any]) -> str:
@@ -39,12 +76,12 @@ def limits_in_words(limits: Mapping[str, Any]) -> str:
     return limits.get("words") or " and ".join(bounds)
 
 
-def _check_fields(section: Any, prefix: str = "") -> _Findings:
+def check_fields(section: Any, prefix: str = "") -> _Findings:
     """Every field's own limits, those of nested sections included."""
     for entry in fields(section):
         name, value, limits = prefix + entry.name, getattr(section, entry.name), entry.metadata
         if is_dataclass(value):
-            yield from _check_fields(value, f"{name}.")
+            yield from check_fields(value, f"{name}.")
         elif value is not None and "choices" in limits:
             yield value in limits["choices"], f"{name} is {value!r}; choose {limits_in_words(limits)}"
         elif value is not None:
@@ -61,24 +98,6 @@ def _check_rest(settings: Settings) -> _Findings:
     yield named, "scoring.scorers is empty; name at least one scorer, as in scoring.scorers=[refusals]"
     counts = per_pass == AUTO or (per_pass.isdecimal() and int(per_pass) > 0)
     yield counts, f"search.trials_per_pass is {per_pass}; it has to be {AUTO}, or a whole number of at least 1"
-
-
-def _check_placements(settings: Settings) -> _Findings:
-    for phase, chosen in (("capture", settings.capture), ("evaluate", settings.evaluate)):
-        known = chosen.placement in PLACEMENTS[phase]
-        yield known, f"{phase}.placement is {chosen.placement!r}; choose one of {', '.join(PLACEMENTS[phase])}"
-        whole = chosen.degree in (None, 1) or chosen.placement != "replicated"
-        yield whole, f"{phase}.degree is {chosen.degree}, but a replicated model lies on one rank; leave it null"
-
-
-def _check_offload(settings: Settings) -> _Findings:
-    capture = settings.capture
-    offload, path = capture.offload, capture.nvme_path
-    served = offload == "none" or capture.placement == "zero3"
-    yield served, f"capture.offload={offload} is for capture=zero3 alone, but capture is {capture.placement}"
-    has_path = offload != "nvme" or path is not None
-    yield has_path, "capture.offload=nvme needs capture.nvme_path, a folder on a fast local disk"
-    yield path is None or offload == "nvme", "capture.nvme_path is set without capture.offload=nvme, so nothing uses it"
 
 
 def _check_profiles(settings: Settings) -> _Findings:

@@ -1,44 +1,84 @@
-"""Engines: a model laid out on devices, able to capture, score and edit. One file per placement."""
+"""Placements: how the model is laid out on devices to capture, score and edit. One file or folder each.
+
+Nothing here knows their names: the files of ``conf/capture/`` and ``conf/evaluate/`` name their classes.
+"""
 
 from __future__ import annotations
 
-import importlib
+import difflib
 import logging
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from heretic_ds.placements.base import Engine
+from omegaconf import OmegaConf, ValidationError
+
+from heretic_ds.errors import UserError
+from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
+from heretic_ds.settings import PHASES, Settings, option_owners
+from heretic_ds.settings_checks import check_fields, find_class, refuse, type_name
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
 
-__all__ = ["PLACEMENTS", "Engine", "build_engine"]
-
-PLACEMENTS = {
-    "replicated": "heretic_ds.placements.replicated",
-    "zero3": "heretic_ds.placements.zero3",
-    "tensor_parallel": "heretic_ds.placements.tensor_parallel",
-    "expert_parallel": "heretic_ds.placements.expert_parallel",
-    "kernel_inject": "heretic_ds.placements.kernel_inject",
-}
-"""The module of each placement; its ``build(job, placement, phase)`` gives the engine. It may have a ``check`` of the
-same arguments, that refuses what it cannot serve before any phase loads weights. Imported only when chosen."""
+__all__ = ["Capturing", "Engine", "Evaluating", "Placement", "build_engine", "placements_of"]
 
 
-def build_engine(job: Job, phase: str) -> Engine:
-    """The engine that the settings ask for in one phase: ``capture`` or ``evaluate``."""
-    placements = {"capture": job.settings.capture, "evaluate": job.settings.evaluate}
-    modules = {name: importlib.import_module(PLACEMENTS[chosen.placement]) for name, chosen in placements.items()}
-    for name, module in modules.items():
-        if hasattr(module, "check"):
-            job.world.agree(partial(module.check, job, placements[name], name))
-    engine: Engine = modules[phase].build(job, placements[phase], phase)
-    decodes = placements[phase].placement == placements["evaluate"].placement
+def placements_of(settings: Settings) -> dict[str, Placement]:
+    """The placement of each phase, with checked options. Raises UserError."""
+    return {phase: _placement(phase, getattr(settings, phase)) for phase in PHASES}
+
+
+def build_engine(job: Job, phase: str) -> Any:
+    """The engine that the settings ask for in one phase: a Capturing for ``capture``, else an Evaluating."""
+    placements = placements_of(job.settings)
+    for placement in placements.values():
+        job.world.agree(partial(placement.check, job))
+    chosen, evaluating = placements[phase], placements["evaluate"]
+    engine = chosen.build(job)
     wanted = job.settings.generation.cuda_graphs and job.opened.device.type == "cuda"
-    if wanted and decodes and placements[phase].placement != "replicated":
+    if wanted and type(chosen) is type(evaluating) and not chosen.graphs:
         log.info(
             "decoding without CUDA graphs: they are for evaluate=replicated, where ranks do not wait for each other"
         )
     return engine
+
+
+def _placement(phase: str, given: Mapping[str, Any]) -> Placement:
+    kind = _class(phase, given.get("_target_"))
+    hints, options = get_type_hints(kind.Options), OmegaConf.structured(kind.Options)
+    for name, value in given.items():
+        if name == "_target_":
+            continue
+        if name not in hints:
+            raise UserError(_unknown(phase, name, value, kind.name, list(hints)))
+        try:
+            options[name] = value
+        except ValidationError as error:
+            shown, takes = "null" if value is None else value, type_name(hints[name])
+            raise UserError(f"{phase}.{name}={shown} does not fit: {phase}.{name} takes {takes}") from error
+    made: Any = OmegaConf.to_object(options)
+    refuse(check_fields(made, f"{phase}."))
+    return kind(phase, made)
+
+
+def _class(phase: str, target: Any) -> type[Placement]:
+    kind: type[Placement] = find_class(str(target), Placement, f"{phase}._target_")
+    if phase not in kind.phases:
+        raise UserError(
+            f"{phase}={kind.name}: {kind.name} serves {' and '.join(sorted(kind.phases))} only; choose one of "
+            f"{', '.join(option_owners(phase)['degree'])} for {phase}"
+        )
+    return kind
+
+
+def _unknown(phase: str, name: str, value: Any, placement: str, known: list[str]) -> str:
+    """What to say of an option that a phase's placement does not have."""
+    owners = option_owners(phase).get(name)
+    if owners:
+        return f"{phase}.{name}={value} is for {phase}={' or '.join(owners)} alone, but {phase} is {placement}"
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {phase}.{near[0]}?" if near else f"{phase}={placement} has {', '.join(known)}"
+    return f"there is no setting {phase}.{name}; {advice}"

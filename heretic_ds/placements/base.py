@@ -1,34 +1,40 @@
-"""What every placement offers, whatever lies behind it."""
+"""What a placement is, and what the engines that it builds offer, whatever lies behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit
+from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.job import Job
+from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.errors import UserError
 from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.engine import RunnerOptions
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
 from heretic_ds.scoring.base import Decided, ReadLogits
+
+if TYPE_CHECKING:
+    from heretic_ds.job import Job
 
 
 class Engine(Protocol):
-    """One model on its devices.
+    """One model on its devices."""
 
-    ``distributions`` and ``generate`` take up to ``max_edits_per_pass`` edits at once and leave the weights as they
-    found them, as far as a caller can tell; ``apply`` edits the weights themselves until ``restore``. An edit of None
-    stands for the weights as they are.
-    """
-
-    max_edits_per_pass: int
     whole: LoadedModel | None
     """The model where it lies whole in this process, so that it can be written or talked to; else None."""
-    batch_sizes: dict[str, int]
-    """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured, or halved for want of memory."""
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured, or halved."""
+        ...
 
     @property
     def degree(self) -> int:
@@ -40,9 +46,34 @@ class Engine(Protocol):
         """Of the weights as loaded."""
         ...
 
+    def close(self) -> None:
+        """Release the model's memory; the engine is of no use afterwards."""
+        ...
+
+
+class Capturing(Engine, Protocol):
+    """An engine for the original model."""
+
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""
         ...
+
+    def generate(
+        self, prompts: TokenRows, edits: Sequence[None], decided: Decided | None = None
+    ) -> list[list[list[int]]]:
+        """Greedy answers of the original model; see :meth:`Evaluating.generate`."""
+        ...
+
+
+class Evaluating(Engine, Protocol):
+    """An engine for edited models.
+
+    ``distributions`` and ``generate`` take up to ``max_edits_per_pass`` edits at once and leave the weights as they
+    found them, as far as a caller can tell; ``apply`` edits the weights themselves until ``restore``. An edit of None
+    stands for the weights as they are.
+    """
+
+    max_edits_per_pass: int
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
@@ -75,12 +106,77 @@ class Engine(Protocol):
         """Bring every weight back, bit for bit."""
         ...
 
-    def close(self) -> None:
-        """Release the model's memory; the engine is of no use afterwards."""
-        ...
+
+@dataclass(frozen=True)
+class Cost:
+    """What a placement takes on each rank."""
+
+    bytes: Mapping[str, int]
+    """Memory, by what lies in it."""
+    seconds: Mapping[str, float]
+    """Time, by phase."""
 
 
-def runner_options(job: Job) -> RunnerOptions:
-    """What the settings choose of how passes are run."""
+class Placement(ABC):
+    """How one replica of the model lies on ranks during one phase: ``conf/<phase>/*.yaml`` name one of these classes.
+
+    A placement refuses options that exclude one another when it is made, before anything is read.
+    """
+
+    name: ClassVar[str]
+    """What messages and results call it: the name of its files in ``conf/``."""
+    phases: ClassVar[frozenset[str]]
+    """Those that it serves: ``capture``, whose engine is a :class:`Capturing`, ``evaluate``, an :class:`Evaluating`."""
+    whole: ClassVar[bool] = False
+    """Whether every rank holds the whole model, so that a replica is one rank."""
+    graphs: ClassVar[bool] = False
+    """Whether steps of decoding may be captured as CUDA graphs: no rank waits for another within them."""
+
+    @dataclass
+    class Options:
+        """What can be set of every placement."""
+
+        degree: Optional[int] = None  # noqa: UP045 (for the structured config)
+        """Ranks per replica; null: as many as the placement can use."""
+
+    options: Options
+
+    def __init__(self, phase: str, options: Options) -> None:
+        self.phase, self.options = phase, options
+        if self.whole and options.degree not in (None, 1):
+            raise UserError(
+                f"{phase}.degree is {options.degree}, but a {self.name} model lies on one rank; leave it null"
+            )
+
+    def layout(self, ranks: int) -> tuple[type[Placement], Options]:
+        """All that decides how the model lies, the degree as a number: phases share an engine where it is equal."""
+        degree = self.options.degree or (1 if self.whole else ranks)
+        return type(self), replace(self.options, degree=degree)
+
+    def check(self, job: Job) -> None:  # noqa: B027 (not every placement has something to refuse)
+        """Refuse, before any weight is read, what this placement or this rank's machine cannot serve.
+
+        Raises UserError that says what to set instead.
+        """
+
+    def cost(self, facts: Any, resources: Any) -> Cost | None:
+        """What a model of these facts takes on these resources, without weights and ranks; None where unknown."""
+        return None
+
+    @abstractmethod
+    def build(self, job: Job) -> Engine:
+        """The engine, once :meth:`check` has accepted the job on every rank. Raises UserError, on every rank."""
+
+
+def runner_of(
+    job: Job,
+    model: PreTrainedModel,
+    comm: Comm,
+    traits: Traits,
+    anatomy: Anatomy | None = None,
+    editor: WeightEditor | None = None,
+) -> Runner:
+    """The engine over a model that a placement has laid out; ``anatomy`` is the model's where that has changed it."""
     chosen = job.settings.generation
-    return RunnerOptions(chosen.max_new_tokens, chosen.batch_size, chosen.cuda_graphs, chosen.prefill_reuse)
+    options = RunnerOptions(chosen.max_new_tokens, chosen.batch_size, chosen.cuda_graphs, chosen.prefill_reuse)
+    return Runner(model, anatomy or job.anatomy, job.opened.tokenizer, options, comm, traits, editor)

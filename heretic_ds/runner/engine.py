@@ -49,6 +49,12 @@ class Traits:
     """How outputs are edited, many trials in a pass; None where they cannot be."""
     retries: bool = True
     """A pass in which memory ran out can be tried again with fewer rows."""
+    graphs: bool = False
+    """Steps of decoding may be captured: no rank waits for another within them."""
+    decoding: Callable[[int], AbstractContextManager[Any]] = nullcontext
+    """A context for answers of at most so many tokens."""
+    close: Callable[[], object] = lambda: None
+    """What is to be given back with the model."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,10 @@ class RunnerOptions:
     batch_size: int = 0
     """Rows per batch; 0: measured."""
     cuda_graphs: bool = False
-    """Capture steps of decoding where the device and the model allow it. The placement must have no collectives."""
+    """Capture steps of decoding where placement, device and model allow it."""
     prefill_reuse: bool = False
-    """Passes of edited models over prompts leave out what is the original model's, where the model allows it."""
+    """Passes of edited models over prompts leave out what is the original model's, where placement and model allow it.
+    """
 
 
 class Runner:
@@ -79,7 +86,7 @@ class Runner:
         editor: WeightEditor | None = None,
     ) -> None:
         """By default the model lies whole in this process, without partners."""
-        self.model, self.anatomy, self.traits = model, anatomy, (traits := traits or Traits())
+        self.model, self.anatomy, self.traits = model, anatomy, (traits := traits or Traits(graphs=True))
         self.whole: LoadedModel | None = None
         """The model where it lies whole in this process, so that it can be written or talked to; else None."""
         self._comm, self._options = comm, options
@@ -89,14 +96,15 @@ class Runner:
         self._obstacle = "this placement edits weights alone" if traits.edits is None else obstacle(model, anatomy)
         self.max_edits_per_pass = MOST_EDITS if self._obstacle is None else 1
         self._applied: Edit | None = None
-        self._forward = Reuse(model, anatomy, tokenizer.pad_token_id, options.prefill_reuse, comm)
-        self._decoder = Decoder(self._forward, anatomy, traits.rows_move, options.cuda_graphs)
+        reuse = options.prefill_reuse and traits.rows_move
+        self._forward = Reuse(model, anatomy, tokenizer.pad_token_id, reuse, comm)
+        self._decoder = Decoder(self._forward, anatomy, traits.rows_move, options.cuda_graphs and traits.graphs)
         self._batches = Batches(comm, self._device, traits.name, options.max_new_tokens, traits.retries)
         self._batches.evictable += [self._forward, self._decoder]
         self._batches.starts_late = self._forward.wanted
         if options.batch_size:
             self.batch_sizes.update(dict.fromkeys(("capture", "kl", "generate"), options.batch_size))
-        self._keeps_blocks = options.prefill_reuse and self._device.type == "cpu"
+        self._keeps_blocks = reuse and self._device.type == "cpu"
         if self._keeps_blocks:
             keep_freed_blocks()
 
@@ -206,7 +214,7 @@ class Runner:
 
     def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
         """Decode until all rows are done, at most so many at a time where rows move."""
-        with self._decoding(stop.limit):
+        with self.traits.decoding(stop.limit):
             if self._decoder.moves_rows:
                 kind = 0 if self._outputs is None else self._outputs.kind
                 for _ in self._decoder.answers(rows, stop, most or len(rows), kind):
@@ -215,10 +223,6 @@ class Runner:
                 for row in rows:
                     row.begin()
                 shrinking(self._forward, rows, stop, self._comm.anyone)
-
-    def _decoding(self, max_new_tokens: int) -> AbstractContextManager[Any]:
-        """While the context lasts, answers get at most so long: for placements that have to know."""
-        return nullcontext()
 
     def _passes(self, edits: Sequence[Edit | None]) -> list[Sequence[Edit | None]]:
         """The edits in groups that one pass can serve."""
@@ -275,6 +279,7 @@ class Runner:
         self._forward.close()
         del self.model, self._editor, self._outputs, self._decoder, self._forward, self._batches.evictable
         self.whole = None
+        self.traits.close()
         release_memory()
         if self._keeps_blocks:
             return_freed_blocks(at_once=False)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from typing import Any
-
 from heretic_ds.errors import UserError
 from heretic_ds.scoring.base import Scorer
 from heretic_ds.scoring.length import LengthScorer
 from heretic_ds.scoring.refusals import RefusalScorer
 from heretic_ds.settings import ScoringSettings
+from heretic_ds.settings_checks import find_class
 
 __all__ = ["SCORERS", "LengthScorer", "RefusalScorer", "Scorer", "make_scorers"]
 
@@ -34,18 +30,9 @@ def make_scorers(settings: ScoringSettings) -> list[Scorer]:
 def _find(name: str) -> type[Scorer]:
     if name in SCORERS:
         return SCORERS[name]
-    module_name, _, class_name = name.rpartition(".")
-    if not module_name:
+    if not name.rpartition(".")[0]:
         raise UserError(
             f"scoring.scorers has an unknown scorer {name!r}; choose from {', '.join(SCORERS)}, or give the "
             "dotted path of a class, as in my_package.my_module.MyScorer"
         )
-    if os.getcwd() not in sys.path:  # a module in the working folder is found however the command was started
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"scoring.scorers: {name} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, Scorer)):
-        raise UserError(f"scoring.scorers: {name} is not a class derived from heretic_ds.scoring.Scorer")
-    return found
+    return find_class(name, Scorer, "scoring.scorers")

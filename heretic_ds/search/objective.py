@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from heretic_ds.ablation import Edit
-from heretic_ds.placements.base import Engine
+from heretic_ds.placements import Evaluating
 from heretic_ds.prompts import PromptSet
 from heretic_ds.scoring.base import Decided, Scorer
 from heretic_ds.scoring.kl import Divergence
@@ -24,7 +24,7 @@ class Objective:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Evaluating,
         target: PromptSet,
         baseline: PromptSet,
         scorers: Sequence[Scorer],

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
+from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.objective import Objective
@@ -34,9 +35,9 @@ def find_response_prefix(run: Run) -> None:
     if run.settings.prompts.response_prefix == "auto":
         prefix = run.measured.get("response_prefix")
         if prefix is None:
-            run.lay_out("capture")
+            engine = run.lay_out("capture")
             with run.timed("prefix"):
-                prefix = detect_response_prefix(job.chat, lambda chat: _answers_until_they_part(run, chat))
+                prefix = detect_response_prefix(job.chat, lambda chat: _answers_until_they_part(run, engine, chat))
             run.remember(response_prefix=prefix)
         job.chat = job.chat.with_prefix(prefix)
     if job.chat.response_prefix:
@@ -44,7 +45,7 @@ def find_response_prefix(run: Run) -> None:
     job.check_lengths()
 
 
-def _answers_until_they_part(run: Run, chat: ChatFormat) -> list[str]:
+def _answers_until_they_part(run: Run, engine: Capturing, chat: ChatFormat) -> list[str]:
     """The original model's answers to train prompts of both kinds, generated until a little after they differ."""
     texts = [text for kind in ("target", "baseline") for text in run.job.texts[f"{kind}.train"][:_PREFIX_PROMPTS]]
     rows = [chat.encode(text) for text in texts]
@@ -54,7 +55,7 @@ def _answers_until_they_part(run: Run, chat: ChatFormat) -> list[str]:
         length = min(len(answer) for answer in answers) - _TOKENS_AFTER_PARTING
         return [length > 0 and any(answer[:length] != answers[0][:length] for answer in answers)] * len(answers)
 
-    answers = run.engine.generate(rows, [None], parted)[0]
+    answers = engine.generate(rows, [None], parted)[0]
     return decode_answers(run.job.opened.tokenizer, answers, keep_special=True)
 
 
@@ -148,7 +149,7 @@ def _compare_with_known(run: Run, directions_LD: Tensor) -> None:
 def measure_original(run: Run) -> Objective:
     """The original model's scores, and the objective that compares edits with it."""
     job, settings = run.job, run.settings
-    engine = run.lay_out("evaluate")
+    engine = run.engine
     with run.timed("baseline"):
         objective = Objective(
             engine,

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 from uuid import uuid4
 
 import torch
@@ -23,17 +23,15 @@ from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
-from heretic_ds.placements import Engine, build_engine
+from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.runner.memory import peak_memory
 from heretic_ds.search.trials import TrialRecord
-from heretic_ds.settings import PlacementSettings, Settings
+from heretic_ds.settings import Settings
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
-_ONE_RANK = ("replicated", "kernel_inject")
-"""Placements whose replicas are one rank each, however many ranks there are."""
 
 SCHEMA = 1
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
@@ -85,7 +83,7 @@ class Run:
     """``results.json`` as an earlier run left it."""
     _ablation: Ablation | None = None
     _engine: Engine | None = None
-    _layout: PlacementSettings | None = None
+    _layout: tuple[type[Placement], Placement.Options] | None = None
 
     @property
     def settings(self) -> Settings:
@@ -106,11 +104,9 @@ class Run:
         return run_dir(self.settings)
 
     @property
-    def engine(self) -> Engine:
-        """The model as it is laid out now."""
-        if self._engine is None:
-            raise RuntimeError("no phase has laid the model out")
-        return self._engine
+    def engine(self) -> Evaluating:
+        """The engine that evaluates."""
+        return self.lay_out("evaluate")
 
     @property
     def ablation(self) -> Ablation:
@@ -122,12 +118,18 @@ class Run:
     def edit_along(self, ablation: Ablation) -> None:
         """Take the directions for every edit to come, in the engine that evaluates."""
         self._ablation = ablation
-        self.lay_out("evaluate").prepare(ablation)
+        self.engine.prepare(ablation)
 
-    def lay_out(self, phase: str) -> Engine:
+    @overload
+    def lay_out(self, phase: Literal["capture"]) -> Capturing: ...
+
+    @overload
+    def lay_out(self, phase: Literal["evaluate"]) -> Evaluating: ...
+
+    def lay_out(self, phase: str) -> Any:
         """The engine of a phase. Where two phases are placed alike they share one; else the first one's memory is
         released before the second is built."""
-        layouts = {name: self._resolved(placed) for name, placed in self._placed().items()}
+        layouts = {name: placed.layout(self.world.size) for name, placed in placements_of(self.settings).items()}
         if self._engine is None or layouts[phase] != self._layout:
             self.close()
             with self.timed("load"):
@@ -154,16 +156,7 @@ class Run:
             return ""
         device = self.job.opened.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        return f"{self._layout.placement}, {self._engine.degree} of {self.world.size} ranks, {name}"
-
-    def _placed(self) -> dict[str, PlacementSettings]:
-        return {"capture": self.settings.capture, "evaluate": self.settings.evaluate}
-
-    def _resolved(self, placed: PlacementSettings) -> PlacementSettings:
-        """All that decides how the model lies in a phase, its degree as a number: phases share it where it is equal."""
-        options = {option.name: getattr(placed, option.name) for option in fields(PlacementSettings)}
-        degree = placed.degree or (1 if placed.placement in _ONE_RANK else self.world.size)
-        return PlacementSettings(**options | {"degree": degree})
+        return f"{self._layout[0].name}, {self._engine.degree} of {self.world.size} ranks, {name}"
 
     def close(self) -> None:
         """Release the model."""
@@ -306,8 +299,10 @@ def _begun(job: Job) -> dict[str, Any]:
         "model": settings.model.path,
         "world": {
             "size": job.world.size,
-            "capture": {"placement": settings.capture.placement, "degree": settings.capture.degree},
-            "evaluate": {"placement": settings.evaluate.placement, "degree": settings.evaluate.degree},
+            **{
+                phase: {"placement": placement.name, "degree": placement.options.degree}
+                for phase, placement in placements_of(settings).items()
+            },
         },
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
         "baseline": None,

@@ -17,15 +17,35 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import open_model
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.placements import placements_of
 from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
-from heretic_ds.settings import PlacementSettings, Settings
+from heretic_ds.settings import Settings
 from heretic_ds.world import World
 from tests import families
 
 LENGTHS = (9, 4, 6, 11, 5, 8, 7)
 NEW_TOKENS = 6
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.0)})
+
+
+CLASSES = {
+    "replicated": "replicated.Replicated",
+    "zero3": "zero3.Zero3",
+    "tensor_parallel": "tensor_parallel.TensorParallel",
+    "expert_parallel": "expert_parallel.ExpertParallel",
+}
+
+
+def target(placement: str, **options: Any) -> dict[str, Any]:
+    """A placement and its options as a phase's settings name them."""
+    return {"_target_": f"heretic_ds.placements.{CLASSES[placement]}", **options}
+
+
+def build(job: Job, placement: str, **options: Any) -> Any:
+    """The engine of a placement, unchecked."""
+    job.settings.evaluate = target(placement, **options)
+    return placements_of(job.settings)["evaluate"].build(job)
 
 
 def prompts(count: int = len(LENGTHS)) -> list[list[int]]:
@@ -38,7 +58,7 @@ def prompts(count: int = len(LENGTHS)) -> list[list[int]]:
 
 def job_for(world: World, folder: str, batch_size: int = 3, dtype: str = "float32") -> Job:
     """What engines are built from, for the model in `folder`."""
-    settings = Settings()
+    settings = Settings(capture=target("replicated"), evaluate=target("replicated"))
     settings.model.path, settings.model.dtype, settings.model.device = folder, dtype, "cpu"
     settings.generation.max_new_tokens, settings.generation.batch_size = NEW_TOKENS, batch_size
     opened = open_model(settings.model)
@@ -77,10 +97,7 @@ def measure_tensor_parallel(
     world: World, folder: str, degree: int, backend: str = "auto", count: int = len(LENGTHS)
 ) -> dict[str, Any]:
     """:func:`measure` on the placement `tensor_parallel`."""
-    from heretic_ds.placements import tensor_parallel
-
-    placement = PlacementSettings("tensor_parallel", degree, backend)
-    engine = tensor_parallel.build(job_for(world, folder), placement, "evaluate")
+    engine = build(job_for(world, folder), "tensor_parallel", degree=degree, backend=backend)
     weights = [weakref.ref(parameter) for parameter in engine.model.parameters()]
     found = measure(engine, count)
     engine.close()
@@ -91,12 +108,12 @@ def measure_tensor_parallel(
 
 def refusal(world: World, folder: str, degree: int, backend: str = "auto", dtype: str = "float32") -> str:
     """The message with which the placement `tensor_parallel` refuses a model; "accepted" where it does not."""
-    from heretic_ds.placements import tensor_parallel
-
-    job, placement = job_for(world, folder, dtype=dtype), PlacementSettings("tensor_parallel", degree, backend)
+    job = job_for(world, folder, dtype=dtype)
+    job.settings.evaluate = target("tensor_parallel", degree=degree, backend=backend)
+    placement = placements_of(job.settings)["evaluate"]
     try:
-        world.agree(lambda: tensor_parallel.check(job, placement, "evaluate"))
-        tensor_parallel.build(job, placement, "evaluate").close()
+        world.agree(lambda: placement.check(job))
+        placement.build(job).close()
     except UserError as error:
         return str(error)
     return "accepted"
@@ -108,8 +125,8 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
     from heretic_ds.placements import build_engine
 
     job = job_for(world, folder)
-    getattr(job.settings, phase).placement = placement
-    job.settings.evaluate.backend = "hf_plan"  # DeepSpeed takes no float16 on a CPU
+    options = {"backend": "hf_plan"} if placement == "tensor_parallel" else {}  # DeepSpeed takes no float16 on a CPU
+    setattr(job.settings, phase, target(placement, **options))
     with (
         mock.patch.object(OpenedModel, "dtypes", [torch.float16, torch.float32]),
         contextlib.closing(build_engine(job, phase)) as engine,
@@ -119,11 +136,9 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
 
 def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
     """:func:`measure` on the placement `replicated`, in this process alone, by whole passes."""
-    from heretic_ds.placements import replicated
-
     job = job_for(World(), str(folder))
     job.settings.generation.prefill_reuse = False
-    with contextlib.closing(replicated.build(job, PlacementSettings(), "evaluate")) as engine:
+    with contextlib.closing(build(job, "replicated")) as engine:
         return measure(engine, count)
 
 
@@ -135,20 +150,19 @@ LATE = [
 
 def measure_late_starts(world: World, folder: str, degree: int, reuse: bool = True) -> dict[str, Any]:
     """Scores of edits that begin late, on prompts that begin alike, and what passes over them may start from."""
-    from heretic_ds.placements import tensor_parallel
-    from heretic_ds.runner import prompt_learning
+    from heretic_ds.runner import reuse as passes
 
     job, rows = job_for(world, folder), [prompts()[3][:5] + row for row in prompts()]
     job.settings.generation.prefill_reuse = reuse
-    engine = tensor_parallel.build(job, PlacementSettings("tensor_parallel", degree, "auto"), "evaluate")
+    engine = build(job, "tensor_parallel", degree=degree)
     engine.prepare(ablation_for(engine, "full"))
     reference = Divergence(engine, rows)
     found: dict[str, Any] = {"kl": [], "answers": []}
-    with contextlib.closing(engine), mock.patch.object(prompt_learning, "PASS_IN_TOKENS", 1):
+    with contextlib.closing(engine), mock.patch.object(passes, "PASS_IN_TOKENS", 1):
         for edits in (LATE[:1], LATE, [None, LATE[1]]):
             found["kl"] += reference.of(edits)
             found["answers"].append(engine.generate(rows, edits))
-        found["starts"] = [(s.boundaries, s.shared, s.passes_share) for s in engine._prefill._kept.values() if s]
+        found["starts"] = [(s.boundaries, len(s.shared)) for s in engine._forward._kept.values() if s]
     return found
 
 
@@ -172,15 +186,12 @@ def memory_of_loading(world: World, folder: str, backend: str, parity_check: boo
     """Bytes of host memory that loading took at its peak above what was used before, and what is held afterwards."""
     import deepspeed  # noqa: F401 - its modules are no part of the model
 
-    from heretic_ds.placements import tensor_parallel
-
     job = job_for(world, folder)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory that earlier models left behind would be taken again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used now
     before = _status("VmHWM")
-    placement = PlacementSettings("tensor_parallel", world.size, backend, parity_check)
-    engine = tensor_parallel.build(job, placement, "evaluate")
+    engine = build(job, "tensor_parallel", degree=world.size, backend=backend, parity_check=parity_check)
     peak = _status("VmHWM") - before
     held = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     largest = max(p.numel() * p.element_size() for p in engine.model.parameters())

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.placements import build_engine, expert_parallel, replicated
+from heretic_ds.placements import build_engine
 from heretic_ds.placements.deepspeed import Originals
 from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
-from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
 from tests.distributed import output_edits_ranks
-from tests.distributed.engines import LENGTHS, job_for, measure, prompts
+from tests.distributed.engines import LENGTHS, build, job_for, measure, prompts, target
 from tests.distributed.zero3_ranks import STOPS, status
 
 
@@ -51,7 +50,7 @@ def score_together(world: World, folder: str, degree: int | None) -> dict[str, A
 
 def _engine(world: World, folder: str, degree: int | None, **options: Any) -> Runner:
     job = job_for(world, folder, **options)
-    job.settings.evaluate = PlacementSettings("expert_parallel", degree)
+    job.settings.evaluate = target("expert_parallel", degree=degree)
     engine = build_engine(job, "evaluate")
     assert isinstance(engine, Runner)
     return engine
@@ -65,10 +64,7 @@ def _experts(engine: Runner) -> list[int]:
 def refusal(world: World, folder: str, degree: int | None = None, phase: str = "evaluate") -> str:
     """The message with which the placement refuses a model; "accepted" where it does not."""
     job = job_for(world, folder)
-    if phase == "evaluate":
-        job.settings.evaluate = PlacementSettings("expert_parallel", degree)
-    else:
-        job.settings.capture = CaptureSettings("expert_parallel", degree)
+    setattr(job.settings, phase, target("expert_parallel", degree=degree))
     try:
         build_engine(job, phase).close()
     except UserError as error:
@@ -101,7 +97,7 @@ def refusal_of(world: World, folder: str, mistake: str) -> str:
 
 def weights_unlike_the_file(world: World, folder: str) -> list[str]:
     """Names of writers' weights that differ from those of a model that transformers loaded."""
-    whole = replicated.build(job_for(World(), folder), PlacementSettings(), "evaluate")
+    whole = build(job_for(World(), folder), "replicated")
     engine = _engine(world, folder, None)
     unlike = []
     for own, other in zip(engine.anatomy.writers, whole.anatomy.writers, strict=True):
@@ -117,7 +113,7 @@ def weights_unlike_the_file(world: World, folder: str) -> list[str]:
 def tokens_sent_elsewhere(world: World, folder: str) -> list[float]:
     """For each block of experts the share of tokens whose experts are others than in the model that transformers
     loads, both in bfloat16."""
-    whole = replicated.build(job_for(World(), folder, dtype="bfloat16"), PlacementSettings(), "evaluate")
+    whole = build(job_for(World(), folder, dtype="bfloat16"), "replicated")
     engine = _engine(world, folder, None, dtype="bfloat16")
     generator, found = torch.Generator().manual_seed(0), []
     for name, layer in engine.model.named_modules():
@@ -139,7 +135,7 @@ def memory_of_loading(world: World, folder: str, tiny: str) -> dict[str, int]:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is used now
     before = status("VmHWM")
-    engine = expert_parallel.build(job, PlacementSettings("expert_parallel", parity_check=False), "evaluate")
+    engine = build(job, "expert_parallel", parity_check=False)
     peak = status("VmHWM") - before
     sizes = [parameter.numel() * parameter.element_size() for parameter in engine.model.parameters()]
     engine.capture(prompts(2))
@@ -161,7 +157,7 @@ def answers_of_unlike_lengths(world: World, folder: str) -> list[list[int]]:
 
 def answers_of_unlike_lengths_whole(folder: Path) -> list[list[int]]:
     """The same on ``replicated``."""
-    engine = replicated.build(job_for(World(), str(folder), batch_size=2), PlacementSettings(), "evaluate")
+    engine = build(job_for(World(), str(folder), batch_size=2), "replicated")
     engine._ends = STOPS
     answers = engine.generate(prompts(), [None])[0]
     engine.close()
@@ -202,7 +198,7 @@ def most_rows_tried(world: World, folder: str) -> int:
 def captured(world: World, folder: str) -> Tensor:
     """Means from the capture phase, whose engine the evaluation shares or not."""
     job: Job = job_for(world, folder)
-    job.settings.capture = CaptureSettings("expert_parallel")
+    job.settings.capture = target("expert_parallel")
     engine = build_engine(job, "capture")
     means = engine.capture(prompts())
     engine.close()

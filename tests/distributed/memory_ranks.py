@@ -12,9 +12,8 @@ from torch import nn
 from heretic_ds.errors import UserError
 from heretic_ds.placements import build_engine
 from heretic_ds.scoring.kl import Divergence
-from heretic_ds.settings import CaptureSettings, PlacementSettings
 from heretic_ds.world import World
-from tests.distributed.engines import EDIT, ablation_for, job_for, prompts
+from tests.distributed.engines import EDIT, ablation_for, job_for, prompts, target
 
 MOST_TOKENS = 24
 """So many tokens of a pass does the starved rank have memory for: two of the prompts, three of the short ones."""
@@ -22,9 +21,9 @@ MOST_TOKENS = 24
 
 def engine_of(world: World, folder: str, placement: str, batch_size: int) -> Any:
     """An engine on all ranks of the phase that the placement serves."""
-    job, phase = job_for(world, folder, batch_size), "capture" if placement == "zero3" else "evaluate"
-    job.settings.capture = CaptureSettings(placement)
-    job.settings.evaluate = PlacementSettings(placement if placement != "zero3" else "replicated")
+    phase = "capture" if placement == "zero3" else "evaluate"
+    job = job_for(world, folder, batch_size)
+    setattr(job.settings, phase, target(placement))
     return build_engine(job, phase)
 
 
@@ -45,13 +44,13 @@ def starved(engine: Any, most_tokens: int = MOST_TOKENS) -> Iterator[None]:
         handle.remove()
 
 
-def scores(engine: Any) -> dict[str, Any]:
+def scores(engine: Any, evaluates: bool) -> dict[str, Any]:
     """All that an engine says of a few prompts."""
     found: dict[str, Any] = {"means": engine.capture(prompts())}
-    if engine.max_edits_per_pass:
+    if evaluates:
         engine.prepare(ablation_for(engine, "full"))
         reference = Divergence(engine, prompts())
-        found["kl"] = reference.of([EDIT, None]) if engine.max_edits_per_pass > 1 else reference.of([EDIT])
+        found["kl"] = reference.of([EDIT, None])
     found["answers"] = engine.generate(prompts(), [None])
     return found
 
@@ -60,12 +59,12 @@ def starved_scores(world: World, folder: str, placement: str, batch_size: int) -
     """:func:`scores` where memory runs out on the last rank alone, with batches of a size, or measured ones (0); beside
     those with memory enough."""
     with contextlib.closing(engine_of(world, folder, placement, 1)) as engine:
-        expected = scores(engine)
+        expected = scores(engine, placement != "zero3")
     with contextlib.closing(engine_of(world, folder, placement, batch_size)) as engine:
         narrow = starved(engine) if world.rank == world.size - 1 else contextlib.nullcontext()
         try:
             with narrow:
-                found = scores(engine)
+                found = scores(engine, placement != "zero3")
         except UserError as error:
             return {"said": str(error)}
         return {"found": found, "expected": expected, "sizes": dict(engine.batch_sizes)}

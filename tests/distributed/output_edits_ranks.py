@@ -10,12 +10,10 @@ from unittest import mock
 import torch.distributed as dist
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
-from heretic_ds.placements import replicated, tensor_parallel
 from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
-from heretic_ds.settings import PlacementSettings
 from heretic_ds.world import World
-from tests.distributed.engines import EDIT, ablation_for, job_for, prompts
+from tests.distributed.engines import EDIT, ablation_for, build, job_for, prompts
 
 EDITS = (
     EDIT,
@@ -59,20 +57,18 @@ def _collectives(engine: Runner, edits: Any) -> list[int]:
 
 def score_split(world: World, folder: str, backend: str = "auto") -> dict[str, Any]:
     """:func:`score`, all edits in one pass, on the placement ``tensor_parallel`` over all ranks."""
-    placement = PlacementSettings("tensor_parallel", world.size, backend)
-    with contextlib.closing(tensor_parallel.build(job_for(world, folder), placement, "evaluate")) as engine:
+    job = job_for(world, folder)
+    with contextlib.closing(build(job, "tensor_parallel", degree=world.size, backend=backend)) as engine:
         return score(engine, together=True)
 
 
 def score_replicated(world: World, folder: str) -> dict[str, Any]:
     """The same on ``replicated``: every rank has prompts of its own."""
-    job = job_for(world, folder)
-    with contextlib.closing(replicated.build(job, PlacementSettings(), "evaluate")) as engine:
+    with contextlib.closing(build(job_for(world, folder), "replicated")) as engine:
         return score(engine, together=True)
 
 
 def score_one_by_one(folder: Path) -> dict[str, Any]:
     """One edit after another in the weights, in this process alone."""
-    engine = replicated.build(job_for(World(), str(folder)), PlacementSettings(), "evaluate")
-    with contextlib.closing(engine):
+    with contextlib.closing(build(job_for(World(), str(folder)), "replicated")) as engine:
         return score(engine, together=False)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from heretic_ds.errors import UserError
+from heretic_ds.placements.zero3 import Zero3
 from heretic_ds.placements.zero3.offload import check_offload, load_reader
-from heretic_ds.settings import CaptureSettings
 from tests import families
 from tests.distributed import zero3_ranks
 
@@ -131,7 +131,7 @@ def test_what_zero3_cannot_serve_is_refused_on_every_rank(ranks, folder_of, tmp_
         "capture.degree=1 with capture=zero3 and 2 ranks": {"degree": 1},
         "capture.offload=cpu keeps weights in host memory": {"offload": "cpu"},
         "is no folder": {"offload": "nvme", "nvme_path": str(tmp_path / "missing")},
-        "evaluate=zero3: weights that zero3 has cut": {"phase": "evaluate"},
+        "evaluate=zero3: zero3 serves capture only": {"phase": "evaluate"},
     }
     for part, options in cases.items():
         found = ranks(2).run(zero3_ranks.refusal, folder=folder, **options)
@@ -158,11 +158,6 @@ def test_a_damaged_file_is_told_on_every_rank(ranks, folder_of, tmp_path):
         assert_same(found, expected)
 
 
-def test_edits_are_refused(ranks, folder_of):
-    for said in ranks(2).run(zero3_ranks.refusal_of_edits, folder=str(folder_of("llama"))):
-        assert len(said) == 3 and all("cannot be edited" in message for message in said)
-
-
 def test_a_lack_of_memory_names_the_setting(ranks, folder_of):
     for said in ranks(2).run(zero3_ranks.memory_ran_out, folder=str(folder_of("llama"))):
         assert said.endswith("set generation.batch_size below 2")
@@ -175,10 +170,10 @@ def test_weights_rest_on_a_disk(ranks, tmp_path):
     offload = {"offload": "nvme", "nvme_path": str(tmp_path / "disk")}
     os.makedirs(offload["nvme_path"])
     try:
-        check_offload(CaptureSettings(**offload), torch.device("cpu"))
+        check_offload(Zero3.Options(**offload), torch.device("cpu"))
     except UserError as error:
         pytest.skip(str(error))
-    load_reader(CaptureSettings(**offload))  # here, where a slow compiler is waited for
+    load_reader(Zero3.Options(**offload))  # here, where a slow compiler is waited for
     folder = families.save("llama", tmp_path / "model", width=768)
     expected = zero3_ranks.capture_and_answer_whole(folder, COUNTS)
     for found in ranks(2).run(zero3_ranks.capture_and_answer, folder=str(folder), counts=COUNTS, **offload):

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from heretic_ds.runner.host_memory import give_back_memory
 from safetensors.torch import load_file
 from torch import nn
 
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.placements import build_engine, replicated, zero3
+from heretic_ds.placements import build_engine, zero3
 from heretic_ds.placements.deepspeed import Originals, start_deepspeed
 from heretic_ds.placements.zero3.partitions import Partitions
-from heretic_ds.settings import CaptureSettings, PlacementSettings
+from heretic_ds.runner.memory import give_back_memory
 from heretic_ds.world import World
-from tests.distributed.engines import job_for, prompts
+from tests.distributed.engines import build, job_for, prompts, target
 
 STOPS = frozenset(range(30, 70))
 """Tokens that end an answer: so many that answers end at every length."""
@@ -26,7 +25,7 @@ STOPS = frozenset(range(30, 70))
 
 def zero3_job(world: World, folder: str, batch_size: int = 2, dtype: str = "float32", **capture: Any) -> Job:
     job = job_for(world, folder, batch_size, dtype)
-    job.settings.capture = CaptureSettings(placement="zero3", **capture)
+    job.settings.capture = target("zero3", **capture)
     job.settings.generation.max_new_tokens = 12
     return job
 
@@ -40,7 +39,7 @@ def capture_and_answer(world: World, folder: str, counts: tuple[int, ...], **opt
         "means": [engine.capture(prompts(count)) for count in counts],
         "answers": [engine.generate(prompts(count), [None])[0] for count in counts],
         "whole": sum(parameter.ds_numel * parameter.element_size() for parameter in engine.model.parameters()),
-        "held": engine.partitions.bytes_here,
+        "held": sum(p.ds_tensor.numel() * p.element_size() for p in engine.model.parameters()),
         "batch_sizes": dict(engine.batch_sizes),
         "degree": engine.degree,
     }
@@ -51,7 +50,7 @@ def capture_and_answer(world: World, folder: str, counts: tuple[int, ...], **opt
 def capture_and_answer_whole(folder: Path, counts: tuple[int, ...], dtype: str = "float32") -> dict[str, Any]:
     """The same on the placement ``replicated``, in this process alone."""
     job = zero3_job(World(), str(folder), batch_size=7, dtype=dtype)
-    engine = replicated.build(job, PlacementSettings(), "evaluate")
+    engine = build(job, "replicated")
     engine._ends = STOPS
     found = {
         "means": [engine.capture(prompts(count)) for count in counts],
@@ -77,7 +76,7 @@ def weights_unlike_the_file(world: World, folder: str) -> list[str]:
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     job = zero3_job(world, folder)
     start_deepspeed()
-    partitions = Partitions(job.opened, torch.float32, job.anatomy, job.settings.capture, world)
+    partitions = Partitions(job.opened, torch.float32, job.anatomy, zero3.Zero3.Options(), world)
     partitions.load()
     unlike = []
     for name, parameter in partitions.model.named_parameters(remove_duplicate=False):
@@ -172,33 +171,12 @@ def refusal(world: World, folder: str, phase: str = "capture", **options: Any) -
     """The message with which the placement refuses; "accepted" where it does not."""
     job = zero3_job(world, folder, **options)
     if phase == "evaluate":
-        job.settings.evaluate = PlacementSettings("zero3")
+        job.settings.evaluate = target("zero3")
     try:
         build_engine(job, phase).close()
     except UserError as error:
         return str(error)
     return "accepted"
-
-
-def refusal_of_edits(world: World, folder: str) -> list[str]:
-    """What an engine says to those who want to edit its weights."""
-    from heretic_ds.ablation import Ablation, Edit, Profile
-
-    engine = build_engine(zero3_job(world, folder), "capture")
-    edit = Edit(None, {"mlp": Profile(1.0, 1.0, 1.0, 1.0)})
-    attempts = (
-        lambda: engine.prepare(Ablation(torch.zeros(3, 32), "full", False)),
-        lambda: engine.apply(edit),
-        lambda: engine.generate(prompts(2), [edit]),
-    )
-    said = []
-    for attempt in attempts:
-        try:
-            attempt()
-        except UserError as error:
-            said.append(str(error))
-    engine.close()
-    return said
 
 
 def refusal_of_one_rank(world: World, folder: str) -> str:

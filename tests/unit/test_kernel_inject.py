@@ -16,15 +16,15 @@ from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.placements import build_engine, kernel_inject
+from heretic_ds.placements import build_engine
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.placements.kernel_inject import KernelInjectRunner, parity
+from heretic_ds.placements.kernel_inject import KernelInject, inject_checked, parity, traits_of
 from heretic_ds.placements.kernel_inject.adapter import ResidualSum
 from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
 from heretic_ds.placements.kernel_inject.op import load_kernels
 from heretic_ds.placements.kernel_inject.workspace import Shape, Workspace
-from heretic_ds.runner.engine import Runner
+from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.world import World
 from tests import families
@@ -98,12 +98,13 @@ def prompts() -> list[list[int]]:
     return [torch.randint(low, high, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[Runner, KernelInjectRunner]:
+def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[Runner, Runner]:
     """The engine over the model, and the one over the same model with its kernels injected; both with an ablation."""
     tokenizer = families.tokenizer()
-    plain = Runner(model, tokenizer, find_anatomy(model), NEW_TOKENS, batch_size)
+    options = RunnerOptions(NEW_TOKENS, batch_size)
+    plain = Runner(model, find_anatomy(model), tokenizer, options)
     twin, injected = injected_copy(model)
-    return plain, KernelInjectRunner(twin, tokenizer, injected, NEW_TOKENS, batch_size)
+    return plain, Runner(twin, injected.anatomy, tokenizer, options, traits=traits_of(injected))
 
 
 def prepare(engine: Runner, row_norm: str = "full") -> None:
@@ -234,12 +235,12 @@ def test_the_check_refuses_what_the_float32_kernel_makes_of_pairs(op: InferenceO
     op.pairs_as_in_half = False
     model = build("gptj")
     with pytest.raises(UserError, match=r"other logits .*set evaluate=tensor_parallel"):
-        kernel_inject.inject_checked(model, find_anatomy(model), family_of(model))
+        inject_checked(model, find_anatomy(model), family_of(model))
 
 
 def test_low_precision_passes_the_check(op: InferenceOp) -> None:
     model = build("mistral").to(torch.bfloat16)
-    kernel_inject.inject_checked(model, find_anatomy(model), family_of(model))
+    inject_checked(model, find_anatomy(model), family_of(model))
 
 
 def test_passes_that_do_not_continue_the_last_one_are_errors(op: InferenceOp) -> None:
@@ -314,17 +315,17 @@ def job_for(config: object, device: str = "cuda", longest: int = 5) -> SimpleNam
 
 
 def test_without_cuda_the_placement_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    placement = SimpleNamespace(degree=None)
+    placement = KernelInject("evaluate", KernelInject.Options())
     config = build("mistral").config
     with pytest.raises(UserError, match=r"CUDA devices only.* is cpu; set evaluate=tensor_parallel"):
-        kernel_inject.check(job_for(config, "cpu"), placement, "evaluate")
+        placement.check(job_for(config, "cpu"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(UserError, match=r"evaluate\.degree=2"):
-        kernel_inject.check(job_for(config), SimpleNamespace(degree=2), "evaluate")
+    with pytest.raises(UserError, match=r"evaluate\.degree is 2"):
+        KernelInject("evaluate", KernelInject.Options(degree=2))
     with pytest.raises(UserError, match=r"up to 32 tokens.* takes 33"):
-        kernel_inject.check(job_for(config, longest=27), placement, "evaluate")
+        placement.check(job_for(config, longest=27))
     with pytest.raises(UserError, match="up to 31 tokens"):
-        kernel_inject.check(job_for(build("gpt_neo").config, longest=27), placement, "evaluate")
+        placement.check(job_for(build("gpt_neo").config, longest=27))
 
 
 def test_a_run_builds_the_placement_from_its_settings(
@@ -344,9 +345,10 @@ def test_a_run_builds_the_placement_from_its_settings(
     monkeypatch.setattr("heretic_ds.placements.kernel_inject.op.load_kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     engine, rows = build_engine(job, "evaluate"), job.prompts("target.eval").rows
-    assert isinstance(engine, KernelInjectRunner) and engine.whole is None and engine.max_edits_per_pass == 1
+    assert engine.traits.name == "kernel_inject" and engine.whole is None and engine.max_edits_per_pass == 1
     plain = build_engine(job, "capture")
-    engine.batch_sizes = plain.batch_sizes = {"generate": 2}
+    engine.batch_sizes.update(generate=2)
+    plain.batch_sizes.update(generate=2)
     assert engine.generate(rows, [None]) == plain.generate(rows, [None])
     prepare(engine)
     assert engine.max_edits_per_pass == 1

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from heretic_ds.errors import UserError
+from heretic_ds.placements.zero3 import Zero3
 from heretic_ds.placements.zero3.offload import check_offload, load_reader, offload_section
 from heretic_ds.placements.zero3.partitions import deepspeed_config, gathered_at_once
-from heretic_ds.settings import CaptureSettings
-from heretic_ds.settings_checks import validate
 
 CPU = torch.device("cpu")
 
@@ -29,27 +28,27 @@ CPU = torch.device("cpu")
 )
 def test_settings_that_cannot_be_meant_are_refused(compose_settings, override, complaint):
     with pytest.raises(UserError, match=complaint):
-        validate(compose_settings("capture=zero3", override))
+        compose_settings("capture=zero3", override)
 
 
 def test_only_zero3_has_an_offload(compose_settings):
-    validate(compose_settings("capture=zero3", "capture.offload=cpu"))
-    with pytest.raises(UserError, match="for capture=zero3 alone, but capture is replicated"):
-        validate(compose_settings("capture.offload=cpu"))
+    compose_settings("capture=zero3", "capture.offload=cpu")
+    with pytest.raises(UserError, match=r"capture\.offload=cpu is for capture=zero3 alone, but capture is replicated"):
+        compose_settings("capture.offload=cpu")
 
 
 def test_only_capture_can_be_cut(compose_settings):
-    with pytest.raises(UserError, match=r"evaluate\.placement is 'zero3'"):
-        validate(compose_settings("evaluate.placement=zero3"))
+    with pytest.raises(UserError, match=r"^evaluate=zero3: zero3 serves capture only; choose one of exp"):
+        compose_settings("evaluate._target_=heretic_ds.placements.zero3.Zero3")
 
 
 def test_settings_reach_deepspeed():
     skeleton, anatomy = nn.Module(), SimpleNamespace(blocks="blocks")
     skeleton.add_module("blocks", nn.ModuleList([nn.Sequential(nn.Linear(2, 2))]))
-    capture = CaptureSettings(
+    options = Zero3.Options(
         prefetch_bucket_size=1, param_persistence_threshold=2, max_live_parameters=3, max_reuse_distance=4
     )
-    config = deepspeed_config(capture, skeleton, anatomy, torch.bfloat16, 2)  # type: ignore[arg-type]
+    config = deepspeed_config(options, skeleton, anatomy, torch.bfloat16, 2)  # type: ignore[arg-type]
     zero = config["zero_optimization"]
     numbers = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
     assert [zero[f"stage3_{name}"] for name in numbers] == [1, 2, 3, 4]
@@ -76,20 +75,20 @@ def test_parts_of_a_block_are_gathered_at_once():
 
 def test_a_buffer_holds_the_largest_part(tmp_path):
     skeleton = nn.Sequential(nn.Linear(9, 11, device="meta"), nn.Linear(2, 2, device="meta"))
-    assert offload_section(CaptureSettings(), skeleton, parts=3, ranks=2) == {}
-    on_disk = CaptureSettings(offload="nvme", nvme_path=str(tmp_path), pin_memory=False)
+    assert offload_section(Zero3.Options(), skeleton, parts=3, ranks=2) == {}
+    on_disk = Zero3.Options(offload="nvme", nvme_path=str(tmp_path), pin_memory=False)
     fields = offload_section(on_disk, skeleton, parts=3, ranks=2)["offload_param"]
     assert fields["buffer_size"] > 99 / 2 and fields["buffer_count"] > 3
     assert fields["device"] == "nvme" and fields["nvme_path"] == str(tmp_path) and fields["pin_memory"] is False
 
 
 def test_an_offload_that_cannot_be_done_is_refused(tmp_path):
-    check_offload(CaptureSettings(), CPU)
+    check_offload(Zero3.Options(), CPU)
     with pytest.raises(UserError, match=r"capture\.offload=cpu keeps weights in host memory"):
-        check_offload(CaptureSettings(offload="cpu"), CPU)
-    check_offload(CaptureSettings(offload="cpu"), torch.device("cuda"))
+        check_offload(Zero3.Options(offload="cpu"), CPU)
+    check_offload(Zero3.Options(offload="cpu"), torch.device("cuda"))
     with pytest.raises(UserError, match="is no folder"):
-        check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path / "missing")), CPU)
+        check_offload(Zero3.Options(offload="nvme", nvme_path=str(tmp_path / "missing")), CPU)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
@@ -98,7 +97,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
     with pytest.raises(UserError, match=r"cannot be written to \(Permission denied\)"):
-        check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)), CPU)
+        check_offload(Zero3.Options(offload="nvme", nvme_path=str(tmp_path)), CPU)
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
@@ -106,7 +105,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
     with pytest.raises(UserError, match="install libaio-dev"):
-        check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)), CPU)
+        check_offload(Zero3.Options(offload="nvme", nvme_path=str(tmp_path)), CPU)
 
     def broken(self, verbose=False):
         raise RuntimeError("no compiler\nand much more")
@@ -114,7 +113,7 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: True)
     monkeypatch.setattr(AsyncIOBuilder, "load", broken)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    check_offload(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)), CPU)  # builds nothing
-    load_reader(CaptureSettings())
+    check_offload(Zero3.Options(offload="nvme", nvme_path=str(tmp_path)), CPU)  # builds nothing
+    load_reader(Zero3.Options())
     with pytest.raises(UserError, match=r"\(no compiler\)"):
-        load_reader(CaptureSettings(offload="nvme", nvme_path=str(tmp_path)))
+        load_reader(Zero3.Options(offload="nvme", nvme_path=str(tmp_path)))

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import runpy
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from heretic_ds.cli import conf_dir
 from heretic_ds.cli_errors import setting_keys
 from heretic_ds.errors import UserError
-from heretic_ds.settings import TASKS, ModelSettings, ProfileSettings, Settings
+from heretic_ds.placements import placements_of
+from heretic_ds.settings import PHASES, TASKS, ModelSettings, ProfileSettings, Settings, conf_dir
 from heretic_ds.settings_checks import validate
 from tests.conftest import ROOT, ComposeSettings
+
+REPLICATED = "heretic_ds.placements.replicated.Replicated"
 
 PROMISED_DEFAULTS = {
     "task.name": "abliterate",
     "model.dtype": "auto",
     "model.trust_remote_code": False,
     "prompts.response_prefix": "auto",
-    "capture.placement": "replicated",
-    "evaluate.placement": "replicated",
+    "capture._target_": REPLICATED,
+    "evaluate._target_": REPLICATED,
     "direction.orthogonalize": True,
     "direction.winsorize_quantile": 1.0,
     "ablation.row_norm": "full",
@@ -45,7 +48,8 @@ COMPLETE_PROFILE = ProfileSettings(1.0, 3.0, 0.2, 2.0)
 
 def settings_with(**values: object) -> Settings:
     """Settings that pass, with some changed: `search__trials=5` is search.trials."""
-    config = OmegaConf.structured(Settings(model=ModelSettings(path="model")))
+    placed = {phase: {"_target_": REPLICATED} for phase in PHASES}
+    config = OmegaConf.structured(Settings(model=ModelSettings(path="model"), **placed))
     for prompts in ("target", "baseline"):
         for part in ("train", "eval"):
             config.prompts[prompts][part].source = "prompts.txt"
@@ -54,6 +58,13 @@ def settings_with(**values: object) -> Settings:
     settings = OmegaConf.to_object(config)
     assert isinstance(settings, Settings)
     return settings
+
+
+def check(**values: object) -> None:
+    """Refuse what the command line would refuse."""
+    settings = settings_with(**values)
+    validate(settings)
+    placements_of(settings)
 
 
 def test_composed_defaults_are_the_promised_ones(compose_settings: ComposeSettings) -> None:
@@ -101,7 +112,7 @@ def test_the_demo_experiment_names_files_that_exist(compose_settings: ComposeSet
     ],
 )
 def test_good_settings_pass(values: dict[str, object]) -> None:
-    validate(settings_with(**values))
+    check(**values)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +123,6 @@ def test_good_settings_pass(values: dict[str, object]) -> None:
         ("model.path", " "),
         ("model.dtype", "float64"),
         ("model.device", "gpu"),
-        ("capture.placement", "elsewhere"),
-        ("evaluate.placement", "elsewhere"),
         ("evaluate.degree", 2),
         ("ablation.row_norm", "half"),
         ("scoring.scorers", []),
@@ -140,8 +149,35 @@ def test_good_settings_pass(values: dict[str, object]) -> None:
 )
 def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"^{key} is ") as refused:
-        validate(settings_with(**{key.replace(".", "__"): value}))
+        check(**{key.replace(".", "__"): value})
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["capture.backend=autotp"],
+            "capture.backend=autotp is for capture=tensor_parallel alone, but capture is",
+        ),
+        (["evaluate.parity_check=false"], "is for evaluate=expert_parallel or tensor_parallel alone, but evaluate is"),
+        (["evaluate.offload=cpu"], "there is no setting evaluate.offload; evaluate=replicated has degree"),
+        (["capture=zero3", "capture.ofload=cpu"], "there is no setting capture.ofload; did you mean capture.offload?"),
+        (["+capture.x=1"], "there is no setting capture.x; capture=replicated has degree"),
+        (["capture.degree=two"], "capture.degree=two does not fit: capture.degree takes a whole number, or null"),
+        (["capture=zero3", "capture.pin_memory=maybe"], "capture.pin_memory takes true or false"),
+        (["capture=zero3", "capture.offload=null"], "capture.offload=null does not fit: capture.offload takes text"),
+        (["capture=zero3", "capture.offload.x=1"], "does not fit: capture.offload takes text"),
+        (["evaluate=kernel_inject", "evaluate.degree=2"], "but a kernel_inject model lies on one rank; leave it null"),
+        (["capture._target_=nowhere.Class"], "capture._target_: nowhere.Class cannot be imported: No module named"),
+        (["capture._target_=json.dumps"], "json.dumps is not a class derived from heretic_ds.placements.Placement"),
+        (["~capture"], "capture._target_: None cannot be imported"),
+    ],
+)
+def test_a_placement_says_what_is_wrong_with_its_options(words: list[str], said: str, compose_settings) -> None:
+    with pytest.raises(UserError) as refused:
+        compose_settings(*words)
+    assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +217,14 @@ def test_a_task_takes_one_edit_only(task: str) -> None:
 def test_a_trial_is_not_evaluated_again() -> None:
     with pytest.raises(UserError, match=r"^export\.trial is set, but task=evaluate scores the fixed edit of ablation"):
         validate(settings_with(task__name="evaluate", export__trial=3))
+
+
+@pytest.mark.parametrize("file", [file for phase in PHASES for file in sorted((conf_dir() / phase).glob("*.yaml"))])
+def test_a_placements_file_gives_all_its_options_with_their_defaults(file: Path) -> None:
+    given = OmegaConf.to_container(OmegaConf.load(file))
+    placement = placements_of(settings_with(capture__degree=1, **{file.parent.name: given}))[file.parent.name]
+    assert placement.name == file.stem
+    assert given == {"_target_": given["_target_"], **vars(type(placement).Options())}
 
 
 def test_the_configuration_reference_is_current() -> None:

@@ -265,9 +265,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, built: l
     run = run_of(settings())
     assert run.lay_out("capture") is run.lay_out("evaluate") is run.engine
     assert built == ["capture"] and run.engine.batch_sizes == {"generate": 7}
-    apart = settings()
-    apart.evaluate.placement = "another"
-    run = run_of(apart)
+    run = run_of(settings("evaluate=tensor_parallel"))
     run.lay_out("capture")
     run.lay_out("evaluate")
     assert built[1:] == ["capture", "capture closed", "evaluate"]

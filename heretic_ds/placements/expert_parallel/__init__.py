@@ -7,7 +7,7 @@ since all of them run the experts that any of them needs.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +17,13 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.dtypes import in_some_dtype
 from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
-from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
-from heretic_ds.settings import PlacementSettings
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -32,51 +31,64 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> Runner:
-    """The engine over a model whose experts are shared out over the ranks of a replica.
+class ExpertParallel(Placement):
+    """Experts shared out over the ranks of a replica by DeepSpeed AutoEP, the rest on every rank, each at work on its
+    own prompts."""
 
-    An edit in the weights is that of a rank's own experts, and of its copy of every other writer. Raises UserError, on
-    every rank, where the model cannot be laid out that way.
-    """
-    world, device = job.world, job.opened.device
-    replicas = world.replicas(placement.degree, f"{phase}.degree")
+    name, phases = "expert_parallel", frozenset({"capture", "evaluate"})
 
-    def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
-        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
-        with closed_on_error(checkpoint):
-            layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
-            anatomy = layers.replace(replicas.inside)
-            world.agree(lambda: layers.fill(checkpoint, device))
-        return model, checkpoint, anatomy
+    @dataclass
+    class Options(Placement.Options):
+        """Whether the exchange of tokens is checked."""
 
-    model, checkpoint, anatomy = in_some_dtype(
-        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close()
-    )
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
-    if placement.parity_check:
-        what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
-        parity.check_split_model(
-            world,
-            model,
-            lambda rows: parity.streamed_logits(
-                job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, device
-            ),
-            what,
-            otherwise,
-            replicas.member,
-            replicas.degree,
+        parity_check: bool = True
+        """Compare the logits of a few tokens with those of the unsplit model, which one rank computes block by block
+        while it reads the weights once more."""
+
+    options: Options
+
+    def check(self, job: Job) -> None:
+        """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
+        refuse_quantised(job.opened, self.phase)
+        check_accelerator(job.opened.device)
+        degree = job.world.degree(self.options.degree, f"{self.phase}.degree")
+        ExpertLayers(job.opened.skeleton(), job.anatomy, degree, self.phase, job.opened.device)
+
+    def build(self, job: Job) -> Runner:
+        """The engine over a model whose experts are shared out over the ranks of a replica.
+
+        An edit in the weights is that of a rank's own experts, and of its copy of every other writer. Raises UserError,
+        on every rank, where the model cannot be laid out that way.
+        """
+        world, device, phase = job.world, job.opened.device, self.phase
+        replicas = world.replicas(self.options.degree, f"{phase}.degree")
+
+        def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
+            model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+            with closed_on_error(checkpoint):
+                layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
+                anatomy = layers.replace(replicas.inside)
+                world.agree(lambda: layers.fill(checkpoint, device))
+            return model, checkpoint, anatomy
+
+        model, checkpoint, anatomy = in_some_dtype(
+            job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close()
         )
-    checkpoint.files.close()
-    options = replace(runner_options(job), cuda_graphs=False, prefill_reuse=False)
-    comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
-    traits = Traits("expert_parallel", rows_move=False, edits=ExpertParallelEdits)
-    return Runner(model, anatomy, job.opened.tokenizer, options, comm, traits)
-
-
-def check(job: Job, placement: PlacementSettings, phase: str) -> None:
-    """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
-    refuse_quantised(job.opened, phase)
-    check_accelerator(job.opened.device)
-    degree = job.world.degree(placement.degree, f"{phase}.degree")
-    ExpertLayers(job.opened.skeleton(), job.anatomy, degree, phase, job.opened.device)
+        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
+        if self.options.parity_check:
+            what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
+            skeleton = job.opened.skeleton(model.dtype)
+            parity.check_split_model(
+                world,
+                model,
+                lambda rows: parity.streamed_logits(skeleton, job.anatomy, checkpoint, rows, device),
+                what,
+                otherwise,
+                replicas.member,
+                replicas.degree,
+            )
+        checkpoint.files.close()
+        comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
+        traits = Traits(self.name, rows_move=False, edits=ExpertParallelEdits)
+        return runner_of(job, model, comm, traits, anatomy)

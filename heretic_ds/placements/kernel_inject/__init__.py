@@ -7,21 +7,18 @@ them, one at a time.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
-from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
-from heretic_ds.runner.comm import ALONE, Comm
-from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
-from heretic_ds.settings import PlacementSettings
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, Traits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,32 +29,39 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check(job: Job, placement: PlacementSettings, phase: str) -> None:
-    """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
-    if placement.degree not in (None, 1):
-        raise UserError(
-            f"{phase}.degree={placement.degree}, but kernel_inject holds the whole model on every rank; leave it null"
-        )
-    op.refuse_without_cuda(job.opened.device)
-    config, name = job.opened.config, f"model.path={job.settings.model.path}"
-    find_family(config, job.opened.dtypes[0], name)
-    longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
-    refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
+class KernelInject(Placement):
+    """DeepSpeed-Inference's fused CUDA kernels in the place of the model's blocks, the whole model on each rank."""
+
+    name, phases = "kernel_inject", frozenset({"evaluate"})
+    whole = True
+
+    def check(self, job: Job) -> None:
+        """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
+        op.refuse_without_cuda(job.opened.device)
+        config, name = job.opened.config, f"model.path={job.settings.model.path}"
+        find_family(config, job.opened.dtypes[0], name)
+        longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
+        refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
+
+    def build(self, job: Job) -> Runner:
+        """The engine over a model whose blocks are injected kernels, checked against the model as it was before.
+
+        Raises UserError for models that the kernels do not serve, and where the check fails.
+        """
+        world, opened = job.world, job.opened
+        torch.cuda.set_device(opened.device)  # the kernels run on the current device
+        world.agree(op.load_kernels)
+        model = world.agree(lambda: load_weights(opened)).model
+        family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
+        injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
+        comm = Comm.of_replicas(world, 1, f"{self.phase}.degree")
+        return runner_of(job, model, comm, traits_of(injected), injected.anatomy)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> KernelInjectRunner:
-    """The engine over a model whose blocks are injected kernels, checked against the model as it was before.
-
-    Raises UserError for models that the kernels do not serve, and where the check fails.
-    """
-    world, opened = job.world, job.opened
-    torch.cuda.set_device(opened.device)  # the kernels run on the current device
-    world.agree(op.load_kernels)
-    model = world.agree(lambda: load_weights(opened)).model
-    family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
-    injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
-    comm = Comm.of_replicas(world, 1, f"{phase}.degree")
-    return KernelInjectRunner(model, opened.tokenizer, injected, runner_options(job), comm)
+def traits_of(injected: Injected) -> Traits:
+    """Passes go through injected kernels, whose workspace has to know beforehand how long answers get."""
+    decoding, close = injected.adapter.expecting, injected.close
+    return Traits(KernelInject.name, rows_move=False, edits=None, decoding=decoding, close=close)
 
 
 def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> Injected:
@@ -70,29 +74,3 @@ def inject_checked(model: PreTrainedModel, anatomy: Anatomy, family: Family) -> 
         injected.close()
         raise
     return injected
-
-
-class KernelInjectRunner(Runner):
-    """Passes go through injected kernels, whose workspace has to know beforehand how long answers get."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        injected: Injected,
-        options: RunnerOptions,
-        comm: Comm = ALONE,
-    ) -> None:
-        options = replace(options, cuda_graphs=False, prefill_reuse=False)
-        traits = Traits("kernel_inject", rows_move=False, edits=None)
-        super().__init__(model, injected.anatomy, tokenizer, options, comm, traits)
-        self._injected = injected
-
-    def _decoding(self, max_new_tokens: int) -> AbstractContextManager[Any]:
-        return self._injected.adapter.expecting(max_new_tokens)
-
-    def close(self) -> None:
-        """Give back what the kernels hold; the runner is of no use afterwards."""
-        self._injected.close()
-        del self._injected
-        super().close()

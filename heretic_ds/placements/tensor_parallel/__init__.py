@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +24,13 @@ from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refus
 from heretic_ds.edits.fused_experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
-from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding
 from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.runner.parity import check_split_model, streamed_logits
-from heretic_ds.settings import PlacementSettings
+from heretic_ds.settings import within
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -38,61 +38,77 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def build(job: Job, placement: PlacementSettings, phase: str) -> Runner:
-    """The engine over a model whose weights are split over the ranks of a replica.
+class TensorParallel(Placement):
+    """Every weight split over the ranks of a replica, which run the same passes; replicas share the prompts."""
 
-    Raises UserError, on every rank, where the model cannot be split that way.
-    """
-    world = job.world
-    comm = Comm.of_replicas(world, placement.degree, f"{phase}.degree")
-    group = comm.partners
+    name, phases = "tensor_parallel", frozenset({"capture", "evaluate"})
 
-    def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
-        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
-        backend, shards = "none", {}
-        with closed_on_error(checkpoint), _advising(phase):
-            if group is not None:
-                backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
-                shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
-            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
-        return model, checkpoint, backend
+    @dataclass
+    class Options(Placement.Options):
+        """How layers are split, and whether that is checked."""
 
-    compared = placement.parity_check and group is not None
-    model, checkpoint, backend = in_some_dtype(
-        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
-    )
-    held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, comm.degree, backend)
-    if compared:
-        check_split_model(
-            world,
-            model,
-            lambda rows: streamed_logits(
-                job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device
-            ),
-            what=f"{phase}.backend={backend}",
-            otherwise=f"choose another {phase}.backend, or {phase}=replicated",
+        backend: str = within("auto", choices=("auto", "autotp", "hf_plan"))
+        """Who splits the layers: ``autotp`` (DeepSpeed-Inference), ``hf_plan`` (transformers' plan of the family), or
+        ``auto``, the one known to be right for the family."""
+        parity_check: bool = True
+        """Compare the logits of a few tokens with those of the unsplit model, which one rank computes block by block
+        while it reads the weights once more."""
+
+    options: Options
+
+    def check(self, job: Job) -> None:
+        """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
+        phase, options = self.phase, self.options
+        degree = job.world.degree(options.degree, f"{phase}.degree")
+        refuse_quantised(job.opened, phase)
+        if degree == 1:
+            return
+        model = job.opened.skeleton()
+        with _advising(phase):
+            sharding.expert_shards(model, job.anatomy, 0, degree)
+            backend = sharding.choose_backend(model, model.config.model_type, options.backend)
+            _plan(model, job.anatomy, backend, degree, phase)
+
+    def build(self, job: Job) -> Runner:
+        """The engine over a model whose weights are split over the ranks of a replica.
+
+        Raises UserError, on every rank, where the model cannot be split that way.
+        """
+        world, phase, options = job.world, self.phase, self.options
+        comm = Comm.of_replicas(world, options.degree, f"{phase}.degree")
+        group = comm.partners
+
+        def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
+            model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+            backend, shards = "none", {}
+            with closed_on_error(checkpoint), _advising(phase):
+                if group is not None:
+                    backend = sharding.choose_backend(model, model.config.model_type, options.backend)
+                    shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+                world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+            return model, checkpoint, backend
+
+        compared = options.parity_check and group is not None
+        model, checkpoint, backend = in_some_dtype(
+            job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
         )
-    checkpoint.files.close()
-    options, editor = runner_options(job), WeightEditor(model, job.anatomy, sum_over(group))
-    options = replace(options, cuda_graphs=False)
-    runner = Runner(model, job.anatomy, job.opened.tokenizer, options, comm, Traits("tensor_parallel"), editor)
-    if group is None:
-        runner.whole = job.opened.loaded(model)
-    return runner
-
-
-def check(job: Job, placement: PlacementSettings, phase: str) -> None:
-    """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
-    degree = job.world.degree(placement.degree, f"{phase}.degree")
-    refuse_quantised(job.opened, phase)
-    if degree == 1:
-        return
-    model = job.opened.skeleton()
-    with _advising(phase):
-        sharding.expert_shards(model, job.anatomy, 0, degree)
-        backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
-        _plan(model, job.anatomy, backend, degree, phase)
+        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, comm.degree, backend)
+        if compared:
+            skeleton, device = job.opened.skeleton(model.dtype), job.opened.device
+            check_split_model(
+                world,
+                model,
+                lambda rows: streamed_logits(skeleton, job.anatomy, checkpoint, rows, device),
+                what=f"{phase}.backend={backend}",
+                otherwise=f"choose another {phase}.backend, or {phase}=replicated",
+            )
+        checkpoint.files.close()
+        editor = WeightEditor(model, job.anatomy, sum_over(group))
+        engine = runner_of(job, model, comm, Traits(self.name), editor=editor)
+        if group is None:
+            engine.whole = job.opened.loaded(model)
+        return engine
 
 
 @contextmanager

@@ -6,93 +6,94 @@ Each rank works on prompts of its own, in step with the others, since every one 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.checkpoint.dtypes import in_some_dtype
 from heretic_ds.checkpoint.from_files import refuse_quantised
-from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
-from heretic_ds.placements.base import runner_options
+from heretic_ds.placements.base import Capturing, Placement, runner_of
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, start_deepspeed
 from heretic_ds.placements.zero3.offload import check_offload, load_reader
 from heretic_ds.placements.zero3.partitions import Partitions
 from heretic_ds.runner.comm import Comm
-from heretic_ds.runner.engine import Runner, Traits
-from heretic_ds.settings import CaptureSettings
+from heretic_ds.runner.engine import Traits
+from heretic_ds.settings import within
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
 
-_NO_EDITS = "weights that zero3 has cut into parts cannot be edited; choose another placement for evaluate"
 
+class Zero3(Placement):
+    """Every parameter cut over all ranks by DeepSpeed ZeRO-3, each rank at work on its own prompts."""
 
-def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Runner:
-    """The engine over a model that no rank reads or holds whole; :func:`check` has to have accepted it.
+    name, phases = "zero3", frozenset({"capture"})
 
-    Raises UserError, on every rank, where a weight file is at fault on any of them.
-    """
-    start_deepspeed()
-    job.world.agree(lambda: load_reader(placement))
+    @dataclass
+    class Options(Placement.Options):
+        """Where weights rest, and how much of them is gathered at one time."""
 
-    def load(dtype: torch.dtype) -> Partitions:
-        partitions = Partitions(job.opened, dtype, job.anatomy, placement, job.world)
-        try:
-            partitions.load()
-        except UserError:
-            partitions.release()
-            raise
-        return partitions
+        offload: str = within("none", choices=("none", "cpu", "nvme"))
+        """Where the parts of weights that are not in use are kept: ``none`` (on the accelerator), ``cpu`` (host
+        memory) or ``nvme`` (files in ``capture.nvme_path``; needs the system library libaio)."""
+        nvme_path: Optional[str] = None  # noqa: UP045
+        """Folder on a fast local disk for ``capture.offload=nvme``; the files in it are removed after the capture."""
+        pin_memory: bool = True
+        """Page-locked host memory for an offload: faster transfers, which other programs' memory has to make room
+        for."""
+        prefetch_bucket_size: int = within(50_000_000, ge=0)
+        """Numbers that are gathered ahead of their use (``stage3_prefetch_bucket_size``); 0 switches it off."""
+        param_persistence_threshold: int = within(100_000, ge=0)
+        """Parameters of at most as many numbers stay gathered (``stage3_param_persistence_threshold``)."""
+        max_live_parameters: int = within(1_000_000_000, ge=0)
+        """Numbers that may be gathered at one time (``stage3_max_live_parameters``)."""
+        max_reuse_distance: int = within(1_000_000_000, ge=0)
+        """A parameter used again within as many numbers stays gathered (``stage3_max_reuse_distance``)."""
 
-    partitions = in_some_dtype(job.opened, job.world, load, lambda loaded: loaded.model, Partitions.release)
-    log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
-    return Zero3Runner(partitions, job)
+    options: Options
 
+    def __init__(self, phase: str, options: Options) -> None:
+        super().__init__(phase, options)
+        if options.offload == "nvme" and options.nvme_path is None:
+            raise UserError("capture.offload=nvme needs capture.nvme_path, a folder on a fast local disk")
+        if options.offload != "nvme" and options.nvme_path is not None:
+            raise UserError("capture.nvme_path is set without capture.offload=nvme, so nothing uses it")
 
-def check(job: Job, placement: CaptureSettings, phase: str) -> None:
-    """Refuse, before any weight is read, what this placement or this rank's machine cannot serve."""
-    world, opened = job.world, job.opened
-    if phase != "capture":
-        raise UserError(f"{phase}=zero3: {_NO_EDITS}")
-    if placement.degree not in (None, world.size):
-        raise UserError(
-            f"capture.degree={placement.degree} with capture=zero3 and {world.size} ranks: zero3 cuts the model over "
-            "all ranks; leave capture.degree null"
-        )
-    refuse_quantised(opened, phase)
-    check_accelerator(opened.device)
-    check_offload(placement, opened.device)
+    def check(self, job: Job) -> None:
+        """Refuse what ZeRO-3, or this rank's machine, cannot serve."""
+        degree, world = self.options.degree, job.world
+        if degree not in (None, world.size):
+            raise UserError(
+                f"capture.degree={degree} with capture=zero3 and {world.size} ranks: zero3 cuts the model over "
+                "all ranks; leave capture.degree null"
+            )
+        refuse_quantised(job.opened, self.phase)
+        check_accelerator(job.opened.device)
+        check_offload(self.options, job.opened.device)
 
+    def build(self, job: Job) -> Capturing:
+        """The engine over a model that no rank reads or holds whole.
 
-class _NoEditor(WeightEditor):
-    """Partitioned weights are only read."""
+        Raises UserError, on every rank, where a weight file is at fault on any of them.
+        """
+        start_deepspeed()
+        job.world.agree(lambda: load_reader(self.options))
 
-    def prepare(self, ablation: Ablation) -> None:
-        raise UserError(_NO_EDITS)
+        def load(dtype: torch.dtype) -> Partitions:
+            partitions = Partitions(job.opened, dtype, job.anatomy, self.options, job.world)
+            try:
+                partitions.load()
+            except UserError:
+                partitions.release()
+                raise
+            return partitions
 
-    def wear(self, edit: Edit | None) -> None:
-        if edit is not None:
-            raise UserError(_NO_EDITS)
-
-
-class Zero3Runner(Runner):
-    """Captures residuals and generates with the original weights; edits are refused."""
-
-    def __init__(self, partitions: Partitions, job: Job) -> None:
-        options = replace(runner_options(job), cuda_graphs=False, prefill_reuse=False)
+        partitions = in_some_dtype(job.opened, job.world, load, lambda loaded: loaded.model, Partitions.release)
+        log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
         comm = Comm.in_lockstep(job.world, job.world.size, collectives_of_deepspeed())
-        traits = Traits("zero3", rows_move=False, edits=None, retries=False)
-        editor = _NoEditor(partitions.model, job.anatomy)
-        super().__init__(partitions.model, job.anatomy, job.opened.tokenizer, options, comm, traits, editor)
-        self.max_edits_per_pass = 0
-        self.partitions = partitions
-
-    def close(self) -> None:
-        """Release every rank's parts; the runner is of no use afterwards."""
-        super().close()
-        self.partitions.release()
+        traits = Traits(self.name, rows_move=False, edits=None, retries=False, close=partitions.release)
+        return runner_of(job, partitions.model, comm, traits)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,22 +15,24 @@ from torch import nn
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.errors import UserError
 from heretic_ds.placements.deepspeed import load_op, quietly
-from heretic_ds.settings import CaptureSettings
+
+if TYPE_CHECKING:
+    from heretic_ds.placements.zero3 import Zero3
 
 _LIBRARY = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL) on every node, or set another offload"
 _SPARE_BUFFERS = 4
 """Buffers beyond those that one module needs, for what is read ahead."""
 
 
-def check_offload(capture: CaptureSettings, device: torch.device) -> None:
+def check_offload(options: Zero3.Options, device: torch.device) -> None:
     """Refuse an offload that this machine cannot do. Touches this rank's machine only."""
-    if capture.offload == "cpu" and device.type == "cpu":
+    if options.offload == "cpu" and device.type == "cpu":
         raise UserError(
             "capture.offload=cpu keeps weights in host memory, where they lie anyway when the model runs on the CPU; "
             "set capture.offload=none, or nvme to keep them on a disk"
         )
-    if capture.offload == "nvme":
-        _check_folder(capture.nvme_path or "")
+    if options.offload == "nvme":
+        _check_folder(options.nvme_path or "")
         _check_library()
 
 
@@ -56,10 +58,10 @@ def _check_library() -> None:
         raise UserError(f"capture.offload=nvme needs the asynchronous I/O library, which is missing here: {_LIBRARY}")
 
 
-def load_reader(capture: CaptureSettings) -> None:
+def load_reader(options: Zero3.Options) -> None:
     """Have DeepSpeed's reader for asynchronous I/O ready where it is needed: it is built against a system library at
     first use, which takes minutes. Raises UserError where it cannot be built."""
-    if capture.offload != "nvme":
+    if options.offload != "nvme":
         return
     with quietly():
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -71,18 +73,18 @@ def load_reader(capture: CaptureSettings) -> None:
         ) from error
 
 
-def offload_section(capture: CaptureSettings, skeleton: nn.Module, parts: int, ranks: int) -> dict[str, Any]:
+def offload_section(options: Zero3.Options, skeleton: nn.Module, parts: int, ranks: int) -> dict[str, Any]:
     """DeepSpeed's ``offload_param`` for the partitions of ``skeleton`` over ``ranks``; nothing without an offload.
 
     ``parts`` is the largest number of parameters that are gathered at once.
     """
-    if capture.offload == "none":
+    if options.offload == "none":
         return {}
-    fields: dict[str, Any] = {"device": capture.offload, "pin_memory": capture.pin_memory}
-    if capture.offload == "nvme":
+    fields: dict[str, Any] = {"device": options.offload, "pin_memory": options.pin_memory}
+    if options.offload == "nvme":
         # A buffer has to hold the largest partition, and there have to be enough for what is gathered at once.
         largest = max(math.ceil(parameter.numel() / ranks) for parameter in skeleton.parameters())
-        folder = str(Path(capture.nvme_path or "").expanduser())
+        folder = str(Path(options.nvme_path or "").expanduser())
         fields |= {"nvme_path": folder, "buffer_size": largest + 1, "buffer_count": parts + _SPARE_BUFFERS}
     return {"offload_param": fields}
 

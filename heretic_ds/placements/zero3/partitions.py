@@ -13,11 +13,11 @@ from heretic_ds.placements.deepspeed import Originals
 from heretic_ds.placements.zero3.loading import load_partitions
 from heretic_ds.placements.zero3.offload import offload_section, remove_swap_files
 from heretic_ds.runner.memory import give_back_memory, return_freed_blocks
-from heretic_ds.settings import CaptureSettings
 from heretic_ds.world import World
 
 if TYPE_CHECKING:
     from heretic_ds.checkpoint.open import OpenedModel
+    from heretic_ds.placements.zero3 import Zero3
 
 
 class Partitions:
@@ -28,7 +28,7 @@ class Partitions:
         opened: OpenedModel,
         dtype: torch.dtype,
         anatomy: Anatomy,
-        capture: CaptureSettings,
+        options: Zero3.Options,
         world: World,
     ) -> None:
         """The model without numbers, and DeepSpeed's layout for it."""
@@ -39,7 +39,7 @@ class Partitions:
         self._opened, self._dtype, self._anatomy, self._world = opened, dtype, anatomy, world
         self._hooks: Any = None
         self.model = opened.skeleton(dtype)
-        self.config = deepspeed_config(capture, self.model, anatomy, dtype, world.size)
+        self.config = deepspeed_config(options, self.model, anatomy, dtype, world.size)
         deepspeed.zero.Init.param_id = 0  # ranks compare these numbers, and a rank whose file is damaged stops counting
         self._init = deepspeed.zero.Init(config_dict_or_path=self.config)
 
@@ -122,7 +122,7 @@ def _forget_modules() -> None:
 
 
 def deepspeed_config(
-    capture: CaptureSettings, skeleton: nn.Module, anatomy: Anatomy, dtype: torch.dtype, ranks: int
+    options: Zero3.Options, skeleton: nn.Module, anatomy: Anatomy, dtype: torch.dtype, ranks: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration for these settings."""
     parts = max(len(list(part.parameters())) for part in gathered_at_once(skeleton, anatomy))
@@ -133,11 +133,11 @@ def deepspeed_config(
         "zero_optimization": {
             "stage": 3,
             "memory_efficient_linear": False,  # it replaces functional.linear for the sake of gradients
-            "stage3_prefetch_bucket_size": capture.prefetch_bucket_size,
-            "stage3_param_persistence_threshold": capture.param_persistence_threshold,
-            "stage3_max_live_parameters": capture.max_live_parameters,
-            "stage3_max_reuse_distance": capture.max_reuse_distance,
-            **offload_section(capture, skeleton, parts, ranks),
+            "stage3_prefetch_bucket_size": options.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": options.param_persistence_threshold,
+            "stage3_max_live_parameters": options.max_live_parameters,
+            "stage3_max_reuse_distance": options.max_reuse_distance,
+            **offload_section(options, skeleton, parts, ranks),
         },
     }
 
