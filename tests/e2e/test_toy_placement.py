@@ -15,13 +15,15 @@ from tests.e2e.conftest import Heretic, read_results
 PLACEMENT = '''
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
-from heretic_ds.placements.base import Placement, engine_of
-from heretic_ds.runner.engine import ResidentEngine
+from heretic_ds.placements.base import Placement, runner_of
+from heretic_ds.runner.comm import ALONE
+from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.settings import within
 
 
@@ -46,20 +48,19 @@ class Toy(Placement):
         if self.options.lines > 9:
             raise UserError(f"{self.phase}.lines={self.options.lines} makes a long diary; set at most 9")
 
-    def build(self, job) -> ResidentEngine:
+    def build(self, job) -> Runner:
         loaded = load_weights(job.opened)
-        engine = engine_of(job, loaded.model, ToyEngine)
-        engine.whole, engine.diary, engine.lines = loaded, Path(self.options.diary), self.options.lines
+        traits = Traits(self.name, decoding=self.noted)
+        engine = runner_of(job, loaded.model, ALONE, traits)
+        engine.whole = loaded
         return engine
 
-
-class ToyEngine(ResidentEngine):
-    """Writes down what it is asked for."""
-
-    def kl(self, prompts, reference, edits):
-        with self.diary.open("a") as file:
-            file.write("kl\\n" * self.lines)
-        return super().kl(prompts, reference, edits)
+    @contextmanager
+    def noted(self, max_new_tokens):
+        """Writes down that answers are made."""
+        with Path(self.options.diary).open("a") as file:
+            file.write("answers\\n" * self.options.lines)
+        yield
 '''
 
 CHOICE = """
@@ -100,7 +101,8 @@ def test_the_demo_runs_on_it(words: list[str], tmp_path: Path) -> None:
     assert results["world"]["capture"] == {"placement": "replicated", "degree": 1}
     assert results["world"]["evaluate"] == {"placement": "toy", "degree": 1}
     assert len(results["trials"]) == 2 and results["verified"] is not None
-    assert (tmp_path / "diary.txt").read_text().splitlines() == ["kl"] * 9  # two trials, one verification
+    diary = (tmp_path / "diary.txt").read_text().splitlines()
+    assert len(diary) >= 3 * 4 and set(diary) == {"answers"}  # of the original, two trials, and one verification
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 

@@ -136,7 +136,8 @@ def test_engine_gives_the_means_answers_and_kl_of_the_plain_one_and_restores_bit
     prepare(plain), prepare(injected)
     for engine in (plain, injected):
         engine.original = Divergence(engine, prompts())
-    assert torch.allclose(injected.original, plain.original, atol=1e-5)
+    for place, expected_KV in plain.original.reference_KV.items():
+        assert torch.allclose(injected.original.reference_KV[place], expected_KV, atol=1e-5)
     for edit in (None, EDIT):
         expected, found = (e.original.of([edit])[0] for e in (plain, injected))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -178,7 +179,7 @@ def test_a_larger_batch_or_a_longer_answer_gets_a_new_workspace_and_smaller_ones
         injected.batch_sizes["generate"] = plain.batch_sizes["generate"] = size
         assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
         assert len(op.allocations) == answers
-    injected._max_new_tokens = plain._max_new_tokens = 20
+    injected._options = plain._options = RunnerOptions(20)
     assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
     assert len(op.allocations) == 3 and op.allocations[-1] == (2, 31)
 
@@ -198,7 +199,7 @@ def test_a_wide_mlp_gets_more_tokens_than_it_asks_for(op: InferenceOp, monkeypat
 
 def test_without_room_for_a_workspace_batches_are_halved(op: InferenceOp) -> None:
     plain, injected = engines(build("llama"), batch_size=5)
-    shape = injected._injected.adapter._workspace.shape
+    shape = injected.traits.decoding.__self__._workspace.shape
     op.free_bytes = 100 * (1 << 20) + 5 * 4 * 17 + 3 * shape.bytes_for(1, 17) - 1
     assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
     assert injected.batch_sizes["generate"] == 2
@@ -369,9 +370,9 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
 ) -> None:
     model = build("gpt_neo", window_size=14)
     plain, injected = engines(model)
-    plain._max_new_tokens = injected._max_new_tokens = 2
+    plain._options = injected._options = RunnerOptions(2)
     assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
-    injected._max_new_tokens = 3
+    injected._options = RunnerOptions(3)
     with pytest.raises(UserError, match="up to 13 tokens"):
         injected.generate(prompts(), [None])
     injected.close()
