@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits, obstacle
+from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.prompts import TokenRows, pad_left
 from heretic_ds.runner.batch_sizes import PROBE_TOKENS, BatchSizing
 from heretic_ds.runner.decode import decode, end_tokens
 from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
-from heretic_ds.runner.memory import in_batches, release_memory, with_fewer_rows
+from heretic_ds.runner.memory import in_batches, prepared, release_memory, with_fewer_rows
 from heretic_ds.runner.padding import first_cut
 from heretic_ds.runner.replays import Replays
 from heretic_ds.runner.reuse import HeadStart
@@ -132,7 +133,12 @@ class ResidentEngine:
         if self._obstacle is not None:
             log.info("every trial has passes of its own: %s", self._obstacle)
             return
-        self._outputs = OutputEdits(self.model, self.anatomy, ablation, self._editor.reduce)
+        outputs = OutputEdits(self.model, self.anatomy, ablation, self._editor.reduce, self._table_budget())
+        self._outputs, self.max_edits_per_pass = outputs, min(MOST_EDITS, outputs.most_edits)
+
+    def _table_budget(self) -> int:
+        """The same on all ranks, which compute tables of edits together."""
+        return int(self._sizing.same(table_budget(self.model)))
 
     @torch.inference_mode()
     def reference(self, prompts: TokenRows) -> Tensor:
@@ -269,7 +275,9 @@ class ResidentEngine:
         if self._outputs is None:
             raise RuntimeError("several edits were asked for where outputs cannot be edited")
         self._editor.wear(None)
-        with torch.inference_mode(), self._outputs.active(worn, steady):
+        with torch.inference_mode(), ExitStack() as stack:
+            outputs, alone = self._outputs, self._retries and self._replicas.degree == 1
+            prepared(lambda: stack.enter_context(outputs.active(worn, steady)), len(edits), retries=alone)
             yield self._outputs.assign
 
     @staticmethod

@@ -43,6 +43,11 @@ def lend_spares() -> None:
         spare.lend()
 
 
+def give_back_spares() -> bool:
+    """Free what can be done without; whether there was any."""
+    return any([spare.give_back() for spare in list(spares)])
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the accelerator or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -123,10 +128,29 @@ def with_fewer_rows(
         _halve(sizes, phase, min(rows, left()))
 
 
+def prepared(work: Callable[[], Result], trials: int, retries: bool) -> Result:
+    """What ``work`` makes for a pass of several trials: where memory runs out, in place of what can be done without.
+
+    Not so without ``retries``, for work that this rank cannot do again by itself. Raises :class:`UserError` then.
+    """
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory()  # outside the handler, where the traceback no longer holds tensors
+        if not retries or not give_back_spares():
+            raise UserError(
+                f"memory ran out while edits of {trials} trials were made ready for one pass; "
+                f"set search.trials_per_pass below {trials}"
+            )
+
+
 def _halve(sizes: dict[str, int], phase: str, rows: int) -> None:
     """Make batches half as large as one that ran out of memory, for the rest of the run, unless some can be had."""
     release_memory()
-    if any([spare.give_back() for spare in list(spares)]):
+    if give_back_spares():
         return
     if rows == 1:
         raise too_large(phase)

@@ -10,6 +10,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.edits import tables as edit_tables
 from heretic_ds.placements import replicated, tensor_parallel
 from heretic_ds.runner.engine import ResidentEngine
 from heretic_ds.settings import PlacementSettings
@@ -24,13 +25,18 @@ EDITS = (
 )
 
 
-def score(engine: ResidentEngine, together: bool) -> dict[str, Any]:
+def score(engine: ResidentEngine, together: bool, tables: bool = True) -> dict[str, Any]:
     """KL and answers of all edits in every mode, in one pass or one after another; collectives of a first-token pass
-    with and without edits."""
+    with and without edits. Without ``tables`` each pass computes what its edits need of experts."""
+    if not tables:
+        with mock.patch.multiple(edit_tables, _LEAST_BYTES=0, _SHARE_OF_WEIGHTS=0.0):
+            return score(engine, together)
     found: dict[str, Any] = {"kl": {}, "answers": {}, "collectives": {}}
     rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
     for row_norm in ROW_NORMS:
         engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
+        if engine.max_edits_per_pass == 1:  # no memory for two; that is not to be shown here
+            engine.max_edits_per_pass, found["without tables"] = len(EDITS), row_norm
         reference = engine.reference(rows)
         found["kl"][row_norm] = [kl for edits in passes for kl in engine.kl(rows, reference, edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
@@ -56,11 +62,11 @@ def _collectives(engine: ResidentEngine, reference: Any, edits: Any) -> list[int
     return moved
 
 
-def score_split(world: World, folder: str, backend: str = "auto") -> dict[str, Any]:
+def score_split(world: World, folder: str, backend: str = "auto", tables: bool = True) -> dict[str, Any]:
     """:func:`score`, all edits in one pass, on the placement ``tensor_parallel`` over all ranks."""
     placement = PlacementSettings("tensor_parallel", world.size, backend)
     with contextlib.closing(tensor_parallel.build(job_for(world, folder), placement, "evaluate")) as engine:
-        return score(engine, together=True)
+        return score(engine, True, tables)
 
 
 def score_replicated(world: World, folder: str) -> dict[str, Any]:
