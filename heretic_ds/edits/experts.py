@@ -36,7 +36,7 @@ class ExpertEdit:
     """The edits of one pass to the outputs of one module of experts."""
 
     def __init__(self, tables: WriterTables, directions: TrialDirections, bias_ED: Tensor | None, rows: Rows) -> None:
-        self._norms_ED, self._overlaps_ELD = tables.norms_D, tables.overlaps_LD
+        self._norms_ED = tables.norms_D
         self._directions, self._bias_ED, self._rows = directions, bias_ED, rows
 
     def retake(self, directions: TrialDirections) -> None:
@@ -54,10 +54,10 @@ class ExpertEdit:
     def _edited(self, output_SD: Tensor, expert_S: Tensor, trial_S: Tensor) -> Tensor:
         trials, norms_SD = self._directions, self._norms_ED[expert_S]
         overlaps_SD = None
-        if self._overlaps_ELD is not None:
+        if trials.overlaps_QD is not None:
             share_S2 = trials.share_T2[trial_S]
-            below_SD = self._overlaps_ELD[expert_S, trials.below_T[trial_S]]
-            above_SD = self._overlaps_ELD[expert_S, trials.above_T[trial_S]]
+            below_SD = trials.overlaps_QD[expert_S, trials.below_T[trial_S]]
+            above_SD = trials.overlaps_QD[expert_S, trials.above_T[trial_S]]
             overlaps_SD = share_S2[:, :1] * below_SD + share_S2[:, 1:] * above_SD
         operator = output_operator(norms_SD, overlaps_SD, trials.unit_TD[trial_S], trials.strength_T1[trial_S])
         value_SD = output_SD.to(norms_SD.dtype)

@@ -2,13 +2,15 @@
 
 With y = Wx a writer's edit is y ↦ s∘(y - λu (w·y)) (:mod:`heretic_ds.ablation.edit`): three vectors a writer, so that
 one forward pass serves many trials. What all of them share of a writer is found once: the row norms n and, where edits
-keep them, ŴŴᵀ on every direction, from which any trial's b follows by interpolation.
+keep them and memory allows, ŴŴᵀ on every direction, from which any trial's b follows by interpolation.
 
 Shapes: T trials of a pass, B rows, S positions, L blocks, D width, E experts.
 """
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -21,7 +23,9 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Ablation, Edit, OutputOperator, Reduce, output_operator
 from heretic_ds.anatomy import Anatomy, Writer, has_expert_dispatch
 from heretic_ds.edits.experts import ExpertEdit, dispatch_edits, edit_experts
-from heretic_ds.edits.tables import Rows, TrialDirections, WriterTables
+from heretic_ds.edits.tables import Rows, TrialDirections, WriterTables, bytes_of_vectors, table_budget
+
+log = logging.getLogger(__name__)
 
 
 class DenseEdit:
@@ -37,8 +41,7 @@ class DenseEdit:
     def _operator_of(self, directions: TrialDirections) -> OutputOperator:
         tables = self._tables
         norms_D = tables.norms_D[0] if self._experts else tables.norms_D  # experts alike: all have n = 1
-        overlaps_TD = None if tables.overlaps_LD is None else directions.mixed(tables.overlaps_LD)
-        return output_operator(norms_D, overlaps_TD, directions.unit_TD, directions.strength_T1)
+        return output_operator(norms_D, directions.mixed(), directions.unit_TD, directions.strength_T1)
 
     def retake(self, directions: TrialDirections) -> None:
         """Become the edits of as many other trials, in the memory of these."""
@@ -86,9 +89,18 @@ class OutputEdits:
     """Edits of one model's outputs, for one set of directions. The weights must be the original ones."""
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, ablation: Ablation, reduce: Reduce | None = None
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        ablation: Ablation,
+        reduce: Reduce | None = None,
+        budget: int | None = None,
     ) -> None:
-        """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here."""
+        """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here.
+
+        ``budget``: bytes that tables of experts may take, :func:`table_budget` by default. Ranks of a replica have to
+        be given the same: it decides what they compute together, and when.
+        """
         self._model, self._anatomy, self._ablation, self._reduce = model, anatomy, ablation, reduce
         self._tables: dict[str, WriterTables] = {}
         self._rows = Rows(next(model.parameters()).device)
@@ -98,9 +110,26 @@ class OutputEdits:
         self._moves = 0
         self.kind = 0
         """Of the forward passes: 0 without steady edits, else a number that grows when these get other memory."""
+        self.most_edits = sys.maxsize
+        """Edits of one pass at most, for their tables to stay within the budget; 1 where not even two fit."""
+        self._keeps_tables = True
         per_expert = [w for w in anatomy.writers if self._edits_experts(w)]
+        self._plan_tables(per_expert, budget)
         if per_expert:
             dispatch_edits(model, [writer.module for writer in per_expert])
+
+    def _plan_tables(self, per_expert: Sequence[Writer], budget: int | None) -> None:
+        """Whether experts have tables over all directions, or else how many edits a pass may have; by shapes alone."""
+        each = bytes_of_vectors(self._model, per_expert)  # of a direction, and of the row norms
+        whole = (self._anatomy.n_blocks + 1) * each
+        budget = table_budget(self._model) if budget is None else budget
+        if self._ablation.row_norm == "full" and whole > budget:
+            self._keeps_tables, self.most_edits = False, max(1, budget // each - 1)
+            log.info(
+                "tables of experts would take %.1f GiB: each pass computes what its own edits need, of up to %d trials",
+                whole / 2**30,
+                self.most_edits,
+            )
 
     def _edits_experts(self, writer: Writer) -> bool:
         """Whether a writer's experts differ in their edits, so that the sum of their outputs is too late for it."""
@@ -152,7 +181,8 @@ class OutputEdits:
 
     def _tables_of(self, writer: Writer) -> WriterTables:
         if writer.weight not in self._tables:
-            self._tables[writer.weight] = WriterTables(self._model, writer, self._ablation, self._reduce)
+            kept = self._keeps_tables or writer.experts is None
+            self._tables[writer.weight] = WriterTables(self._model, writer, self._ablation, self._reduce, kept)
         return self._tables[writer.weight]
 
     def _edit(self, writer: Writer, directions: TrialDirections) -> DenseEdit | ExpertEdit:

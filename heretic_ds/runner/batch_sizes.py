@@ -95,6 +95,23 @@ class Batches:
             if not ok and (unfinished := sum(not row.done for row in left)):
                 self._shrink(phase, min(most, unfinished))
 
+    def make_ready(self, work: Callable[[], object], trials: int) -> None:
+        """Do what a pass of several trials needs before: where memory runs out, in place of what can be done without.
+
+        Raises :class:`UserError` where that is not enough.
+        """
+        while not self._comm.attempt(work)[0]:
+            release_memory()
+            if not self._retries or not self._evicted():
+                raise UserError(
+                    f"memory ran out while edits of {trials} trials were made ready for one pass; "
+                    f"set search.trials_per_pass below {trials}"
+                )
+
+    def _evicted(self) -> bool:
+        """Free what can be done without; whether there was any."""
+        return any([spare.evict() for spare in self.evictable])
+
     def _attempt(self, phase: str, rows: int, work: Callable[[], T], size: Any) -> tuple[bool, T | None]:
         try:
             return self._comm.attempt(work, size)
@@ -113,7 +130,7 @@ class Batches:
         release_memory()
         if not self._retries:
             raise self._lost(phase, rows)
-        if any([spare.evict() for spare in self.evictable]):
+        if self._evicted():
             return
         if rows <= 1:
             raise too_large(phase)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits, obstacle
+from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
@@ -144,7 +145,9 @@ class Runner:
         self._decoder.forget()
         self._editor.prepare(ablation)
         if self.traits.edits is not None and self._obstacle is None:
-            self._outputs = self.traits.edits(self.model, self.anatomy, ablation, self._editor.reduce)
+            budget = int(self._comm.least(table_budget(self.model)))  # alike on all ranks, which make tables together
+            outputs = self.traits.edits(self.model, self.anatomy, ablation, self._editor.reduce, budget)
+            self._outputs, self.max_edits_per_pass = outputs, min(MOST_EDITS, outputs.most_edits)
         elif self.traits.edits is not None:
             log.info("every trial has passes of its own: %s", self._obstacle)
 
@@ -256,7 +259,9 @@ class Runner:
                 raise RuntimeError("several edits were asked for where outputs cannot be edited")
             self._editor.wear(None)
             steady = phase == "generate" and self._decoder.captures
-            with torch.inference_mode(), self._outputs.active(worn, steady):
+            with torch.inference_mode(), ExitStack() as stack:
+                outputs = self._outputs
+                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, steady)), len(edits))
                 self._forward.edits = self._outputs
                 try:
                     yield

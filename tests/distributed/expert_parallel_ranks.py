@@ -40,10 +40,10 @@ def measure_expert_parallel(world: World, folder: str, degree: int | None, count
     return found
 
 
-def score_together(world: World, folder: str, degree: int | None) -> dict[str, Any]:
+def score_together(world: World, folder: str, degree: int | None, tables: bool = True) -> dict[str, Any]:
     """KL and answers of several edits in one pass, in every mode."""
     engine = _engine(world, folder, degree)
-    found = output_edits_ranks.score(engine, together=True)
+    found = output_edits_ranks.score(engine, True, tables)
     engine.close()
     return found
 

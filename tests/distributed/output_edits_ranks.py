@@ -10,6 +10,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
+from heretic_ds.edits import tables as edit_tables
 from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.world import World
@@ -23,13 +24,18 @@ EDITS = (
 )
 
 
-def score(engine: Runner, together: bool) -> dict[str, Any]:
+def score(engine: Runner, together: bool, tables: bool = True) -> dict[str, Any]:
     """KL and answers of all edits in every mode, in one pass or one after another; collectives of a first-token pass
-    with and without edits."""
+    with and without edits. Without ``tables`` each pass computes what its edits need of experts."""
+    if not tables:
+        with mock.patch.multiple(edit_tables, _LEAST_BYTES=0, _SHARE_OF_WEIGHTS=0.0):
+            return score(engine, together)
     found: dict[str, Any] = {"kl": {}, "answers": {}, "collectives": {}}
     rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
     for row_norm in ROW_NORMS:
         engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
+        if engine.max_edits_per_pass == 1:  # no memory for two; that is not to be shown here
+            engine.max_edits_per_pass, found["without tables"] = len(EDITS), row_norm
         reference = Divergence(engine, rows)
         found["kl"][row_norm] = [kl for edits in passes for kl in reference.of(edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
@@ -55,11 +61,11 @@ def _collectives(engine: Runner, edits: Any) -> list[int]:
     return moved
 
 
-def score_split(world: World, folder: str, backend: str = "auto") -> dict[str, Any]:
+def score_split(world: World, folder: str, backend: str = "auto", tables: bool = True) -> dict[str, Any]:
     """:func:`score`, all edits in one pass, on the placement ``tensor_parallel`` over all ranks."""
     job = job_for(world, folder)
     with contextlib.closing(build(job, "tensor_parallel", degree=world.size, backend=backend)) as engine:
-        return score(engine, together=True)
+        return score(engine, True, tables)
 
 
 def score_replicated(world: World, folder: str) -> dict[str, Any]:

@@ -129,6 +129,14 @@ def test_trials_of_one_pass_have_their_own_edits(ranks, saved, scored, family):
         assert_same_scores(found, scored(family))
 
 
+def test_trials_of_one_pass_without_tables(ranks, saved, scored):
+    both = ranks(2).run(work.score_together, folder=str(saved("qwen3_moe")[0]), degree=2, tables=False)
+    assert both[0]["collectives"] == both[1]["collectives"]
+    for found in both:
+        assert_same_scores(found, scored("qwen3_moe"))
+        assert found["without tables"] == "full"
+
+
 def test_capture(ranks, saved):
     folder, expected = saved("mixtral")
     for means in ranks(2).run(work.captured, folder=str(folder)):

@@ -55,6 +55,20 @@ def test_edits_of_outputs_add_no_communication(ranks, saved, family, backend):
             assert edited == plain
 
 
+def test_without_tables_each_pass_adds_up_what_its_edits_need_of_experts(ranks, saved):
+    """Once for each block with edited experts, on every rank, and nothing beyond that."""
+    folder, expected = saved("gpt_oss")
+    both = ranks(2).run(work.score_split, folder=str(folder), backend="hf_plan", tables=False)
+    assert both[0]["collectives"] == both[1]["collectives"]
+    for found in both:
+        assert_same(found, expected)
+        assert found["without tables"] == "full"
+        for row_norm, (plain, edited, again) in found["collectives"].items():
+            # Two blocks' [E, N, D] for N = 3 directions of 4 trials: that of no edit is an edit's own in every block.
+            sums = [4 * 3 * 32 // 4] * 2 if row_norm == "full" else []
+            assert edited == again == sums + plain
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_replicas_with_prompts_of_their_own(ranks, saved, family):
     folder, expected = saved(family)

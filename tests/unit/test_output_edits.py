@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from heretic_ds.ablation import ROW_NORMS, Edit, Profile, edit_weight
+from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import experts as expert_edits
+from heretic_ds.edits import tables
 from heretic_ds.edits.outputs import OutputEdits, obstacle
 from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.errors import UserError
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.rows import Row
 from heretic_ds.scoring.kl import Divergence
@@ -55,9 +59,9 @@ def logits_by_weights(model, ablation, edits: Sequence[Edit | None], rows) -> Te
 
 
 @torch.inference_mode()
-def logits_by_outputs(model, ablation, edits: Sequence[Edit | None], rows) -> Tensor:
+def logits_by_outputs(model, ablation, edits: Sequence[Edit | None], rows, budget: int | None = None) -> Tensor:
     """The same in one pass."""
-    outputs = OutputEdits(model, find_anatomy(model), ablation)
+    outputs = OutputEdits(model, find_anatomy(model), ablation, budget=budget)
     with outputs.active(edits):
         outputs.assign([trial for trial, _ in rows])
         return last_logits(model, [row for _, row in rows], PAD)
@@ -204,6 +208,134 @@ def test_tables_are_made_once_for_all_passes(monkeypatch):
         with outputs.active(edits):
             pass
     assert len(sums) == 2 * len(find_anatomy(model).writers)  # row norms and overlaps of each
+
+
+@pytest.mark.parametrize("through_norm", [False, True])
+@pytest.mark.parametrize("row_norm", ROW_NORMS)
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3", "gemma4_moe"])
+def test_without_tables_edits_are_the_same(name, row_norm, through_norm):
+    model = families.build(name, layers=4)
+    ablation, rows = ablation_for(engine_for(model), row_norm, through_norm), trial_rows(len(EDITS))
+    found_BV = logits_by_outputs(model, ablation, EDITS, rows, budget=0)
+    assert distance(found_BV, logits_by_outputs(model, ablation, EDITS, rows, budget=2**40)) < 1e-6
+    assert distance(found_BV, logits_by_weights(model, ablation, EDITS, rows)) < 1e-5
+
+
+def test_without_tables_what_a_pass_computes_takes_the_memory_of_the_pass_before():
+    """Whatever directions its trials have, and however many of them are alike."""
+    model = families.build("mixtral", layers=4)
+    ablation, rows = ablation_for(engine_for(model)), trial_rows(len(EDITS))
+    outputs, alike = OutputEdits(model, find_anatomy(model), ablation, budget=0), (EDIT, EDIT, None, EDIT)
+    for edits in (alike, EDITS, EDITS[::-1], (EDIT, STRONG), alike):
+        expected_BV = logits_by_weights(model, ablation, edits, [(trial % len(edits), row) for trial, row in rows])
+        with torch.inference_mode(), outputs.active(edits, steady=True):
+            outputs.assign([trial % len(edits) for trial, _ in rows])
+            assert distance(last_logits(model, [row for _, row in rows], PAD), expected_BV) < 1e-5
+
+
+def held(start: object) -> int:
+    """Bytes of the tensors that an object holds, but for those of models."""
+    bytes_of, seen, ahead = 0, set(), [start]
+    while ahead:
+        one = ahead.pop()
+        if id(one) in seen or isinstance(one, type | nn.Module):
+            continue
+        seen.add(id(one))
+        if isinstance(one, Tensor):
+            bytes_of += one.numel() * one.element_size()
+        elif isinstance(one, dict | list | tuple) or type(one).__module__.startswith("heretic_ds"):
+            ahead += gc.get_referents(one)
+    return bytes_of
+
+
+def test_edits_of_a_large_model_stay_within_their_budget(monkeypatch):
+    """Shapes of Qwen3-235B-A22B, of which each of 8 ranks holds a part: 17 GiB of tables on every one of them."""
+    config = Qwen3MoeConfig(
+        hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536, vocab_size=151_936,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    anatomy, budget = find_anatomy(model), tables.table_budget(model) // 8
+    assert budget == pytest.approx(2.7 * 2**30, rel=0.05)
+    directions_LD = torch.nn.functional.normalize(torch.randn(95, 4096, dtype=torch.float64), dim=-1)
+    ablation = Ablation(directions_LD, "full", through_norm=False)
+    everywhere = Profile(1.0, 50.0, 0.5, 100.0)
+    edits = [Edit(50 + 0.3 * trial, {"attention": everywhere, "mlp": everywhere}) for trial in range(13)]
+
+    monkeypatch.setattr(tables, "row_overlaps", lambda weight, norms, units_ND, *more: norms.new_empty(units_ND.shape))
+    found = []
+    for most in (2**40, budget):
+        outputs = OutputEdits(model, anatomy, ablation, budget=most)
+        before = held(outputs)
+        with outputs.active(edits, steady=True):
+            found.append((held(outputs) - before, outputs.most_edits))
+    (everything, _), (less, most) = found
+    vectors = 94 * 128 * 4096 * 4  # one for each expert
+    assert everything > 95 * vectors > 17 * 2**30 and most == len(edits)
+    of_attention_and_by_trial = everything - 95 * vectors
+    assert less - of_attention_and_by_trial == (most + 1) * vectors <= budget < (most + 2) * vectors
+
+
+@pytest.mark.parametrize("trials", [0, 1, 2, 3])
+def test_passes_have_as_many_trials_as_the_budget_holds(trials, monkeypatch):
+    """One more vector an expert is its row norms; where not even two trials fit, weights are edited."""
+    model = families.build("mixtral", layers=5)
+    vectors = tables.bytes_of_vectors(model, [w for w in find_anatomy(model).writers if w.experts])
+    assert vectors == 5 * 4 * 32 * 4
+    monkeypatch.setattr(tables, "_LEAST_BYTES", (trials + 1) * vectors)
+    monkeypatch.setattr(tables, "_SHARE_OF_WEIGHTS", 0.0)
+    engine, passes = engine_for(model, batch_size=4), []
+    engine.prepare(ablation_for(engine))
+    assert engine.max_edits_per_pass == max(1, trials)
+    reference, active = Divergence(engine, prompts()), OutputEdits.active
+    alone = [reference.of([edit])[0] for edit in EDITS]
+    monkeypatch.setattr(
+        OutputEdits, "active", lambda self, edits, *more: passes.append(len(edits)) or active(self, edits, *more)
+    )
+    assert reference.of(EDITS) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert passes == {0: [], 1: [], 2: [2, 2], 3: [3]}[trials]
+    engine.prepare(ablation_for(engine, "pre"))
+    assert engine.max_edits_per_pass > len(EDITS)
+
+
+class Hoard:
+    """Memory that can be done without, once."""
+
+    def __init__(self, full: bool = True) -> None:
+        self.full = full
+
+    def evict(self) -> bool:
+        full, self.full = self.full, False
+        return full
+
+    def rest(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("hoards", [0, 1])
+def test_memory_that_runs_out_while_edits_are_made_ready(hoards, monkeypatch):
+    model = families.build("mixtral")
+    engine = engine_for(model, batch_size=4)
+    engine.prepare(ablation_for(engine))
+    reference, failures = Divergence(engine, prompts()), [torch.OutOfMemoryError("CUDA out of memory")]
+    alone = [reference.of([edit])[0] for edit in EDITS]
+    overlaps = tables.row_overlaps
+
+    def full(*arguments):
+        if len(failures) and arguments[0].shape == (32, 48):  # an expert's
+            raise failures.pop()
+        return overlaps(*arguments)
+
+    monkeypatch.setattr(tables, "row_overlaps", full)
+    hoard = Hoard(bool(hoards))
+    engine._batches.evictable.append(hoard)
+    if not hoards:
+        with pytest.raises(UserError, match=r"edits of 4 trials .*; set search\.trials_per_pass below 4$"):
+            reference.of(EDITS)
+        assert not any(module._forward_hooks for module in model.modules())
+    assert reference.of(EDITS) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert not hoard.full and not failures
 
 
 def test_rows_that_do_not_match_the_assigned_ones_are_refused():

@@ -15,6 +15,7 @@ from torch import nn
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.edits import tables
 from heretic_ds.runner import graphs, replays, slots
 from heretic_ds.runner.engine import Runner
 from heretic_ds.scoring.kl import Divergence
@@ -97,6 +98,24 @@ def test_new_edits_are_seen_by_what_was_captured_before(recorder, monkeypatch):
     engine.prepare(ablation_for(engine, "none"))
     engine.generate(prompts(), [edit(1.1), edit(0.6)])
     assert recorder.made == 4
+
+
+def test_edits_of_experts_without_tables_are_seen_by_what_was_captured_before(recorder, monkeypatch):
+    model = families.build("mixtral", layers=5)
+    expected = answers_and_kl(model, 3, False)
+    experts = [writer for writer in find_anatomy(model).writers if writer.experts]
+    monkeypatch.setattr(tables, "_LEAST_BYTES", 4 * tables.bytes_of_vectors(model, experts))
+    monkeypatch.setattr(tables, "_SHARE_OF_WEIGHTS", 0.0)
+    assert engine_prepared(model).max_edits_per_pass == 3
+    answers, kl = answers_and_kl(model, 3, True)
+    assert recorder.replayed > 20
+    assert answers == expected[0] and kl == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+
+
+def engine_prepared(model):
+    engine = engine_of(model, True)
+    engine.prepare(ablation_for(engine))
+    return engine
 
 
 def test_steps_captured_with_other_directions_are_not_replayed(recorder):

@@ -65,11 +65,18 @@ class ExpertParallelEdits(OutputEdits):
     """Edits of one model's outputs, those of this rank's experts for the tokens of all ranks."""
 
     def __init__(
-        self, model: PreTrainedModel, anatomy: Anatomy, ablation: Ablation, reduce: Reduce | None = None
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        ablation: Ablation,
+        reduce: Reduce | None = None,
+        budget: int | None = None,
     ) -> None:
+        """``budget``: see :class:`OutputEdits`."""
         dense = tuple(writer for writer in anatomy.writers if writer.experts is None)
         super().__init__(model, replace(anatomy, writers=dense), ablation)
         self._experts = [writer for writer in anatomy.writers if writer.experts is not None]
+        self._plan_tables(self._experts, budget)
 
     @contextmanager
     def active(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[None]:
