@@ -55,7 +55,8 @@ class Decoder:
         self._settled = not rows_move
         self._new_maker = graphs.makers_for(forward.device) if cuda_graphs else None
         self._graphs: Graphs | None = None
-        self._halvings = _HALVINGS
+        self._halvings, self._too_many = _HALVINGS, 0
+        """Rows for which memory ran out in these steps, if it was there that it ran out last."""
 
     def settle(self) -> None:
         """Find out, once, whether rows can lie in slots: one step over them is compared with one over the model's own
@@ -110,6 +111,11 @@ class Decoder:
                 return
             except CannotCapture as caught:
                 failure = str(caught)
+            except Exception as caught:
+                if is_out_of_memory(caught):
+                    self._too_many = min(most, sum(not row.done for row in left))
+                raise
+            del captured
             self._give_up_graphs(failure)  # outside the handler, where the traceback no longer holds tensors
 
     def _reserved(self, rows: int, columns: int) -> Graphs | None:
@@ -133,10 +139,11 @@ class Decoder:
 
     def evict(self) -> bool:
         """Give back memory where it has run out; False where fewer rows have to be tried."""
+        rows, self._too_many = self._too_many, 0
         if self._graphs is None:
             return False
         self.rest()
-        if self._halvings:
+        if rows > 1 and self._halvings:
             self._halvings -= 1
             return False
         self._give_up_graphs("memory ran out beside what captured steps keep")
