@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
 from heretic_ds.placements.kernel_inject.op import load_kernels
 from heretic_ds.placements.kernel_inject.workspace import Shape, Workspace
-from heretic_ds.runner.engine import Runner
+from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.world import World
 from tests import families
@@ -100,10 +101,15 @@ def prompts() -> list[list[int]]:
 
 def engines(model: PreTrainedModel, batch_size: int = 3) -> tuple[Runner, KernelInjectRunner]:
     """The engine over the model, and the one over the same model with its kernels injected; both with an ablation."""
-    tokenizer = families.tokenizer()
-    plain = Runner(model, tokenizer, find_anatomy(model), NEW_TOKENS, batch_size)
+    tokenizer, options = families.tokenizer(), RunnerOptions(NEW_TOKENS, batch_size)
+    plain = Runner(model, find_anatomy(model), tokenizer, options)
     twin, injected = injected_copy(model)
-    return plain, KernelInjectRunner(twin, tokenizer, injected, NEW_TOKENS, batch_size)
+    return plain, KernelInjectRunner(twin, tokenizer, injected, options)
+
+
+def answer_up_to(tokens: int, *engines: Runner) -> None:
+    for engine in engines:
+        engine._options = replace(engine._options, max_new_tokens=tokens)
 
 
 def prepare(engine: Runner, row_norm: str = "full") -> None:
@@ -133,11 +139,12 @@ def test_engine_gives_the_means_answers_and_kl_of_the_plain_one_and_restores_bit
     expected_LD, found_LD = plain.capture(prompts()), injected.capture(prompts())
     assert ((found_LD - expected_LD).norm(dim=-1) / expected_LD.norm(dim=-1)).max() < 1e-5
     prepare(plain), prepare(injected)
-    for engine in (plain, injected):
-        engine.original = Divergence(engine, prompts())
-    assert torch.allclose(injected.original, plain.original, atol=1e-5)
+    originals = [Divergence(engine, prompts()) for engine in (plain, injected)]
+    for index in range(len(LENGTHS)):
+        expected_KV, found_KV = (original.reference_KV[index] for original in originals)
+        assert torch.allclose(found_KV, expected_KV, atol=1e-5)
     for edit in (None, EDIT):
-        expected, found = (e.original.of([edit])[0] for e in (plain, injected))
+        expected, found = (original.of([edit])[0] for original in originals)
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert injected.generate(prompts(), [edit]) == plain.generate(prompts(), [edit])
     assert expected > 1e-4
@@ -177,7 +184,7 @@ def test_a_larger_batch_or_a_longer_answer_gets_a_new_workspace_and_smaller_ones
         injected.batch_sizes["generate"] = plain.batch_sizes["generate"] = size
         assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
         assert len(op.allocations) == answers
-    injected._max_new_tokens = plain._max_new_tokens = 20
+    answer_up_to(20, injected, plain)
     assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
     assert len(op.allocations) == 3 and op.allocations[-1] == (2, 31)
 
@@ -346,7 +353,7 @@ def test_a_run_builds_the_placement_from_its_settings(
     engine, rows = build_engine(job, "evaluate"), job.prompts("target.eval").rows
     assert isinstance(engine, KernelInjectRunner) and engine.whole is None and engine.max_edits_per_pass == 1
     plain = build_engine(job, "capture")
-    engine.batch_sizes = plain.batch_sizes = {"generate": 2}
+    engine.batch_sizes["generate"] = plain.batch_sizes["generate"] = 2
     assert engine.generate(rows, [None]) == plain.generate(rows, [None])
     prepare(engine)
     assert engine.max_edits_per_pass == 1
@@ -367,9 +374,9 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
 ) -> None:
     model = build("gpt_neo", window_size=14)
     plain, injected = engines(model)
-    plain._max_new_tokens = injected._max_new_tokens = 2
+    answer_up_to(2, plain, injected)
     assert injected.generate(prompts(), [None]) == plain.generate(prompts(), [None])
-    injected._max_new_tokens = 3
+    answer_up_to(3, injected)
     with pytest.raises(UserError, match="up to 13 tokens"):
         injected.generate(prompts(), [None])
     injected.close()
