@@ -15,6 +15,7 @@ trial's work is known. Every measurement runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -88,13 +89,13 @@ def step(folder: Path, steps: str, dtype: str) -> dict[str, Any]:
         prompts = (rows * math.ceil(count / len(rows)))[:count]
 
         def run(tokens: int, prompts: list[list[int]] = prompts) -> float:
-            engine._max_new_tokens = tokens
+            _answer_up_to(engine, tokens)
             return _seconds(lambda: engine.generate(prompts, [None]))
 
         run(STEPS[1])  # memory is taken, and graphs are captured, before anything counts
         few, many = (min(run(tokens) for _ in range(TIMES)) for tokens in STEPS)
         found[str(count)] = {"milliseconds": 1e3 * (many - few) / (STEPS[1] - STEPS[0])}
-    return {"replayed": engine._replays.steps() is not None, "by_rows": found, **gpu_check._memory(_torch())}
+    return {"replayed": engine._decoder.captures, "by_rows": found, **gpu_check._memory(_torch())}
 
 
 def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
         "trials_per_pass": trials,
         "seconds_per_trial": seconds,
         "trials_per_hour": 3600 / seconds,
-        "replayed": engine._replays.steps() is not None,
+        "replayed": engine._decoder.captures,
         "batch_sizes": dict(engine.batch_sizes),
         "prompts": len(rows),
         "new_tokens": NEW_TOKENS,
@@ -148,8 +149,13 @@ def _engine(folder: Path, dtype: str, steps: str) -> tuple[Any, list[list[int]]]
     """The engine that a run would use; every answer is as long as it may be."""
     overrides = f"generation.cuda_graphs={KINDS_OF_STEPS[steps]}", "generation.batch_size=0"
     engine, rows = engine_of(folder, "replicated", dtype, "evaluate", *overrides)
-    engine._ends, engine._max_new_tokens = frozenset(), NEW_TOKENS
+    engine._ends = frozenset()
+    _answer_up_to(engine, NEW_TOKENS)
     return engine, rows
+
+
+def _answer_up_to(engine: Any, tokens: int) -> None:
+    engine._options = dataclasses.replace(engine._options, max_new_tokens=tokens)
 
 
 def _torch() -> Any:

@@ -82,11 +82,11 @@ class Recorder:
 
     def __init__(self, failures: tuple[Exception, ...] = ()) -> None:
         self.made = self.replayed = 0
-        self._failures = list(failures)
+        self.failures = list(failures)
 
     def __call__(self, step: Callable[[], None]) -> Any:
-        if self._failures:
-            raise self._failures.pop(0)
+        if self.failures:
+            raise self.failures.pop(0)
         self.made += 1
         graph, recorder = RecordedGraph(), self
         with graph.recording():

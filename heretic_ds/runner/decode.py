@@ -25,7 +25,7 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.runner import graphs, slots
 from heretic_ds.runner.forward import Forward
-from heretic_ds.runner.graphs import CannotCapture, Graphs, MakeGraph
+from heretic_ds.runner.graphs import CannotCapture, Graphs
 from heretic_ds.runner.memory import is_out_of_memory, release_memory
 from heretic_ds.runner.parity import is_rounding, slot_distances
 from heretic_ds.runner.rows import Row, Stop, batches_of
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 COMPACT_BELOW = 0.75
 """Share of live rows in a batch below which the others' rows leave it, or are given to the next prompts."""
+_AHEAD = {"cuda": 1}
+"""Steps that a device may have been given beyond those whose tokens have been read."""
 _ROOM = 32
 """Columns for which slots take memory at once, where it may move."""
 _HALVINGS = 2
@@ -51,21 +53,21 @@ class Decoder:
         self._forward, self._anatomy = forward, anatomy
         self._obstacle = None if rows_move else "ranks decode in lockstep, or by kernels of their own"
         self._settled = not rows_move
-        self._wants_graphs, self._halvings = cuda_graphs, _HALVINGS
+        self._new_maker = graphs.makers_for(forward.device) if cuda_graphs else None
         self._graphs: Graphs | None = None
+        self._halvings, self._too_many = _HALVINGS, 0
+        """Rows for which memory ran out in these steps, if it was there that it ran out last."""
 
     def settle(self) -> None:
         """Find out, once, whether rows can lie in slots: one step over them is compared with one over the model's own
         cache. No edits of outputs may be active; memory that runs out is the caller's to deal with."""
         if self._settled:
             return
-        self._obstacle = slots.obstacle(self._forward) or self._difference()
-        self._settled = True
-        if self._obstacle is not None:
-            log.info("answers are decoded batch by batch: %s", self._obstacle)
-            self._give_up_graphs(self._obstacle)
+        if found := slots.obstacle(self._forward) or self._difference():
+            self.without_slots(found)
         elif found := graphs.obstacle(self._forward, self._anatomy):
             self._give_up_graphs(found)
+        self._settled = True
 
     def _difference(self) -> str | None:
         try:
@@ -81,6 +83,7 @@ class Decoder:
     def without_slots(self, reason: str) -> None:
         """Decode batch by batch from now on."""
         self._settled, self._obstacle = True, reason
+        log.info("answers are decoded batch by batch: %s", reason)
         self._give_up_graphs(reason)
 
     @property
@@ -91,7 +94,7 @@ class Decoder:
     @property
     def captures(self) -> bool:
         """Whether steps are captured, so that edits have to lie in memory that stays."""
-        return self._wants_graphs and self.moves_rows and graphs.maker_for(self._forward.device) is not None
+        return self._new_maker is not None and self.moves_rows
 
     @torch.inference_mode()
     def answers(self, rows: Sequence[Row], stop: Stop, at_once: int, edits: int = 0) -> Iterator[Row]:
@@ -108,11 +111,16 @@ class Decoder:
                 return
             except CannotCapture as caught:
                 failure = str(caught)
+            except Exception as caught:
+                if is_out_of_memory(caught):
+                    self._too_many = min(most, sum(not row.done for row in left))
+                raise
+            del captured
             self._give_up_graphs(failure)  # outside the handler, where the traceback no longer holds tensors
 
     def _reserved(self, rows: int, columns: int) -> Graphs | None:
         """Graphs over slots of at least such a size; None where steps are not captured."""
-        if not self.captures:
+        if self._new_maker is None:
             return None
         have = self._graphs
         if have is not None and (have.slots.rows < rows or have.slots.columns < columns):
@@ -122,25 +130,20 @@ class Decoder:
             have = self._graphs = Graphs(Slots(self._forward, rows, graphs.rounded(columns)), self._new_maker)
         return have
 
-    def _new_maker(self) -> MakeGraph:
-        maker = graphs.maker_for(self._forward.device)
-        if maker is None:
-            raise RuntimeError(f"{self._forward.device} has no graphs")
-        return maker
-
     def _give_up_graphs(self, reason: str) -> None:
         """Go on without captured steps, and say why, where they were to be expected; memory is given back."""
-        if self._wants_graphs and graphs.maker_for(self._forward.device) is not None:
+        if self._new_maker is not None:
             log.warning("decoding without CUDA graphs: %s", reason)
-        self._wants_graphs = False
+        self._new_maker = None
         self.rest()
 
     def evict(self) -> bool:
         """Give back memory where it has run out; False where fewer rows have to be tried."""
+        rows, self._too_many = self._too_many, 0
         if self._graphs is None:
             return False
         self.rest()
-        if self._halvings:
+        if rows > 1 and self._halvings:
             self._halvings -= 1
             return False
         self._give_up_graphs("memory ran out beside what captured steps keep")
@@ -171,8 +174,7 @@ class _SlotRun:
         self._at = [_NOBODY] * self._slots.rows
         """The row in each slot, or that which was there last."""
         self._told: list[Row] = []
-        self._ahead = 1 if self._slots.device.type == "cuda" else 0
-        """Steps that the device may have been given beyond those whose tokens have been read."""
+        self._ahead = _AHEAD.get(self._slots.device.type, 0)
         self._unread: deque[Callable[[], list[int]]] = deque()
         self._ended: list[Row] = []
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -184,9 +185,9 @@ def rounded(number: int, unit: int = _FEWEST_COLUMNS) -> int:
     return -(-number // unit) * unit
 
 
-def maker_for(device: torch.device) -> MakeGraph | None:
-    """What makes graphs on a device; None where there are none."""
-    return CudaGraphs(device) if device.type == "cuda" else None
+def makers_for(device: torch.device) -> Callable[[], MakeGraph] | None:
+    """What gives makers of graphs on a device; None where there are no graphs."""
+    return partial(CudaGraphs, device) if device.type == "cuda" else None
 
 
 def obstacle(forward: Forward, anatomy: Anatomy) -> str | None:

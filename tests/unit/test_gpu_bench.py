@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from heretic_ds.runner import replays
+from heretic_ds.runner import graphs
 from tests.conftest import benchmark
 from tests.recorded_graphs import Recorder
 
@@ -55,7 +55,7 @@ def test_numbers_of_a_tiny_model(gpu_bench: ModuleType, tmp_path: Path, monkeypa
     monkeypatch.setattr(gpu_bench.gpu_check, "PROMPTS", 6)
     for name, value in (("ROWS", (1, 8)), ("STEPS", (2, 5)), ("TIMES", 1), ("NEW_TOKENS", 3)):
         monkeypatch.setattr(gpu_bench, name, value)
-    monkeypatch.setattr(replays, "maker_for", lambda device: Recorder())
+    monkeypatch.setattr(graphs, "makers_for", lambda device: Recorder)
     gpu_bench.gpu_check.make_model(tmp_path, "tiny", "cpu")
     rates = gpu_bench.device(tmp_path, "rates", "bfloat16", copied=1 << 16, matrix=32)
     assert min(rates.values()) > 0

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from heretic_ds.runner import graphs, memory
-from heretic_ds.runner.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
+from heretic_ds.runner.decode import read_later
+from heretic_ds.runner.graphs import CudaGraphs, Graphs, column_buckets, row_buckets
 from heretic_ds.runner.slots import Slots
 from tests import families
 from tests.recorded_graphs import Recorder
+from tests.unit.test_decode import decoder_of
+from tests.unit.test_slots import join, slots_of
 
 
 def test_sizes_halve_down_to_few_rows_and_double_up_to_all_columns():
@@ -25,47 +28,44 @@ def test_sizes_halve_down_to_few_rows_and_double_up_to_all_columns():
 
 
 def test_the_smallest_graph_that_holds_all_is_taken():
-    steps = ReplayedSteps(families.build("llama"), Recorder)
-    with pytest.raises(RuntimeError, match="reserved"):
-        steps.rows_for(1)
-    steps.reserve(100, 150)
-    assert [steps.rows_for(count) for count in (1, 8, 9, 56, 57, 100)] == [8, 8, 16, 56, 100, 100]
-    assert [steps.columns_for(count) for count in (1, 64, 65, 150)] == [64, 64, 128, 192]
-    memory = steps.slots
-    steps.reserve(80, 192)
-    assert steps.slots is memory
-    steps.reserve(80, 193)
-    assert (steps.slots.rows, steps.slots.columns) == (100, 256)
-    steps.close()
-    with pytest.raises(RuntimeError, match="reserved"):
-        steps.rows_for(1)
+    made = Graphs(slots_of(families.build("llama"), 100, 192), Recorder)
+    assert [made.pad(count, 1)[0] for count in (1, 8, 9, 56, 57, 100)] == [8, 8, 16, 56, 100, 100]
+    assert [made.pad(1, count)[1] for count in (1, 64, 65, 150)] == [64, 64, 128, 192]
+
+
+def test_slots_are_made_anew_where_they_have_to_be_larger(monkeypatch):
+    """In both ways at least as large as before, and in the place of those."""
+    monkeypatch.setattr(graphs, "makers_for", lambda device: Recorder)
+    decoder = decoder_of(families.build("llama"))
+    held = decoder._reserved(100, 150)
+    assert (held.slots.rows, held.slots.columns) == (100, 192)
+    assert decoder._reserved(80, 192) is held
+    larger = decoder._reserved(80, 193)
+    assert (larger.slots.rows, larger.slots.columns) == (100, 256) and decoder._graphs is larger
 
 
 @torch.inference_mode()
 def test_graphs_of_other_edits_are_dropped_and_those_without_edits_stay():
     makers: list[Recorder] = []
-    steps = ReplayedSteps(families.build("llama"), lambda: makers.append(Recorder()) or makers[-1])
-    steps.reserve(4, 64)
-    cache = steps.slots.prompt_cache()
-    for layer in cache.layers:
-        layer.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
-    steps.slots.join(cache, [3], torch.tensor([5]), [0])
-    for kind in (0, 1, 0, 1):
-        steps.step(4, 64, kind)
+    slots = slots_of(model := families.build("llama"), 4, 64)
+    steps = Graphs(slots, lambda: makers.append(Recorder()) or makers[-1])
+    join(model, slots, [[5, 6, 7]], [0])
+    for edits in (0, 1, 0, 1):
+        steps.replay(4, 64, edits)
     assert sum(maker.made for maker in makers) == 2
     steps.forget(below=0)
-    steps.step(4, 64, 1)
+    steps.replay(4, 64, 1)
     assert sum(maker.made for maker in makers) == 2
     steps.forget(below=2)
-    for kind in (0, 1):
-        steps.step(4, 64, kind)
+    for edits in (0, 1):
+        steps.replay(4, 64, edits)
     assert sum(maker.made for maker in makers) == 3
     steps.forget()
-    steps.step(4, 64, 1)
-    assert sum(maker.made for maker in makers) == 4
-    count = len(makers)
-    steps.close()
-    assert len(makers) > count  # memory that graphs share is not shared with later ones
+    steps.replay(4, 64, 1)
+    assert sum(maker.made for maker in makers) == 4 and len(makers) == 1
+    del steps._graphs[0, 4, 64]
+    steps.forget()
+    assert len(makers) == 2  # memory that graphs share is not shared with later ones
 
 
 class TestTheStandIn:
@@ -280,7 +280,7 @@ class TestOnCuda:
     @pytest.mark.parametrize("call", range(1, graphs._WARM_UPS + 2))
     def test_a_host_that_waits_within_a_step_leaves_eager_steps_as_they_were(self, call, monkeypatch, caplog):
         """In any but the last warm-up it may; in the last it is refused; and in the capture itself it breaks that."""
-        from tests.unit.test_replays import answers_and_kl
+        from tests.unit.test_captured_steps import answers_and_kl
 
         model, calls = families.build("llama").cuda(), [0]
         expected = answers_and_kl(model, 3, False)
@@ -314,12 +314,12 @@ class TestOnCuda:
     @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "qwen3_moe", "gpt_oss"])
     @pytest.mark.parametrize("trials", [1, 3])
     def test_answers_equal_those_of_eager_steps(self, family, trials, monkeypatch):
-        from tests.unit.test_replays import answers_and_kl
+        from tests.unit.test_captured_steps import answers_and_kl
 
         monkeypatch.setattr(graphs, "_FEWEST_ROWS", 2)
         monkeypatch.setattr(graphs, "_FEWEST_COLUMNS", 8)
-        replayed, step = [], ReplayedSteps.step
-        monkeypatch.setattr(ReplayedSteps, "step", lambda *given: replayed.append(given[1:]) or step(*given))
+        replayed, replay = [], Graphs.replay
+        monkeypatch.setattr(Graphs, "replay", lambda *given: replayed.append(given[1:]) or replay(*given))
         model = families.build(family).cuda()
         if family in families.DISPATCHED_EXPERTS:
             model.set_experts_implementation("batched_mm")  # grouped products of float32 ask the host
