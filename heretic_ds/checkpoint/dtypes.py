@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from heretic_ds.checkpoint.fitness import dtype_name, forward_problem
+from heretic_ds.device_memory import release_memory
 from heretic_ds.errors import NotFinite, UserError
-from heretic_ds.runner.memory import release_memory
 
 if TYPE_CHECKING:
     from heretic_ds.checkpoint.open import OpenedModel
@@ -55,5 +55,5 @@ def in_some_dtype(
             return loaded
         release(loaded)
         del loaded
-        problem = f"a first forward of {opened.settings.path} in {dtype_name(dtype)} {found}"
+        problem = f"a first forward of {opened.choice.path} in {dtype_name(dtype)} {found}"
     raise UserError(f"{problem}; set another model.dtype (float32 is the safest)")

@@ -17,7 +17,7 @@ def refuse_quantised(opened: OpenedModel, phase: str) -> None:
     """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
     if opened.quantization is not None:
         raise UserError(
-            f"model.path={opened.settings.path} is quantised with {opened.quantization}, and its parts cannot be read "
+            f"model.path={opened.choice.path} is quantised with {opened.quantization}, and its parts cannot be read "
             f"by themselves; use the unquantised original, or set {phase}=replicated"
         )
 

@@ -43,7 +43,6 @@ from heretic_ds.checkpoint.source import (
 )
 from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
 from heretic_ds.errors import UserError
-from heretic_ds.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +51,23 @@ _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to open, and how; the names of fields are those of the settings ``model.*``, which errors name."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+
+
 @dataclass
 class OpenedModel:
     """All of a model but its weights, which every placement lays out in its own way."""
 
-    settings: ModelSettings
+    choice: ModelChoice
     source: ModelSource
     config: PreTrainedConfig
     headers: Mapping[str, TensorInfo]
@@ -72,13 +83,13 @@ class OpenedModel:
     def dtypes(self) -> list[torch.dtype]:
         """Dtypes to load the weights in, best first."""
         parameters = sum(math.prod(info.shape) for info in self.headers.values())
-        return dtype_candidates(self.settings.dtype, own_dtype(self.config, self.headers), self.device, parameters)
+        return dtype_candidates(self.choice.dtype, own_dtype(self.config, self.headers), self.device, parameters)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
-        options: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
-        if self.settings.attn_implementation:
-            options["attn_implementation"] = self.settings.attn_implementation
+        options: dict[str, Any] = {"trust_remote_code": self.choice.trust_remote_code}
+        if self.choice.attn_implementation:
+            options["attn_implementation"] = self.choice.attn_implementation
         with parameters_on_meta():
             config = copy.deepcopy(self.config)  # engines write their choices into it
             model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
@@ -128,26 +139,26 @@ class LoadedModel:
     """Method by which the checkpoint is quantised; the model in memory never is."""
 
 
-def open_model(settings: ModelSettings) -> OpenedModel:
-    """Find the model that `settings` name and check all that its configuration and file headers can tell.
+def open_model(choice: ModelChoice) -> OpenedModel:
+    """Find the model that is chosen and check all that its configuration and file headers can tell.
 
     Its device becomes the current one of this process.
-    Raises UserError for anything wrong with the model or the settings, naming the file or tensor.
+    Raises UserError for anything wrong with the model or the choice, naming the file or tensor.
     """
-    source = resolve_source(settings.path, settings.revision)
+    source = resolve_source(choice.path, choice.revision)
     raw = read_config(source.folder)
     headers = read_headers(source.folder)
-    device = choose_device(settings.device)
+    device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)
     return OpenedModel(
-        settings=settings,
+        choice=choice,
         source=source,
-        config=_load_config(settings, source, raw),
+        config=_load_config(choice, source, raw),
         headers=headers,
         device=device,
-        tokenizer=load_tokenizer(settings, source),
-        processor=load_processor(settings, source),
+        tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
+        processor=load_processor(source.folder, choice.trust_remote_code),
         quantization=_quantization(raw),
     )
 
@@ -161,33 +172,33 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     return opened.loaded(opened.ready(_load_in_some_dtype(opened)))
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
+def load_model(choice: ModelChoice) -> LoadedModel:
     """:func:`open_model` and :func:`load_weights` in one."""
-    return load_weights(open_model(settings))
+    return load_weights(open_model(choice))
 
 
-def _load_config(settings: ModelSettings, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
+def _load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The model's configuration, checked to be that of a causal language model that transformers knows."""
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
         raise UserError(
-            f"model.path={settings.path}: its config.json has model_type={kind!r}, an architecture that "
+            f"model.path={choice.path}: its config.json has model_type={kind!r}, an architecture that "
             "this version of transformers does not know; choose another model or a newer transformers."
         )
-    if kind not in CONFIG_MAPPING and not settings.trust_remote_code:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(f"{source.folder}/config.json is not usable: {first_line(error)}") from error
     architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
     known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
-    if not known and "AutoModelForCausalLM" in own_code and not settings.trust_remote_code:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
     causal = known or "AutoModelForCausalLM" in own_code
     if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
         raise UserError(
-            f"model.path={settings.path} is a {architecture} ({kind}); expected a causal language model, "
+            f"model.path={choice.path} is a {architecture} ({kind}); expected a causal language model, "
             "which continues text."
         )
     return config
@@ -205,32 +216,32 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 
 
 def _load_in_some_dtype(opened: OpenedModel) -> PreTrainedModel:
-    settings, source, config, device = opened.settings, opened.source, opened.config, opened.device
+    choice, source, config, device = opened.choice, opened.source, opened.config, opened.device
     own = own_dtype(config, opened.headers)
     reason = ""
     for dtype in opened.dtypes:
         if reason:
             log.warning("%s; loading it in %s instead", reason, dtype_name(dtype))
-        model = _load_weights(settings, source, config, dtype, device)
+        model = _load_weights(choice, source, config, dtype, device)
         tensor = first_non_finite(model)
         widens = dtype in (own, torch.float32, torch.float64)
         if tensor is not None and widens:
             raise UserError(
-                f"model.path={settings.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
+                f"model.path={choice.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
             )
         if tensor is not None:
-            reason = f"{tensor} of {settings.path} is not finite in {dtype_name(dtype)}"
+            reason = f"{tensor} of {choice.path} is not finite in {dtype_name(dtype)}"
         else:
             problem = forward_problem(model)
             if problem is None:
                 return model
-            reason = f"a first forward of {settings.path} in {dtype_name(dtype)} on {device} {problem}"
+            reason = f"a first forward of {choice.path} in {dtype_name(dtype)} on {device} {problem}"
         del model
     raise UserError(f"{reason}; set another model.dtype (float32 is the safest) or model.device.")
 
 
 def _load_weights(
-    settings: ModelSettings,
+    choice: ModelChoice,
     source: ModelSource,
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -238,11 +249,11 @@ def _load_weights(
 ) -> PreTrainedModel:
     """Weights in `dtype` on `device`; UserError where some are missing, for those would be left random."""
     options: dict[str, Any] = {
-        "trust_remote_code": settings.trust_remote_code,
-        **_dequantised(settings.path, config),
+        "trust_remote_code": choice.trust_remote_code,
+        **_dequantised(choice.path, config),
     }
-    if settings.attn_implementation:
-        options["attn_implementation"] = settings.attn_implementation
+    if choice.attn_implementation:
+        options["attn_implementation"] = choice.attn_implementation
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
     try:
@@ -251,7 +262,7 @@ def _load_weights(
         )
         if info["missing_keys"]:
             raise UserError(
-                f"model.path={settings.path}: its weight files lack {some_names(info['missing_keys'])}, "
+                f"model.path={choice.path}: its weight files lack {some_names(info['missing_keys'])}, "
                 f"which {type(model).__name__} needs; the checkpoint is incomplete."
             )
         if info["unexpected_keys"]:
@@ -261,11 +272,11 @@ def _load_weights(
         return model.to(device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"model.path={settings.path} in {dtype_name(dtype)} does not fit on {device} "
+            f"model.path={choice.path} in {dtype_name(dtype)} does not fit on {device} "
             f"({first_line(error)}); set model.device=cpu, or a smaller model.dtype."
         ) from error
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
 
 
 def _quantization(raw: Mapping[str, Any] | PreTrainedConfig) -> str | None:

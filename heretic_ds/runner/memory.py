@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import resource
 import sys
@@ -12,10 +11,13 @@ from weakref import WeakSet
 
 import torch
 
+# `as` names are those that others still import from here.
+from heretic_ds.device_memory import is_out_of_memory as is_out_of_memory
+from heretic_ds.device_memory import note_failed_capture as note_failed_capture
+from heretic_ds.device_memory import release_memory as release_memory
 from heretic_ds.errors import UserError
 
 log = logging.getLogger(__name__)
-_captures = {"failed": False}
 _highest = {"host": 0, "device": 0}  # the system's own peaks start anew where one piece of work is measured
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,32 +43,6 @@ def lend_spares() -> None:
     """Free what can be taken again: else a batch would be measured in what is left, and stay small when it is gone."""
     for spare in list(spares):
         spare.lend()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the accelerator or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error) and "llocat" in str(error)
-
-
-def release_memory() -> None:
-    """Give cached memory back to the device."""
-    gc.collect()
-    if not torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.empty_cache()
-    except RuntimeError:
-        if not _captures["failed"]:
-            raise
-        # Some versions of PyTorch's allocator then assert that no capture goes on. What is cached is still used again.
-        log.debug("cached memory stays with this process: a CUDA graph could not be captured")
-
-
-def note_failed_capture() -> None:
-    """Remember that the capture of a CUDA graph has failed, which the allocator may take for one that goes on."""
-    _captures["failed"] = True
 
 
 def in_batches(

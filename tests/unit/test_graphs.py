@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heretic_ds.runner import graphs, memory
+from heretic_ds import device_memory as memory
+from heretic_ds.runner import graphs
 from heretic_ds.runner.graphs import CudaGraphs, ReplayedSteps, column_buckets, read_later, row_buckets
 from heretic_ds.runner.slots import Slots
 from tests import families

@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 
 from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint.open import load_weights, open_model
+from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.streaming import weight_writer
-from heretic_ds.settings import ModelSettings
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -30,7 +29,7 @@ def tensors_of(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     families.save(family, tmp_path / "original")
-    opened = open_model(ModelSettings(path=str(tmp_path / "original")))
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
     loaded = load_weights(opened)
     anatomy = find_anatomy(loaded.model)
     generator = torch.Generator().manual_seed(0)
@@ -56,7 +55,7 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
             assert torch.allclose(streamed[name], tensor, rtol=1e-6, atol=1e-7), name
         else:
             assert torch.equal(streamed[name], tensor), name
-    again = open_model(ModelSettings(path=str(tmp_path / "streamed")))
+    again = open_model(ModelChoice(path=str(tmp_path / "streamed")))
     reloaded = load_weights(again).model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.allclose(tensor, reloaded[name], rtol=1e-6, atol=1e-7), name
