@@ -6,10 +6,11 @@ import copy
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from heretic_ds.checkpoint import parameters_on_meta
+from heretic_ds.checkpoint import Checkpoint, TensorFiles, parameters_on_meta
 from heretic_ds.checkpoint.fitness import (
     choose_device,
     dtype_candidates,
@@ -42,12 +43,15 @@ from heretic_ds.checkpoint.source import (
     resolve_source,
 )
 from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
-from heretic_ds.errors import UserError
+from heretic_ds.device_memory import release_memory
+from heretic_ds.errors import UnfitDtype, UserError
 
 log = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_SAFEST = "; set another model.dtype (float32 is the safest) or model.device."
 _TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
 
 
@@ -110,6 +114,40 @@ class OpenedModel:
             quantization=self.quantization,
         )
 
+    def in_some_dtype(self, load: Callable[[torch.dtype], Loaded]) -> Loaded:
+        """What ``load`` gives in the first dtype for which it does not raise :class:`UnfitDtype`.
+
+        Where ranks load together it raises on all of them alike. What it held is free before the next dtype is tried.
+        """
+        for dtype, following in pairwise(self.dtypes):
+            try:
+                return load(dtype)
+            except UnfitDtype as error:
+                reason = str(error).partition(";")[0]  # without advice
+            log.warning("%s; loading it in %s instead", reason, dtype_name(following))
+            release_memory()  # the error that told of it held, in circles, on to what was loaded
+        return load(self.dtypes[-1])
+
+    def check_forward(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Raise UnfitDtype where a first forward of ``model``, loaded in ``dtype``, fails or is not finite."""
+        problem = forward_problem(model)
+        if problem is not None:
+            where = f"in {dtype_name(dtype)} on {self.device}"
+            raise UnfitDtype(f"a first forward of {self.choice.path} {where} {problem}{_SAFEST}")
+
+    def empty_model(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint]:
+        """The model without weights, and where they are."""
+        model = self.skeleton(dtype)
+        return model, Checkpoint.of(model, TensorFiles(self.source.folder, self.headers), dtype)
+
+    def refuse_quantised(self, phase: str) -> None:
+        """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
+        if self.quantization is not None:
+            raise UserError(
+                f"model.path={self.choice.path} is quantised with {self.quantization}, and its parts cannot be read "
+                f"by themselves; use the unquantised original, or set {phase}=replicated"
+            )
+
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model in eval mode, without gradients, decoding greedily."""
         model.requires_grad_(False).eval()
@@ -169,7 +207,21 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward is not
     finite. Raises UserError naming the file or tensor at fault.
     """
-    return opened.loaded(opened.ready(_load_in_some_dtype(opened)))
+    path, own = opened.choice.path, own_dtype(opened.config, opened.headers)
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        model = _load_weights(opened, dtype)
+        tensor = first_non_finite(model)
+        if tensor is not None and dtype in (own, torch.float32, torch.float64):
+            raise UserError(
+                f"model.path={path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
+            )
+        if tensor is not None:
+            raise UnfitDtype(f"{tensor} of {path} is not finite in {dtype_name(dtype)}{_SAFEST}")
+        opened.check_forward(model, dtype)
+        return model
+
+    return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
 def load_model(choice: ModelChoice) -> LoadedModel:
@@ -215,39 +267,9 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return candidates[0] if candidates else AutoModelForCausalLM
 
 
-def _load_in_some_dtype(opened: OpenedModel) -> PreTrainedModel:
+def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights in `dtype` on the model's device; UserError where some are missing, for those would be left random."""
     choice, source, config, device = opened.choice, opened.source, opened.config, opened.device
-    own = own_dtype(config, opened.headers)
-    reason = ""
-    for dtype in opened.dtypes:
-        if reason:
-            log.warning("%s; loading it in %s instead", reason, dtype_name(dtype))
-        model = _load_weights(choice, source, config, dtype, device)
-        tensor = first_non_finite(model)
-        widens = dtype in (own, torch.float32, torch.float64)
-        if tensor is not None and widens:
-            raise UserError(
-                f"model.path={choice.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
-            )
-        if tensor is not None:
-            reason = f"{tensor} of {choice.path} is not finite in {dtype_name(dtype)}"
-        else:
-            problem = forward_problem(model)
-            if problem is None:
-                return model
-            reason = f"a first forward of {choice.path} in {dtype_name(dtype)} on {device} {problem}"
-        del model
-    raise UserError(f"{reason}; set another model.dtype (float32 is the safest) or model.device.")
-
-
-def _load_weights(
-    choice: ModelChoice,
-    source: ModelSource,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PreTrainedModel:
-    """Weights in `dtype` on `device`; UserError where some are missing, for those would be left random."""
     options: dict[str, Any] = {
         "trust_remote_code": choice.trust_remote_code,
         **_dequantised(choice.path, config),

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
-from heretic_ds.checkpoint.dtypes import in_some_dtype
-from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
 from heretic_ds.edits.fused_experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -43,21 +41,21 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     world, generation = job.world, job.settings.generation
     replicas = world.replicas(placement.degree, f"{phase}.degree")
     group = replicas.inside
+    compared = placement.parity_check and group is not None
 
     def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
-        model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+        model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
         backend, shards = "none", {}
-        with closed_on_error(checkpoint), _advising(phase):
+        with _advising(phase):
             if group is not None:
                 backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
                 shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
             world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+        if not compared or dtype != job.opened.dtypes[-1]:  # the comparison below words better what fails in the last
+            world.agree(lambda: job.opened.check_forward(model, dtype))
         return model, checkpoint, backend
 
-    compared = placement.parity_check and group is not None
-    model, checkpoint, backend = in_some_dtype(
-        job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
-    )
+    model, checkpoint, backend = job.opened.in_some_dtype(load)
     held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, replicas.degree, backend)
     if compared:
@@ -88,7 +86,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
 def check(job: Job, placement: PlacementSettings, phase: str) -> None:
     """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
     degree = job.world.degree(placement.degree, f"{phase}.degree")
-    refuse_quantised(job.opened, phase)
+    job.opened.refuse_quantised(phase)
     if degree == 1:
         return
     model = job.opened.skeleton()

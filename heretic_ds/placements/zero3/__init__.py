@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from heretic_ds.ablation import Ablation, Edit
-from heretic_ds.checkpoint.dtypes import in_some_dtype
-from heretic_ds.checkpoint.from_files import refuse_quantised
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.deepspeed import check_accelerator, start_deepspeed
@@ -44,12 +42,13 @@ def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Engine:
         partitions = Partitions(job.opened, dtype, job.anatomy, placement, job.world)
         try:
             partitions.load()
+            job.world.agree(lambda: job.opened.check_forward(partitions.model, dtype))
         except UserError:
             partitions.release()
             raise
         return partitions
 
-    partitions = in_some_dtype(job.opened, job.world, load, lambda loaded: loaded.model, Partitions.release)
+    partitions = job.opened.in_some_dtype(load)
     log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
     return Zero3Engine(partitions, job)
 
@@ -64,7 +63,7 @@ def check(job: Job, placement: CaptureSettings, phase: str) -> None:
             f"capture.degree={placement.degree} with capture=zero3 and {world.size} ranks: zero3 cuts the model over "
             "all ranks; leave capture.degree null"
         )
-    refuse_quantised(opened, phase)
+    opened.refuse_quantised(phase)
     check_accelerator(opened.device)
     check_offload(placement, opened.device)
 
