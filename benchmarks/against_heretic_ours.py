@@ -110,7 +110,7 @@ class Ours:
 
     def memory(self) -> dict[str, int]:
         """Most memory of the device so far."""
-        from heretic_ds.runner.memory import peak_memory
+        from heretic_ds.memory import peak_memory
 
         return {"device": peak_memory()["device"]}
 

@@ -5,8 +5,8 @@ class UserError(Exception):
     """A mistake in configuration or input that the user can mend: shown as one line, exit status 2."""
 
 
-class NotFinite(UserError):
-    """Weights hold NaN or infinite numbers in the dtype that they were loaded in; another dtype may hold them."""
+class UnfitDtype(UserError):
+    """A model does not work in the dtype that it was loaded in, which may be too narrow for it; another may do."""
 
 
 class SearchFailed(Exception):

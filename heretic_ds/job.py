@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
-from heretic_ds.checkpoint.open import OpenedModel, open_model
+from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import refuse_wrong_path
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
@@ -48,8 +48,9 @@ class Job:
         world.agree(lambda: refuse_wrong_path(settings.model.path))  # before data sets are downloaded
         texts = world.decide(lambda: _all_prompts(settings)) if with_prompts else {}
         scorers = world.agree(lambda: make_scorers(settings.scoring))
-        world.decide(lambda: open_model(settings.model) and None)  # one rank downloads what all will read
-        opened = world.agree(lambda: open_model(settings.model))
+        choice = ModelChoice(**asdict(settings.model))
+        world.decide(lambda: open_model(choice) and None)  # one rank downloads what all will read
+        opened = world.agree(lambda: open_model(choice))
         anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))

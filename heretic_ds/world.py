@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from heretic_ds.errors import NotFinite, RankFailed, SearchFailed, UserError
+from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class _Problem:
     def of(cls, error: Exception | None, rank: int) -> _Problem | None:
         if error is None:
             return None
-        for kind in (NotFinite, UserError, SearchFailed, RankFailed):
+        for kind in (UnfitDtype, UserError, SearchFailed, RankFailed):
             if isinstance(error, kind):
                 return cls(rank, kind, str(error))
         told = "".join(traceback.format_exception(error)).rstrip()

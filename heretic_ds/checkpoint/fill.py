@@ -16,7 +16,7 @@ from heretic_ds.checkpoint.files import TensorFiles
 from heretic_ds.checkpoint.fitness import some_names
 from heretic_ds.checkpoint.shards import Shard
 from heretic_ds.checkpoint.sources import Source, empty_like_part, find_sources
-from heretic_ds.errors import NotFinite, UserError
+from heretic_ds.errors import UnfitDtype, UserError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Checkpoint:
         else:
             self.sources[name].read(self.files, shard, part)
         if part.is_floating_point() and part.numel() and not _finite(part):
-            raise NotFinite(
+            raise UnfitDtype(
                 f"tensor {name} of the checkpoint holds NaN or infinite numbers in {part.dtype}; the checkpoint is "
                 "damaged, or model.dtype too narrow for it"
             )

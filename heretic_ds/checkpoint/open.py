@@ -6,10 +6,11 @@ import copy
 import importlib.util
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from heretic_ds.checkpoint import parameters_on_meta
+from heretic_ds.checkpoint import Checkpoint, TensorFiles, parameters_on_meta
 from heretic_ds.checkpoint.fitness import (
     choose_device,
     dtype_candidates,
@@ -42,21 +43,35 @@ from heretic_ds.checkpoint.source import (
     resolve_source,
 )
 from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
-from heretic_ds.errors import UserError
-from heretic_ds.settings import ModelSettings
+from heretic_ds.errors import UnfitDtype, UserError
+from heretic_ds.memory import release_memory
 
 log = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
 
 _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_SAFEST = "; set another model.dtype (float32 is the safest) or model.device."
 _TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to open, and how; the names of fields are those of the settings ``model.*``, which errors name."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
 
 
 @dataclass
 class OpenedModel:
     """All of a model but its weights, which every placement lays out in its own way."""
 
-    settings: ModelSettings
+    choice: ModelChoice
     source: ModelSource
     config: PreTrainedConfig
     headers: Mapping[str, TensorInfo]
@@ -72,13 +87,13 @@ class OpenedModel:
     def dtypes(self) -> list[torch.dtype]:
         """Dtypes to load the weights in, best first."""
         parameters = sum(math.prod(info.shape) for info in self.headers.values())
-        return dtype_candidates(self.settings.dtype, own_dtype(self.config, self.headers), self.device, parameters)
+        return dtype_candidates(self.choice.dtype, own_dtype(self.config, self.headers), self.device, parameters)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
-        options: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
-        if self.settings.attn_implementation:
-            options["attn_implementation"] = self.settings.attn_implementation
+        options: dict[str, Any] = {"trust_remote_code": self.choice.trust_remote_code}
+        if self.choice.attn_implementation:
+            options["attn_implementation"] = self.choice.attn_implementation
         with parameters_on_meta():
             config = copy.deepcopy(self.config)  # engines write their choices into it
             model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
@@ -98,6 +113,40 @@ class OpenedModel:
             is_hub=self.source.is_hub,
             quantization=self.quantization,
         )
+
+    def in_some_dtype(self, load: Callable[[torch.dtype], Loaded]) -> Loaded:
+        """What ``load`` gives in the first dtype for which it does not raise :class:`UnfitDtype`.
+
+        Where ranks load together it raises on all of them alike. What it held is free before the next dtype is tried.
+        """
+        for dtype, following in pairwise(self.dtypes):
+            try:
+                return load(dtype)
+            except UnfitDtype as error:
+                reason = str(error).partition(";")[0]  # without advice
+            log.warning("%s; loading it in %s instead", reason, dtype_name(following))
+            release_memory()  # the error that told of it held, in circles, on to what was loaded
+        return load(self.dtypes[-1])
+
+    def check_forward(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Raise UnfitDtype where a first forward of ``model``, loaded in ``dtype``, fails or is not finite."""
+        problem = forward_problem(model)
+        if problem is not None:
+            where = f"in {dtype_name(dtype)} on {self.device}"
+            raise UnfitDtype(f"a first forward of {self.choice.path} {where} {problem}{_SAFEST}")
+
+    def empty_model(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint]:
+        """The model without weights, and where they are."""
+        model = self.skeleton(dtype)
+        return model, Checkpoint.of(model, TensorFiles(self.source.folder, self.headers), dtype)
+
+    def refuse_quantised(self, phase: str) -> None:
+        """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
+        if self.quantization is not None:
+            raise UserError(
+                f"model.path={self.choice.path} is quantised with {self.quantization}, and its parts cannot be read "
+                f"by themselves; use the unquantised original, or set {phase}=replicated"
+            )
 
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model in eval mode, without gradients, decoding greedily."""
@@ -128,26 +177,26 @@ class LoadedModel:
     """Method by which the checkpoint is quantised; the model in memory never is."""
 
 
-def open_model(settings: ModelSettings) -> OpenedModel:
-    """Find the model that `settings` name and check all that its configuration and file headers can tell.
+def open_model(choice: ModelChoice) -> OpenedModel:
+    """Find the model that is chosen and check all that its configuration and file headers can tell.
 
     Its device becomes the current one of this process.
-    Raises UserError for anything wrong with the model or the settings, naming the file or tensor.
+    Raises UserError for anything wrong with the model or the choice, naming the file or tensor.
     """
-    source = resolve_source(settings.path, settings.revision)
+    source = resolve_source(choice.path, choice.revision)
     raw = read_config(source.folder)
     headers = read_headers(source.folder)
-    device = choose_device(settings.device)
+    device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)
     return OpenedModel(
-        settings=settings,
+        choice=choice,
         source=source,
-        config=_load_config(settings, source, raw),
+        config=_load_config(choice, source, raw),
         headers=headers,
         device=device,
-        tokenizer=load_tokenizer(settings, source),
-        processor=load_processor(settings, source),
+        tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
+        processor=load_processor(source.folder, choice.trust_remote_code),
         quantization=_quantization(raw),
     )
 
@@ -158,36 +207,50 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     `dtype=auto` takes the checkpoint's own and falls back where the device cannot run it or a first forward is not
     finite. Raises UserError naming the file or tensor at fault.
     """
-    return opened.loaded(opened.ready(_load_in_some_dtype(opened)))
+    path, own = opened.choice.path, own_dtype(opened.config, opened.headers)
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        model = _load_weights(opened, dtype)
+        tensor = first_non_finite(model)
+        if tensor is not None and dtype in (own, torch.float32, torch.float64):
+            raise UserError(
+                f"model.path={path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
+            )
+        if tensor is not None:
+            raise UnfitDtype(f"{tensor} of {path} is not finite in {dtype_name(dtype)}{_SAFEST}")
+        opened.check_forward(model, dtype)
+        return model
+
+    return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
-def load_model(settings: ModelSettings) -> LoadedModel:
+def load_model(choice: ModelChoice) -> LoadedModel:
     """:func:`open_model` and :func:`load_weights` in one."""
-    return load_weights(open_model(settings))
+    return load_weights(open_model(choice))
 
 
-def _load_config(settings: ModelSettings, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
+def _load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The model's configuration, checked to be that of a causal language model that transformers knows."""
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
         raise UserError(
-            f"model.path={settings.path}: its config.json has model_type={kind!r}, an architecture that "
+            f"model.path={choice.path}: its config.json has model_type={kind!r}, an architecture that "
             "this version of transformers does not know; choose another model or a newer transformers."
         )
-    if kind not in CONFIG_MAPPING and not settings.trust_remote_code:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
     try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         raise UserError(f"{source.folder}/config.json is not usable: {first_line(error)}") from error
     architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
     known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
-    if not known and "AutoModelForCausalLM" in own_code and not settings.trust_remote_code:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {_TRUST_HINT}")
+    if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
     causal = known or "AutoModelForCausalLM" in own_code
     if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
         raise UserError(
-            f"model.path={settings.path} is a {architecture} ({kind}); expected a causal language model, "
+            f"model.path={choice.path} is a {architecture} ({kind}); expected a causal language model, "
             "which continues text."
         )
     return config
@@ -204,45 +267,15 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return candidates[0] if candidates else AutoModelForCausalLM
 
 
-def _load_in_some_dtype(opened: OpenedModel) -> PreTrainedModel:
-    settings, source, config, device = opened.settings, opened.source, opened.config, opened.device
-    own = own_dtype(config, opened.headers)
-    reason = ""
-    for dtype in opened.dtypes:
-        if reason:
-            log.warning("%s; loading it in %s instead", reason, dtype_name(dtype))
-        model = _load_weights(settings, source, config, dtype, device)
-        tensor = first_non_finite(model)
-        widens = dtype in (own, torch.float32, torch.float64)
-        if tensor is not None and widens:
-            raise UserError(
-                f"model.path={settings.path}: tensor {tensor} holds NaN or infinite numbers; the checkpoint is damaged."
-            )
-        if tensor is not None:
-            reason = f"{tensor} of {settings.path} is not finite in {dtype_name(dtype)}"
-        else:
-            problem = forward_problem(model)
-            if problem is None:
-                return model
-            reason = f"a first forward of {settings.path} in {dtype_name(dtype)} on {device} {problem}"
-        del model
-    raise UserError(f"{reason}; set another model.dtype (float32 is the safest) or model.device.")
-
-
-def _load_weights(
-    settings: ModelSettings,
-    source: ModelSource,
-    config: PreTrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> PreTrainedModel:
-    """Weights in `dtype` on `device`; UserError where some are missing, for those would be left random."""
+def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights in `dtype` on the model's device; UserError where some are missing, for those would be left random."""
+    choice, source, config, device = opened.choice, opened.source, opened.config, opened.device
     options: dict[str, Any] = {
-        "trust_remote_code": settings.trust_remote_code,
-        **_dequantised(settings.path, config),
+        "trust_remote_code": choice.trust_remote_code,
+        **_dequantised(choice.path, config),
     }
-    if settings.attn_implementation:
-        options["attn_implementation"] = settings.attn_implementation
+    if choice.attn_implementation:
+        options["attn_implementation"] = choice.attn_implementation
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
     try:
@@ -251,7 +284,7 @@ def _load_weights(
         )
         if info["missing_keys"]:
             raise UserError(
-                f"model.path={settings.path}: its weight files lack {some_names(info['missing_keys'])}, "
+                f"model.path={choice.path}: its weight files lack {some_names(info['missing_keys'])}, "
                 f"which {type(model).__name__} needs; the checkpoint is incomplete."
             )
         if info["unexpected_keys"]:
@@ -261,11 +294,11 @@ def _load_weights(
         return model.to(device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"model.path={settings.path} in {dtype_name(dtype)} does not fit on {device} "
+            f"model.path={choice.path} in {dtype_name(dtype)} does not fit on {device} "
             f"({first_line(error)}); set model.device=cpu, or a smaller model.dtype."
         ) from error
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"model.path={settings.path} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
 
 
 def _quantization(raw: Mapping[str, Any] | PreTrainedConfig) -> str | None:

@@ -15,33 +15,28 @@ from transformers import (
 )
 
 from heretic_ds.checkpoint.fitness import first_line
-from heretic_ds.checkpoint.source import GENERATION_NAME, PROCESSOR_FILES, TOKENIZER_FILES, ModelSource, read_json
+from heretic_ds.checkpoint.source import GENERATION_NAME, PROCESSOR_FILES, TOKENIZER_FILES, read_json
 from heretic_ds.errors import UserError
-from heretic_ds.settings import ModelSettings
 
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(settings: ModelSettings, source: ModelSource) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left; UserError where there is none.
 
     A tokenizer without a padding token gets its end-of-text token for that, else its unknown token, else
     token 0.
     """
     vocabulary = [pattern for pattern in TOKENIZER_FILES if not pattern.startswith(("chat_template", "additional"))]
-    if not any(next(source.folder.glob(pattern), None) for pattern in vocabulary):
-        raise UserError(
-            f"{source.folder} has no tokenizer files; copy the model's tokenizer.json and its config there."
-        )
+    if not any(next(folder.glob(pattern), None) for pattern in vocabulary):
+        raise UserError(f"{folder} has no tokenizer files; copy the model's tokenizer.json and its config there.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=settings.trust_remote_code, padding_side="left"
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, padding_side="left")
         ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
     except Exception as error:  # every backend has exceptions of its own for files it cannot read
-        raise UserError(f"the tokenizer in {source.folder} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
     if not ids:
-        raise UserError(f"the tokenizer in {source.folder} has no vocabulary; its tokenizer.json or model is missing.")
+        raise UserError(f"the tokenizer in {folder} has no vocabulary; its tokenizer.json or model is missing.")
     if tokenizer.pad_token_id is None:
         fallback = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         tokenizer.pad_token = fallback
@@ -49,11 +44,11 @@ def load_tokenizer(settings: ModelSettings, source: ModelSource) -> PreTrainedTo
     return tokenizer
 
 
-def load_processor(settings: ModelSettings, source: ModelSource) -> Any | None:
-    if not any(next(source.folder.glob(pattern), None) for pattern in PROCESSOR_FILES):
+def load_processor(folder: Path, trust_remote_code: bool) -> Any | None:
+    if not any(next(folder.glob(pattern), None) for pattern in PROCESSOR_FILES):
         return None
     try:
-        processor = AutoProcessor.from_pretrained(source.folder, trust_remote_code=settings.trust_remote_code)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("the model's processor is not needed here and cannot be loaded: %s", first_line(error))
         return None

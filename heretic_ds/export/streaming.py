@@ -17,7 +17,7 @@ from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
+from heretic_ds.checkpoint import Checkpoint, Shard
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import WEIGHT_FILES, TensorInfo
 from heretic_ds.checkpoint.sources import Assembled
@@ -91,9 +91,7 @@ def weight_writer(
         kind = "quantised" if opened.quantization is not None else "pickled"
         raise UserError(f"{opened.source.name} is {kind}, and can only be written whole; set evaluate=replicated")
     source = opened.source
-    skeleton = opened.skeleton(dtype)
-    files = TensorFiles(source.folder, opened.headers)
-    checkpoint = Checkpoint.of(skeleton, files, dtype)
+    skeleton, checkpoint = opened.empty_model(dtype)
     plan = plan_edits(checkpoint, anatomy, ablation, edit)
     kept = _kept_dtypes(checkpoint, dtype)
     loaded = opened.loaded(skeleton, dtype)

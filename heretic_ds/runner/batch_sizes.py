@@ -14,8 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from heretic_ds.errors import UserError
+from heretic_ds.memory import free_bytes, peak_of, release_memory
 from heretic_ds.runner.comm import ALONE, Comm
-from heretic_ds.runner.memory import free_bytes, peak_of, release_memory
 from heretic_ds.runner.rows import Row
 
 log = logging.getLogger(__name__)

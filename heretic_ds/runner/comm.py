@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from heretic_ds.runner.memory import is_out_of_memory
+from heretic_ds.memory import is_out_of_memory
 from heretic_ds.world import ALONE as ONE_REPLICA
 from heretic_ds.world import Replicas, World
 

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.fitness import first_line
+from heretic_ds.memory import is_out_of_memory, release_memory
 from heretic_ds.runner import graphs, slots
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.graphs import CannotCapture, Graphs
-from heretic_ds.runner.memory import is_out_of_memory, release_memory
 from heretic_ds.runner.parity import is_rounding, slot_distances
 from heretic_ds.runner.rows import Row, Stop, batches_of
 from heretic_ds.runner.slots import Slots

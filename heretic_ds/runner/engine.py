@@ -22,11 +22,11 @@ from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits, obstacle
 from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
-from heretic_ds.runner.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
 from heretic_ds.runner.reuse import Reuse
 from heretic_ds.runner.rows import Row, Stop, first_cut, rows_of
 from heretic_ds.runner.taps import tapped

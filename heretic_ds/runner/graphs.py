@@ -22,8 +22,8 @@ import torch
 from heretic_ds.anatomy import Anatomy, has_expert_dispatch
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.edits.experts import base_implementation
+from heretic_ds.memory import is_out_of_memory, note_failed_capture
 from heretic_ds.runner.forward import Forward
-from heretic_ds.runner.memory import is_out_of_memory, note_failed_capture
 from heretic_ds.runner.slots import Slots
 
 log = logging.getLogger(__name__)

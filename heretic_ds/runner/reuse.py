@@ -27,11 +27,11 @@ from transformers.cache_utils import DynamicLayer
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.fitness import first_line
+from heretic_ds.memory import is_out_of_memory
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.forward import Begun, Forward, rope_depends_on_length
 from heretic_ds.runner.kept import Kept, Pairs, boundaries_within, hold, keys_and_values, picked, shared_beginning
-from heretic_ds.runner.memory import is_out_of_memory
 from heretic_ds.runner.parity import distance, is_rounding
 from heretic_ds.runner.rows import PASS_IN_TOKENS, Row
 

@@ -23,9 +23,9 @@ from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
+from heretic_ds.memory import peak_memory
 from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of
 from heretic_ds.run_folder import RunFolder, finished_results
-from heretic_ds.runner.memory import peak_memory
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.world import World

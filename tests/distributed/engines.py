@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ import torch
 
 from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint.open import open_model
+from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import placements_of
@@ -61,7 +62,7 @@ def job_for(world: World, folder: str, batch_size: int = 3, dtype: str = "float3
     settings = Settings(capture=target("replicated"), evaluate=target("replicated"))
     settings.model.path, settings.model.dtype, settings.model.device = folder, dtype, "cpu"
     settings.generation.max_new_tokens, settings.generation.batch_size = NEW_TOKENS, batch_size
-    opened = open_model(settings.model)
+    opened = open_model(ModelChoice(**asdict(settings.model)))
     return Job(settings, world, opened, find_anatomy(opened.skeleton()), None, [])  # type: ignore[arg-type]
 
 

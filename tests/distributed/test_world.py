@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from heretic_ds.errors import NotFinite, RankFailed, SearchFailed, UserError
+from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
 from heretic_ds.world import World
 from tests.distributed.ranks import Ranks
 
@@ -38,7 +38,7 @@ class HoldsALock(Exception):
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "user": lambda: UserError("the disk is full"),
-    "finite": lambda: NotFinite("NaN in x"),
+    "finite": lambda: UnfitDtype("NaN in x"),
     "search": lambda: SearchFailed("none is left"),
     "value": lambda: ValueError("a deliberate mistake"),
     "http": lambda: NeedsResponse("no such page", response=404),
@@ -69,7 +69,7 @@ def fail(world: World, kind: str, where: int) -> tuple[str, str, bool]:
     ("kind", "own", "elsewhere"),
     [
         ("user", "UserError", "UserError"),
-        ("finite", "NotFinite", "NotFinite"),
+        ("finite", "UnfitDtype", "UnfitDtype"),
         ("search", "SearchFailed", "SearchFailed"),
         ("value", "ValueError", "RankFailed"),
         ("http", "NeedsResponse", "RankFailed"),

@@ -12,10 +12,10 @@ from torch import nn
 
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.memory import give_back_memory
 from heretic_ds.placements import build_engine, zero3
 from heretic_ds.placements.deepspeed import Originals, start_deepspeed
 from heretic_ds.placements.zero3.partitions import Partitions
-from heretic_ds.runner.memory import give_back_memory
 from heretic_ds.world import World
 from tests.distributed.engines import build, job_for, prompts, target
 

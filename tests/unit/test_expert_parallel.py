@@ -7,14 +7,12 @@ import torch
 from torch import nn
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint.from_files import empty_model
-from heretic_ds.checkpoint.open import open_model
+from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.checkpoint.sources import Assembled
 from heretic_ds.edits.tables import Rows
 from heretic_ds.errors import UserError
 from heretic_ds.placements.expert_parallel.edits import TravellingRows
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers, renamed
-from heretic_ds.settings import ModelSettings
 from tests import families
 
 SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3")
@@ -66,8 +64,8 @@ def test_experts_that_autoep_overlooks_are_refused():
 @pytest.mark.parametrize("family", SERVED)
 def test_one_expert_can_be_read_alone(family, tmp_path):
     """Reading expert by expert would otherwise convert the whole block's for each."""
-    settings = ModelSettings(path=str(families.save(family, tmp_path)), device="cpu")
-    _, checkpoint = empty_model(open_model(settings), torch.float32)
+    choice = ModelChoice(path=str(families.save(family, tmp_path)), device="cpu")
+    _, checkpoint = open_model(choice).empty_model(torch.float32)
     experts = [source for name, source in checkpoint.sources.items() if ".experts." in name]
     assert experts and all(isinstance(source, Assembled) for source in experts)
 

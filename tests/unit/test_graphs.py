@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heretic_ds.runner import graphs, memory
+from heretic_ds import memory
+from heretic_ds.runner import graphs
 from heretic_ds.runner.decode import read_later
 from heretic_ds.runner.graphs import CudaGraphs, Graphs, column_buckets, row_buckets
 from heretic_ds.runner.slots import Slots

@@ -9,17 +9,17 @@ import pytest
 import torch
 from heretic_ds.runner.closeness import is_rounding
 from heretic_ds.runner.prompt_learning import boundaries_within, shared_beginning
+from tests.unit.test_decoding import stop_some
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.memory import spares
 from heretic_ds.runner import prompt_learning, prompt_states, replays
 from heretic_ds.runner import reuse as head_start
 from heretic_ds.runner.forward import rope_depends_on_length
-from heretic_ds.runner.memory import spares
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder
-from tests.unit.test_decoding import stop_some
 from tests.unit.test_resident import ablation_for, engine_for
 
 LAYERS = 4

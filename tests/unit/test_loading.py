@@ -16,17 +16,16 @@ from safetensors.torch import load_file, save_file
 from heretic_ds.checkpoint import fitness as model_fitness
 from heretic_ds.checkpoint import open as loading
 from heretic_ds.checkpoint.fitness import choose_device, dtype_candidates, first_non_finite
-from heretic_ds.checkpoint.open import LoadedModel, load_model, open_model
+from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_model, open_model
 from heretic_ds.checkpoint.source import read_headers, resolve_source
 from heretic_ds.errors import UserError
-from heretic_ds.settings import ModelSettings
 from tests import families
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def load(folder: Path | str, **settings) -> LoadedModel:
-    return load_model(ModelSettings(path=str(folder), device="cpu", **settings))
+    return load_model(ModelChoice(path=str(folder), device="cpu", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -221,10 +220,10 @@ def test_the_models_device_becomes_the_current_one(copy: Path, monkeypatch) -> N
     """Once it is known that there is a model: kernels that are no operators of PyTorch run on the current device."""
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    open_model(ModelSettings(path=str(copy), device="cpu"))
+    open_model(ModelChoice(path=str(copy), device="cpu"))
     assert chosen == []
     monkeypatch.setattr(loading, "choose_device", lambda name: torch.device(name))
-    assert open_model(ModelSettings(path=str(copy), device="cuda:1")).device == torch.device("cuda:1")
+    assert open_model(ModelChoice(path=str(copy), device="cuda:1")).device == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
 
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heretic_ds.runner import batch_sizes, memory
-from heretic_ds.runner.memory import give_back_memory, peak_memory
+from heretic_ds import memory
+from heretic_ds.memory import give_back_memory, peak_memory
+from heretic_ds.runner import batch_sizes
 
 CPU = torch.device("cpu")
 

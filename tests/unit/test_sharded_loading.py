@@ -12,11 +12,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles, fill, parameters_on_meta, split
-from heretic_ds.checkpoint.open import open_model
+from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
 from heretic_ds.placements.tensor_parallel.sharding import expert_shards
-from heretic_ds.settings import ModelSettings
 from tests import families
 
 CPU = torch.device("cpu")
@@ -24,7 +23,7 @@ CPU = torch.device("cpu")
 
 def open_family(family: str, folder: Path, dtype: str = "float32"):
     families.save(family, folder)
-    return open_model(ModelSettings(path=str(folder), dtype=dtype, device="cpu"))
+    return open_model(ModelChoice(path=str(folder), dtype=dtype, device="cpu"))
 
 
 def checkpoint_of(opened, dtype=torch.float32):
@@ -141,7 +140,7 @@ def test_several_files_are_read_as_one_checkpoint(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     families.tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    empty, checkpoint = checkpoint_of(open_model(ModelSettings(path=str(tmp_path), device="cpu")))
+    empty, checkpoint = checkpoint_of(open_model(ModelChoice(path=str(tmp_path), device="cpu")))
     fill(empty, checkpoint, {}, CPU)
     assert all(torch.equal(t, empty.state_dict()[name]) for name, t in model.state_dict().items())
 

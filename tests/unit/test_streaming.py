@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 
 from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint.open import load_weights, open_model
+from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.streaming import weight_writer
-from heretic_ds.settings import ModelSettings
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -39,7 +38,7 @@ def tensors_of(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     families.save(family, tmp_path / "original")
-    opened = open_model(ModelSettings(path=str(tmp_path / "original")))
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
     loaded = load_weights(opened)
     anatomy = find_anatomy(loaded.model)
     ablation = random_ablation(anatomy, row_norm)
@@ -62,7 +61,7 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
             assert torch.allclose(streamed[name], tensor, rtol=1e-6, atol=1e-7), name
         else:
             assert torch.equal(streamed[name], tensor), name
-    again = open_model(ModelSettings(path=str(tmp_path / "streamed")))
+    again = open_model(ModelChoice(path=str(tmp_path / "streamed")))
     reloaded = load_weights(again).model.state_dict()
     for name, tensor in loaded.model.state_dict().items():
         assert torch.allclose(tensor, reloaded[name], rtol=1e-6, atol=1e-7), name
@@ -71,7 +70,7 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
 def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
     families.build("llama").save_pretrained(tmp_path / "original", max_shard_size="40KB")
     families.tokenizer().save_pretrained(tmp_path / "original")
-    opened = open_model(ModelSettings(path=str(tmp_path / "original")))
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
     anatomy = find_anatomy(opened.skeleton())
 
     _, write_weights = weight_writer(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)

@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
-from heretic_ds.checkpoint.dtypes import in_some_dtype
-from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
 from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
@@ -49,7 +47,7 @@ class ExpertParallel(Placement):
 
     def check(self, job: Job) -> None:
         """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
-        refuse_quantised(job.opened, self.phase)
+        job.opened.refuse_quantised(self.phase)
         check_accelerator(job.opened.device)
         degree = job.world.degree(self.options.degree, f"{self.phase}.degree")
         ExpertLayers(job.opened.skeleton(), job.anatomy, degree, self.phase, job.opened.device)
@@ -64,16 +62,14 @@ class ExpertParallel(Placement):
         replicas = world.replicas(self.options.degree, f"{phase}.degree")
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
-            model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
-            with closed_on_error(checkpoint):
-                layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
-                anatomy = layers.replace(replicas.inside)
-                world.agree(lambda: layers.fill(checkpoint, device))
+            model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
+            layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
+            anatomy = layers.replace(replicas.inside)
+            world.agree(lambda: layers.fill(checkpoint, device))
+            world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, anatomy
 
-        model, checkpoint, anatomy = in_some_dtype(
-            job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close()
-        )
+        model, checkpoint, anatomy = job.opened.in_some_dtype(load)
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
         if self.options.parity_check:

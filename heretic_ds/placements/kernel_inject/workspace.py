@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from heretic_ds.memory import release_memory
 from heretic_ds.placements.kernel_inject.families import inner_width, most_tokens, refuse_long
-from heretic_ds.runner.memory import release_memory
 
 _ACTIVATIONS = 10
 """Activations [rows, tokens, width] that the workspace has room for before keys and values begin."""

@@ -19,8 +19,6 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
-from heretic_ds.checkpoint.dtypes import in_some_dtype
-from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
 from heretic_ds.edits.fused_experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -60,7 +58,7 @@ class TensorParallel(Placement):
         """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
         phase, options = self.phase, self.options
         degree = job.world.degree(options.degree, f"{phase}.degree")
-        refuse_quantised(job.opened, phase)
+        job.opened.refuse_quantised(phase)
         if degree == 1:
             return
         model = job.opened.skeleton()
@@ -77,21 +75,21 @@ class TensorParallel(Placement):
         world, phase, options = job.world, self.phase, self.options
         comm = Comm.of_replicas(world, options.degree, f"{phase}.degree")
         group = comm.partners
+        compared = options.parity_check and group is not None
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
-            model, checkpoint = world.agree(lambda: empty_model(job.opened, dtype))
+            model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             backend, shards = "none", {}
-            with closed_on_error(checkpoint), _advising(phase):
+            with _advising(phase):
                 if group is not None:
                     backend = sharding.choose_backend(model, model.config.model_type, options.backend)
                     shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
                 world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+            if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
+                world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, backend
 
-        compared = options.parity_check and group is not None
-        model, checkpoint, backend = in_some_dtype(
-            job.opened, world, load, lambda loaded: loaded[0], lambda loaded: loaded[1].files.close(), compared
-        )
+        model, checkpoint, backend = job.opened.in_some_dtype(load)
         held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
         log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, comm.degree, backend)
         if compared:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from heretic_ds.checkpoint.dtypes import in_some_dtype
-from heretic_ds.checkpoint.from_files import refuse_quantised
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Capturing, Placement, runner_of
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, start_deepspeed
@@ -71,7 +69,7 @@ class Zero3(Placement):
                 f"capture.degree={degree} with capture=zero3 and {world.size} ranks: zero3 cuts the model over "
                 "all ranks; leave capture.degree null"
             )
-        refuse_quantised(job.opened, self.phase)
+        job.opened.refuse_quantised(self.phase)
         check_accelerator(job.opened.device)
         check_offload(self.options, job.opened.device)
 
@@ -87,12 +85,13 @@ class Zero3(Placement):
             partitions = Partitions(job.opened, dtype, job.anatomy, self.options, job.world)
             try:
                 partitions.load()
+                job.world.agree(lambda: job.opened.check_forward(partitions.model, dtype))
             except UserError:
                 partitions.release()
                 raise
             return partitions
 
-        partitions = in_some_dtype(job.opened, job.world, load, lambda loaded: loaded.model, Partitions.release)
+        partitions = job.opened.in_some_dtype(load)
         log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
         comm = Comm.in_lockstep(job.world, job.world.size, collectives_of_deepspeed())
         traits = Traits(self.name, rows_move=False, edits=None, retries=False, close=partitions.release)

@@ -9,10 +9,10 @@ from torch import nn
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, TensorFiles
+from heretic_ds.memory import give_back_memory, return_freed_blocks
 from heretic_ds.placements.deepspeed import Originals
 from heretic_ds.placements.zero3.loading import load_partitions
 from heretic_ds.placements.zero3.offload import offload_section, remove_swap_files
-from heretic_ds.runner.memory import give_back_memory, return_freed_blocks
 from heretic_ds.world import World
 
 if TYPE_CHECKING:
