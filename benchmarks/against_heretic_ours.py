@@ -74,7 +74,7 @@ class Ours:
             self.objectives[early_stop] = measure_original(self.run)
         engine = self.run.engine
         for owner, name, part in (
-            (engine, "kl", "kl"),
+            (engine, "distributions", "kl"),
             (engine, "generate", "generation"),
             (engine._editor, "wear", "edit"),
         ):

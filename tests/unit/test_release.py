@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
 from torch import nn
 
+from heretic_ds.memory import peak_of
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.runner.headroom import peak_of
-from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
 
 
 def resident() -> int:
