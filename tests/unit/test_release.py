@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from heretic_ds.runner.host_memory import give_back_memory, keep_freed_blocks, return_freed_blocks
 from torch import nn
 
-from heretic_ds.memory import peak_of
+from heretic_ds.memory import give_back_memory, keep_freed_blocks, peak_of, return_freed_blocks
 from heretic_ds.placements.deepspeed import Originals
 
 
