@@ -86,9 +86,8 @@ def to_settings(config: DictConfig) -> Settings:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
-    unknown = unknown_keys(config)
-    if unknown:
-        raise UserError(unknown[0])
+    for unknown in unknown_keys(config):
+        raise UserError(unknown)
     settings = OmegaConf.to_object(config)
     if not isinstance(settings, Settings):
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -31,30 +32,27 @@ def explain(error: BaseException) -> str:
     return _explain_composition(str(error))
 
 
-def unknown_keys(config: DictConfig) -> list[str]:
-    """One message for each key of a composed configuration that the schema lacks (`+key=value` adds such)."""
-    return [_unknown_key(key) for key in _keys_outside(config, Settings, "")]
-
-
-def setting_keys(section: type = Settings, prefix: str = "") -> list[str]:
-    """Every key of the configuration, groups of settings included: `search`, `search.trials`, ..."""
-    keys = []
-    for name, hint in get_type_hints(section).items():
-        keys.append(prefix + name)
-        if is_dataclass(hint) and isinstance(hint, type):
-            keys += setting_keys(hint, f"{prefix}{name}.")
-        elif name in PHASES:
-            keys += [f"{name}.{option}" for option in option_owners(name)]
-    return keys
-
-
-def _keys_outside(config: DictConfig, section: type, prefix: str) -> Iterator[str]:
-    hints = get_type_hints(section)
+def unknown_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """A message for each key of a composed configuration that the schema lacks (`+key=value` adds such)."""
     for name in map(str, config):
-        if name not in hints:
-            yield prefix + name
-        elif is_dataclass(hints[name]):
-            yield from _keys_outside(config[name], hints[name], f"{prefix}{name}.")
+        hint = setting_types().get(prefix + name)
+        if hint is None:
+            yield _unknown_key(prefix + name)
+        elif is_dataclass(hint):
+            yield from unknown_keys(config[name], f"{prefix}{name}.")
+
+
+@functools.cache
+def setting_types(section: Any = Settings, prefix: str = "") -> dict[str, Any]:
+    """Types by key of the configuration, groups of settings included: `search`, `search.trials`, ..."""
+    types = {}
+    for name, hint in get_type_hints(section).items():
+        types[prefix + name] = hint
+        if is_dataclass(hint):
+            types |= setting_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]  # a class
+        elif name in PHASES:
+            types |= dict.fromkeys((f"{name}.{option}" for option in option_owners(name)), Any)
+    return types
 
 
 def _explain_grammar(error: OverrideParseException) -> str:
@@ -85,7 +83,7 @@ def _explain_value(context: str, cause: OmegaConfBaseException) -> str:
     key = max(overridden[1] if overridden else "", str(cause.full_key or ""), key=len)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(key)
-    hint = _hint_of(str(cause.full_key))
+    hint = setting_types().get(str(cause.full_key))
     if isinstance(cause, ValidationError) and hint is not None:
         value = re.search(r"[Vv]alue:? '?(.*?)'?(?: of type| is not|$)", str(cause).splitlines()[0])
         found = re.search(r"merging override [^=]+=(.*)", context)
@@ -119,9 +117,10 @@ def _first_lines(text: str) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    known = setting_keys()
+    known = setting_types()
     section, _, last = key.rpartition(".")
-    siblings = [entry.name for entry in fields(_hint_of(section))] if is_dataclass(_hint_of(section)) else []
+    group: Any = known.get(section)
+    siblings = [entry.name for entry in fields(group)] if is_dataclass(group) else []
     near = [name for name in known if name.rpartition(".")[2] == last]
     if not near and siblings:
         near = [f"{section}.{name}" for name in difflib.get_close_matches(last, siblings, n=1)]
@@ -134,11 +133,3 @@ def _unknown_key(key: str) -> str:
     else:
         advice = "heretic-ds --cfg job lists the keys"
     return f"there is no setting {key}; {advice}"
-
-
-def _hint_of(key: str) -> Any:
-    """The type of a setting, None where there is no such setting."""
-    hint: Any = Settings
-    for name in key.split("."):
-        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
-    return hint

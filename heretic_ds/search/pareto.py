@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from heretic_ds.search.trials import TrialRecord
 
 
-def _scored(records: Iterable[TrialRecord]) -> list[tuple[float, float, TrialRecord]]:
-    """Complete trials with their two numbers."""
-    return [
-        (record.refusals, record.kl, record)
+def _scored(records: Iterable[TrialRecord]) -> list[tuple[float, float, int, TrialRecord]]:
+    """Complete trials with their two numbers and their index, in the order in which they are to be tried."""
+    return sorted(
+        (record.refusals, record.kl, record.index, record)
         for record in records
         if record.complete and record.refusals is not None and record.kl is not None
-    ]
+    )
 
 
 def pareto_front(records: Iterable[TrialRecord]) -> list[int]:
@@ -23,9 +23,9 @@ def pareto_front(records: Iterable[TrialRecord]) -> list[int]:
     numbers the first one stands for all.
     """
     front, lowest_kl = [], float("inf")
-    for _, kl, record in sorted(_scored(records), key=lambda entry: (entry[0], entry[1], entry[2].index)):
+    for _, kl, index, _ in _scored(records):
         if kl < lowest_kl:
-            front.append(record.index)
+            front.append(index)
             lowest_kl = kl
     return front
 
@@ -36,11 +36,9 @@ def candidates(records: Iterable[TrialRecord], max_kl: float) -> list[TrialRecor
     Fewest refusals first, ties to the lower KL, then to the earlier trial. The rest of the list is for when
     the first one's KL, measured again on really edited weights, turns out above ``max_kl``.
     """
-    allowed = [entry for entry in _scored(records) if entry[1] <= max_kl]
-    return [record for *_, record in sorted(allowed, key=lambda entry: (entry[0], entry[1], entry[2].index))]
+    return [record for _, kl, _, record in _scored(records) if kl <= max_kl]
 
 
 def closest(records: Iterable[TrialRecord]) -> TrialRecord | None:
     """The trial with the lowest KL, to name when none is within the limit; None without complete trials."""
-    scored = _scored(records)
-    return min(scored, key=lambda entry: (entry[1], entry[0], entry[2].index))[2] if scored else None
+    return min(_scored(records), key=lambda entry: entry[1], default=(None,))[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from heretic_ds.cli_errors import setting_keys
+from heretic_ds.cli_errors import setting_types
 from heretic_ds.errors import UserError
 from heretic_ds.placements import placements_of
 from heretic_ds.settings import PHASES, TASKS, ModelSettings, ProfileSettings, Settings, conf_dir
@@ -231,8 +231,8 @@ def test_the_configuration_reference_is_current() -> None:
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     fresh = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["render"]()
     assert page == fresh + "\n", "docs/configuration.md is out of date: run `make docs`"
-    undocumented = [key for key in setting_keys() if "." in key and f"| `{key}` |" not in page]
-    sections = {key.rpartition(".")[0] for key in setting_keys()}
+    undocumented = [key for key in setting_types() if "." in key and f"| `{key}` |" not in page]
+    sections = {key.rpartition(".")[0] for key in setting_types()}
     assert not set(undocumented) - sections
     assert "|  |" not in page, "a setting or a choice has no description"
 
