@@ -1,14 +1,13 @@
 """What the original model makes of a set of prompts, kept so that passes of edited models need not repeat it.
 
-Shapes: N kept tokens (those that all prompts begin with once, then each prompt's own, then one of zeros), B rows, S
+Shapes: N kept tokens (those that all prompts begin with once, then each prompt's own, then one of zeros), B rows, S own
 positions, C columns, D width, H heads, K width of a key or value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,70 +15,80 @@ from torch import Tensor
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.rows import Row
 
-Pairs = list[tuple[Tensor, Tensor]]
-"""Keys and values by block."""
+
+class Layout(NamedTuple):
+    """Rows of a batch: the columns of shared tokens, a row's padding, its own tokens."""
+
+    index_BS: Tensor
+    """Where in N own tokens lie."""
+    position_BS: Tensor
+    mask_BC: Tensor
 
 
-@dataclass
 class Kept:
-    """What the original model makes of one set of prompts."""
+    """What is kept of one set of prompts."""
 
-    shared: list[int]
-    """Tokens that all prompts begin with."""
-    boundaries: tuple[int, ...]
-    """Blocks whose inputs are kept; keys and values are, of the blocks below the last: of all tokens for prompts that
-    are answered, else of those shared."""
-    answers: bool
-    tokens_N: Tensor
-    start: dict[tuple[int, ...], int]
-    """By prompt: where in N the tokens lie that it does not share."""
-    hidden_ND: dict[int, Tensor] = field(default_factory=dict)
-    """By boundary."""
-    pairs_NHK: Pairs = field(default_factory=list)
-    rest: tuple[None, ...] | None = None
-    """What follows the stream in a block's output; None where it is the output."""
-
-    @classmethod
-    def of(
-        cls,
-        prompts: TokenRows,
-        shared: int,
-        boundaries: tuple[int, ...],
-        answers: bool,
-        pad_id: int,
-        device: torch.device,
-    ) -> Kept:
-        """Room for the states of prompts; ``pad_1`` holds the token that pads."""
-        tokens, start = list(prompts[0][:shared]), dict[tuple[int, ...], int]()
+    def __init__(self, prompts: TokenRows, shared: int, boundaries: Sequence[int], pad_id: int, device: Any) -> None:
+        """All prompts begin with ``shared`` tokens; inputs of the blocks ``boundaries`` are to be kept."""
+        self.shared, self.boundaries = list(prompts[0][:shared]), tuple(boundaries)
+        self._start: dict[tuple[int, ...], int] = {}
+        """By prompt: where in N the tokens lie that it does not share."""
+        tokens = list(self.shared)
         for prompt in prompts:
-            if start.setdefault(tuple(prompt), len(tokens)) == len(tokens):
+            if self._start.setdefault(tuple(prompt), len(tokens)) == len(tokens):
                 tokens += prompt[shared:]
-        return cls(
-            list(prompts[0][:shared]), boundaries, answers, torch.tensor([*tokens, pad_id], device=device), start
-        )
+        self.tokens_N = torch.tensor([*tokens, pad_id], device=device)
+        self.hidden_ND: dict[int, Tensor] = {}
+        """By boundary."""
+        self.keys_NHK: dict[int, Tensor] = {}
+        self.values_NHK: dict[int, Tensor] = {}
+        """By block."""
+        self.rest: tuple[None, ...] | None = None
+        """What follows the stream in a block's output; None where it is the output."""
 
-    def put(self, rows: Sequence[Row], hidden_BSD: dict[int, Tensor], pairs_BHSK: Pairs) -> None:
-        """Keep what one whole pass over some of the prompts, padded on the left, left behind."""
-        count, shared = len(self.tokens_N), len(self.shared)
-        given = [states for _, states in sorted(hidden_BSD.items())]
-        given += [each.transpose(1, 2) for pair in pairs_BHSK for each in pair]
-        of_keys = count if self.answers else shared
-        if not self.hidden_ND:
-            self.hidden_ND = {at: x.new_zeros(count, x.shape[-1]) for at, x in sorted(hidden_BSD.items())}
-            self.pairs_NHK = [tuple(x.new_zeros(of_keys, x.shape[1], x.shape[3]) for x in p) for p in pairs_BHSK]  # type: ignore[misc]
-        kept = [*self.hidden_ND.values(), *(each for pair in self.pairs_NHK for each in pair)]
-        for place, row in enumerate(rows):
-            own, start = len(row.prompt) - shared, self.start[tuple(row.prompt)]
-            for kept_N, states in zip(kept, given, strict=True):
-                if place == 0:
-                    kept_N[:shared] = states[place, -len(row.prompt) :][:shared]
-                if len(kept_N) == count:
-                    kept_N[start : start + own] = states[place, -own:]
+    def put(self, rows: Sequence[Row], *states: dict[int, Tensor]) -> None:
+        """Keep what one whole pass over some of the prompts, padded on the left, left behind: inputs of blocks, keys
+        and values [B, S, ...]."""
+        starts, shared = [self._start[tuple(row.prompt)] for row in rows], len(self.shared)
+        for kept, given in zip((self.hidden_ND, self.keys_NHK, self.values_NHK), states, strict=True):
+            for at, given_BS in given.items():
+                if at not in kept:
+                    kept[at] = given_BS.new_zeros(len(self.tokens_N), *given_BS.shape[2:])
+                for row, start, given_S in zip(rows, starts, given_BS, strict=True):
+                    own = given_S[-len(row.prompt) :]
+                    kept[at][:shared], kept[at][start : start + len(own) - shared] = own[:shared], own[shared:]
+
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """What a token takes at most: as the input of a block, and as its key and value in one."""
+        pairs = zip(self.keys_NHK.values(), self.values_NHK.values(), strict=True)
+        of_keys = max((keys[0].nbytes + values[0].nbytes for keys, values in pairs), default=0)
+        return max((hidden_ND[0].nbytes for hidden_ND in self.hidden_ND.values()), default=0), of_keys
 
     @property
     def bytes(self) -> int:
-        tensors = [*self.hidden_ND.values(), *(each for pair in self.pairs_NHK for each in pair)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(each.nbytes for kept in (self.hidden_ND, self.keys_NHK, self.values_NHK) for each in kept.values())
+
+    def knows(self, rows: Sequence[Row], own: int) -> bool:
+        """Whether all rows are among those kept, with at least so many tokens of their own."""
+        least = len(self.shared) + own
+        return all(tuple(row.prompt) in self._start and len(row.prompt) >= least for row in rows)
+
+    def layout(self, rows: Sequence[Row]) -> Layout:
+        """Known rows as a batch."""
+        starts, lengths = [self._start[tuple(row.prompt)] for row in rows], [len(row.prompt) for row in rows]
+        device, shared, longest = self.tokens_N.device, len(self.shared), max(lengths)
+        start_B1, length_B1 = (torch.tensor(each, device=device)[:, None] for each in (starts, lengths))
+        position_BS = torch.arange(shared, longest, device=device) + length_B1 - longest
+        own_BS = position_BS >= shared
+        index_BS = torch.where(own_BS, start_B1 + position_BS - shared, len(self.tokens_N) - 1)
+        mask_BC = torch.nn.functional.pad(own_BS.long(), (shared, 0), value=1)
+        return Layout(index_BS, torch.where(own_BS, position_BS, 0), mask_BC)
+
+
+def picked(states_ND: Tensor, index_BS: Tensor) -> Tensor:
+    """Kept states [B, S, ...] of the tokens at an index."""
+    return states_ND.index_select(0, index_BS.reshape(-1)).view(*index_BS.shape, *states_ND.shape[1:])
 
 
 def shared_beginning(prompts: TokenRows) -> int:
@@ -104,23 +113,3 @@ def boundaries_within(
 
     step = int(alike(next(filter(fits, range(1, blocks)), blocks)))
     return tuple(range(step, blocks, step))
-
-
-def keys_and_values(layers: Sequence[Any]) -> Pairs:
-    """Keys and values [B, H, S, K] of layers. Raises NotImplementedError where one has none of its own, as in models
-    whose blocks share them; passes over such prompts have to be whole."""
-    without = [block for block, layer in enumerate(layers) if not layer.is_initialized]
-    if without:
-        raise NotImplementedError(f"the blocks {without} have no keys of their own")
-    return [(layer.keys, layer.values) for layer in layers]
-
-
-def hold(layer: Any, keys_BHCK: Tensor, values_BHCK: Tensor) -> None:
-    """Give a layer of a cache these keys and values, to which passes add theirs."""
-    layer.lazy_initialization(keys_BHCK, values_BHCK)
-    layer.keys, layer.values = keys_BHCK, values_BHCK
-
-
-def picked(states_ND: Tensor, index_BS: Tensor) -> Tensor:
-    """Kept states [B, S, ...] of the tokens at an index."""
-    return states_ND.index_select(0, index_BS.reshape(-1)).view(*index_BS.shape, *states_ND.shape[1:])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
-from heretic_ds.runner.closeness import is_rounding
-from heretic_ds.runner.prompt_learning import boundaries_within, shared_beginning
-from tests.unit.test_decoding import stop_some
 
 from heretic_ds.ablation import ROW_NORMS, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.memory import spares
-from heretic_ds.runner import prompt_learning, prompt_states, replays
-from heretic_ds.runner import reuse as head_start
+from heretic_ds.runner import graphs, reuse
+from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.forward import rope_depends_on_length
+from heretic_ds.runner.kept import Kept
+from heretic_ds.runner.parity import is_rounding
+from heretic_ds.runner.rows import rows_of
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder
@@ -42,16 +40,26 @@ def edit(first, index=0.4, strength=1.2):
     return Edit(index, {"attention": tent, "mlp": Profile(0.9, float(LAYERS - 1), 0.3, 0.5)})
 
 
+def stop_some(answers):
+    """Ends about half of the rows, by their first token alone."""
+    return [answer[0] % 2 == 0 for answer in answers]
+
+
 EDITS = [edit(2), edit(1, None, 0.8), edit(3, 1.5)]
 
 
 @pytest.fixture(autouse=True)
 def few_tokens_are_worth_a_pass(monkeypatch):
-    monkeypatch.setattr(prompt_learning, "PASS_IN_TOKENS", 1)
+    monkeypatch.setattr(reuse, "PASS_IN_TOKENS", 1)
 
 
-def built(family="llama", **options):
-    return families.build(family, layers=LAYERS, **options)
+def built(family="llama", window=64, **options):
+    """A model whose layers with a window see so much, if it has any."""
+    model = families.build(family, layers=LAYERS, **options)
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = window
+    return model
 
 
 def engine_of(model, reuse=True, row_norm="full", through_norm=False, **options):
@@ -74,8 +82,8 @@ def assert_same(found, expected):
     assert found[1] == expected[1]
 
 
-def kept(engine):
-    return list(engine._prefill._kept.values())
+def kept_of(engine):
+    return list(engine._forward._kept.values())
 
 
 @pytest.mark.parametrize("family", families.REQUIRED)
@@ -88,13 +96,13 @@ def test_scores_are_those_of_whole_passes(family):
     expected = scores(engine_of(model, reuse=False), rows, passes)
     assert_same(scores(engine, rows, passes), expected)
     assert len(set(expected[0])) > 2  # edits make a difference
-    scored, answered = kept(engine)
+    scored, answered = kept_of(engine)
     assert scored.boundaries == (1, 2, 3)
     if family in STATEFUL:
-        assert answered is None and not scored.passes_share
+        assert answered is None and not scored.shared
     else:
-        assert answered.boundaries == (1, 2, 3) and answered.passes_share and scored.passes_share
-        assert answered.shared == 5
+        assert answered.boundaries == (1, 2, 3) and scored.shared
+        assert len(answered.shared) == 5
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -103,8 +111,8 @@ def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_lear
     """Trials one at a time: the first phase leaves the edit of the first one in the weights that the second learns."""
     model, rows = built(family), prompts()
     edits, found = (edit(1, None, 3.0), edit(3)), []
-    for reuse in (False, True):
-        engine, scored = engine_of(model, reuse, "none"), {"kl": [], "generate": []}
+    for reused in (False, True):
+        engine, scored = engine_of(model, reused, "none"), {"kl": [], "generate": []}
         reference = Divergence(engine, rows)
         for one in edits:
             for phase in phases:
@@ -112,16 +120,15 @@ def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_lear
         found.append((scored["kl"], scored["generate"]))
         engine.restore()
     assert_same(found[1], found[0])
-    states = {states.answers: states for states in kept(engine)}
+    states = engine._forward._kept
     original = engine_of(model)
-    original.kl(rows, Divergence(original, rows), [edits[1]])
+    Divergence(original, rows).of([edits[1]])
     original.generate(rows, [edits[1]])
     original.restore()
-    for expected in kept(original):
+    for key, expected in original._forward._kept.items():
         for boundary in (1, 2, 3):
-            assert torch.allclose(
-                states[expected.answers].hidden_ND[boundary], expected.hidden_ND[boundary], rtol=1e-4, atol=1e-5
-            )
+            found_ND, expected_ND = (each.hidden_ND[boundary] for each in (states[key], expected))
+            assert torch.allclose(found_ND, expected_ND, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("row_norm", ROW_NORMS)
@@ -135,7 +142,7 @@ def test_every_form_of_edit(family, row_norm):
 def test_answers_by_replayed_steps(monkeypatch):
     recorder, model, rows = Recorder(), built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS, EDITS[:1]])
-    monkeypatch.setattr(replays, "maker_for", lambda device: recorder)
+    monkeypatch.setattr(graphs, "maker_for", lambda device: recorder)
     assert_same(scores(engine_of(model, cuda_graphs=True), rows, [EDITS, EDITS[:1]]), expected)
     assert recorder.replayed > 5
 
@@ -184,9 +191,8 @@ def test_really_edited_weights_are_scored_from_the_first_block():
     assert reference.of([None]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert counted.take()[0] == counted.of[0] + sum(map(len, rows)) + padding_of(rows)
     # Edits asked for while another is applied take its place, on the original's states.
-    assert reference.of([EDITS[1]]) == pytest.approx(
-        engine_of(built(), reuse=False).kl(rows, reference, [EDITS[1]]), rel=1e-4, abs=1e-6
-    )
+    expected = Divergence(engine_of(built(), reuse=False), rows).of([EDITS[1]])
+    assert reference.of([EDITS[1]]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def padding_of(rows):
@@ -206,7 +212,7 @@ def test_a_model_that_carries_something_past_its_blocks_is_found_out(reader, cap
     with caplog.at_level(logging.INFO):
         assert_same(scores(engine, rows, [EDITS]), expected)
     assert "blocks before an edit are computed in every pass: a trial pass" in caplog.text
-    assert [(states.boundaries, states.passes_share) for states in kept(engine)] == [((), True)] * 2
+    assert [(states.boundaries, len(states.shared)) for states in kept_of(engine)] == [((), 5)] * 2
 
 
 def test_a_model_whose_blocks_give_each_other_more_than_the_stream_gets_whole_passes(caplog):
@@ -239,9 +245,10 @@ def test_memory_that_is_lacking_before_anything_is_kept(caplog):
         raise torch.OutOfMemoryError("pretended")
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr(prompt_learning.Learning, "_bytes", full)
+        patch.setattr(reuse, "Kept", full)
         assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
-    assert "6 prompts go through the whole model: memory ran out" in caplog.text
+    assert "the blocks before an edit are computed in every pass: memory ran out" in caplog.text
+    assert "the tokens that all prompts begin with are computed in every pass: memory ran out" in caplog.text
     assert engine.batch_sizes["kl"] == 4
 
 
@@ -270,23 +277,25 @@ def test_a_model_whose_rows_cannot_attend_to_kept_keys_is_found_out(caplog, monk
     with caplog.at_level(logging.INFO):
         assert_same(scores(engine, rows, [EDITS]), expected)
     assert "begin with are computed in every pass: a trial pass failed (NotImplementedError: one prompt" in caplog.text
-    assert [states.boundaries for states in kept(engine)] == [(1, 2, 3)] * 2
+    assert [states.boundaries for states in kept_of(engine)] == [(1, 2, 3)] * 2
 
 
-def test_rows_wider_than_a_window_see_what_they_would():
-    model, rows = built("mistral"), prompts(shared=6, lengths=(3, 2, 30, 2, 20, 9, 1, 2))
-    model.config.sliding_window = 10
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize(("window", "shared"), [(10, 0), (36, 0), (37, 6), (64, 6)])
+def test_rows_wider_than_a_window_see_what_they_would(family, window, shared):
+    """A window counts the padding between shared tokens and a row's own: nothing is shared where that matters."""
+    model, rows = built(family, window), prompts(shared=6, lengths=(3, 2, 30, 2, 20, 9, 1, 2))
     passes, engine = [EDITS, EDITS[:1]], engine_of(model)
     expected = scores(engine_of(model, reuse=False), rows, passes)
     assert_same(scores(engine, rows, passes), expected)
-    assert all(states.passes_share for states in kept(engine))
+    assert [(states.boundaries, len(states.shared)) for states in kept_of(engine)] == [((1, 2, 3), shared)] * 2
 
 
 def test_memory_is_given_back_before_batches_get_smaller():
     model, rows = built(), prompts()
     engine = engine_of(model)
     expected = scores(engine, rows, [EDITS])
-    assert any(states.bytes for states in kept(engine))
+    assert any(states.bytes for states in kept_of(engine))
     attempts = []
 
     def full(module, args):
@@ -298,27 +307,28 @@ def test_memory_is_given_back_before_batches_get_smaller():
     found = scores(engine, rows, [EDITS])
     handle.remove()
     assert_same(found, expected)
-    assert not kept(engine) and engine.batch_sizes["generate"] == 4
-    assert not engine._prefill.wants(rows, answers=True)
+    assert not kept_of(engine) and engine.batch_sizes["generate"] == 4
+    assert not engine._forward.wants(rows, answers=True)
 
 
 def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypatch):
     """Not only from the first who has any: what replayed steps keep goes too."""
-    monkeypatch.setattr(replays, "maker_for", lambda device: Recorder())
+    monkeypatch.setattr(graphs, "maker_for", lambda device: Recorder())
     model, rows = built(), prompts()
     engine = engine_of(model, cuda_graphs=True)
     expected = scores(engine, rows, [EDITS])
-    assert any(states.bytes for states in kept(engine)) and engine._replays.steps() is not None
-    reference, logits, failures = Divergence(engine, rows), engine._first_token_logits, [torch.OutOfMemoryError("so")]
+    assert any(states.bytes for states in kept_of(engine)) and engine._decoder._graphs is not None
+    reference, failures = Divergence(engine, rows), [torch.OutOfMemoryError("so")]
 
-    def full(batch):
+    def full(module, args):
         if failures:
             raise failures.pop()
-        return logits(batch)
 
-    monkeypatch.setattr(engine, "_first_token_logits", full)
+    handle = model.model.layers[3].register_forward_pre_hook(full)
     assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
-    assert not kept(engine) and engine._replays.steps() is None and engine.batch_sizes["kl"] == 4
+    handle.remove()
+    assert not failures and not kept_of(engine) and engine._decoder._graphs is None
+    assert engine.batch_sizes["kl"] == 4
 
 
 def test_memory_that_learning_lacks_leaves_whole_passes():
@@ -327,13 +337,17 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
     engine = engine_of(model)
     reference = Divergence(engine, rows)
 
-    def full(states, rows, *more):
-        raise torch.OutOfMemoryError("pretended")
+    put = Kept.put
+
+    def full(states, *more):
+        if len(states._start) == len(rows):  # else they are those of a trial
+            raise torch.OutOfMemoryError("pretended")
+        put(states, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_states.PromptStates, "put", full)
+        patch.setattr(Kept, "put", full)
         assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
-    assert not kept(engine) and engine.batch_sizes["kl"] == 4
+    assert not kept_of(engine) and engine.batch_sizes["kl"] == 4
     assert engine.generate(rows, EDITS, stop_some) == expected[1]
 
 
@@ -344,24 +358,26 @@ def test_a_model_that_cannot_be_looked_into_gets_whole_passes(monkeypatch, caplo
     def opaque(states, rows, *more):
         raise NotImplementedError("no cache of this kind")
 
-    monkeypatch.setattr(prompt_states.PromptStates, "put", opaque)
+    monkeypatch.setattr(Kept, "put", opaque)
     engine = engine_of(model)
     with caplog.at_level(logging.INFO):
         assert_same(scores(engine, rows, [EDITS]), expected)
-    assert "6 prompts go through the whole model: NotImplementedError: no cache of this kind" in caplog.text
-    assert kept(engine) == [None, None]  # and are not tried again
+    for what in ("the blocks before an edit", "the tokens that all prompts begin with"):
+        reason = "a trial pass failed (NotImplementedError: no cache of this kind)"
+        assert f"{what} are computed in every pass: {reason}" in caplog.text
+    assert kept_of(engine) == [None, None]  # and are not tried again
 
 
 def test_lent_memory_is_taken_again():
     model, rows = built(), prompts()
     engine = engine_of(model)
     expected = scores(engine, rows, [EDITS])
-    assert engine._prefill in spares
-    for spare in list(spares):
-        spare.lend()
-    assert not kept(engine)
+    assert engine._forward in engine._batches.evictable
+    for spare in engine._batches.evictable:
+        spare.rest()
+    assert not kept_of(engine)
     assert_same(scores(engine, rows, [EDITS]), expected)
-    assert len(kept(engine)) == 2
+    assert len(kept_of(engine)) == 2
 
 
 def test_no_more_than_two_sets_are_kept():
@@ -369,76 +385,42 @@ def test_no_more_than_two_sets_are_kept():
     for seed in range(4):
         rows = prompts(seed=seed)
         assert_same(scores(engine, rows, [EDITS]), scores(engine_of(model, reuse=False), rows, [EDITS]))
-        assert len(kept(engine)) == 2
+        assert len(kept_of(engine)) == 2
 
 
 def test_states_take_no_more_memory_than_allowed(monkeypatch):
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
-    monkeypatch.setattr(prompt_learning, "_SHARE_OF_WEIGHTS", 0.0)
+    monkeypatch.setattr(reuse, "_SHARE_OF_WEIGHTS", 0.0)
     seen = set()
     for most in (0, 10_000, 20_000, 30_000, 10**9):
-        monkeypatch.setattr(prompt_learning, "_LEAST_BYTES", most)
+        monkeypatch.setattr(reuse, "_LEAST_BYTES", most)
         engine = engine_of(model)
         assert_same(scores(engine, rows, [EDITS]), expected)
-        assert all(states.bytes <= most for states in kept(engine))
-        seen.add(kept(engine)[1].boundaries)
+        assert all(states.bytes <= most for states in kept_of(engine))
+        seen.add(kept_of(engine)[1].boundaries)
     assert seen >= {(), (2,), (1, 2, 3)}
-
-
-def test_layouts_are_kept_for_the_batches_of_late(monkeypatch):
-    monkeypatch.setattr(prompt_states, "_LAYOUTS", 2)
-    rows, (device, pad) = prompts(), (torch.device("cpu"), families.PAD)
-    engine = engine_of(built())
-    scores(engine, rows, [EDITS])
-    states = kept(engine)[0]
-    first = states.layout(rows[:2], True, pad, device)
-    assert states.layout(rows[:2], True, pad, device) is first
-    for batch in (rows[2:4], rows[:3]):
-        assert len(states.layout(batch, True, pad, device).input_ids_BS) == len(batch)
-        assert len(states._layouts) == 2
-    again = states.layout(rows[:2], True, pad, device)
-    assert again is not first and torch.equal(again.index_BS, first.index_BS)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 7, 32])
-def test_boundaries_are_as_many_as_fit(blocks):
-    assert boundaries_within(blocks, 10, 3, 10**9) == tuple(range(1, blocks))
-    for most in range(0, 400, 7):
-        chosen = boundaries_within(blocks, 10, 3, most)
-        assert not chosen or len(chosen) * 10 + chosen[-1] * 3 <= most
-    assert boundaries_within(32, 10, 0, 35) == (8, 16, 24)
-    assert boundaries_within(32, 10, 0, 10**9, alike=lambda step: 16) == (16,)
-
-
-def test_what_rows_share():
-    assert shared_beginning([[1, 2, 3], [1, 2, 4, 5], [1, 2, 9]]) == 2
-    assert shared_beginning([[1, 2], [1, 2, 4]]) == 1  # a row keeps a token of its own
-    assert shared_beginning([[1, 2], [1, 2]]) == 1
-    assert shared_beginning([[3], [1, 2]]) == 0
 
 
 @pytest.mark.parametrize("placement", ["replicated", "tensor_parallel"])
 def test_the_setting_reaches_the_engine(placement, evaluated):
     for words, wants in ((["generation.prefill_reuse=false"], False), ([], True)):
         engine = evaluated(f"evaluate={placement}", *words)
-        assert engine._prefill.wants([[1, 2], [1, 3]], answers=True) is wants
+        assert engine._forward.wants([[1, 2], [1, 3]], answers=True) is wants
         engine.close()
 
 
-def test_ranks_of_one_replica_decide_alike_and_keep_what_the_others_have(monkeypatch):
-    """The first rank's word counts, and no rank gives back alone what its passes start from."""
+def test_ranks_of_one_replica_decide_alike():
+    """The first rank's word counts."""
     told = []
 
-    def alike(value):  # numbers are equal on all ranks here; but on the first one no trial pass went well
-        told.append(value)
-        return False if isinstance(value, bool) else value
+    class Partners(Comm):
+        def alike(self, value):  # numbers are equal on all ranks here; but on the first one no trial pass went well
+            told.append(value)
+            return False if isinstance(value, bool) else value
 
     model, rows = built(), prompts()
-    several = SimpleNamespace(inside="a group", alike=alike)
-    head = head_start.HeadStart(model, find_anatomy(model), families.PAD, True, several)
-    assert head not in spares
-    head.learn(rows, True, lambda work: work(rows))
-    (states,) = head._kept.values()
-    assert told == [1, True, True]  # the boundaries' distance, and both trial passes, which went well here
-    assert not states.boundaries and not states.passes_share
+    forward = reuse.Reuse(model, find_anatomy(model), families.PAD, True, Partners())
+    forward.learn(rows, True, lambda work: work(rows_of(rows)))
+    assert told == [True, True, True]  # both ways together, and each by itself, went well here
+    assert list(forward._kept.values()) == [None]
