@@ -53,7 +53,6 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelE
     if placement.parity_check:
         what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
         parity.check_split_model(job, model, checkpoint, what, otherwise, replicas.member, replicas.degree)
-    checkpoint.files.close()
     return ExpertParallelEngine("expert_parallel", model, anatomy, job, replicas.degree, WeightEditor(model, anatomy))
 
 

@@ -66,7 +66,6 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
             what=f"{phase}.backend={backend}",
             otherwise=f"choose another {phase}.backend, or {phase}=replicated",
         )
-    checkpoint.files.close()
     engine = ResidentEngine(
         model,
         job.opened.tokenizer,
