@@ -178,7 +178,10 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: str
+    """As safetensors spells it."""
     file: str
+    begin: int
+    """The byte of the file at which its numbers begin."""
 
 
 def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInfo]:
@@ -228,13 +231,16 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         if start.read(26) == b"version https://git-lfs.gi":
             raise UserError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            infos = {}
-            for name in tensors.keys():  # noqa: SIM118 - not a dict: iterating over it is not supported
-                view = tensors.get_slice(name)
-                infos[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), file.name)
-            return infos
+        safe_open(file, framework="pt")  # checks the header, and the file's size against it
+        with file.open("rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+            entries = json.loads(start.read(size))
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is truncated or corrupt ({file.stat().st_size} bytes; {error}); download or copy it again."
         ) from error
+    return {
+        name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name, 8 + size + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }

@@ -132,7 +132,6 @@ def test_reading_any_range_gives_that_range(shape, dtype, tmp_path, monkeypatch)
                     target = target[..., 0] if target.dim() > expected.dim() else target  # with holes between numbers
                     files.read_into("tensor", target, dim, start, stop)
                     assert torch.equal(target, expected.to(wanted))
-    files.close()
 
 
 def test_several_files_are_read_as_one_checkpoint(tmp_path):
@@ -216,10 +215,11 @@ def test_nothing_stays_patched_and_large_tensors_get_no_memory():
 
 def test_a_file_with_an_unknown_dtype_is_refused(tmp_path):
     save_file({"tensor": torch.ones(3)}, tmp_path / "model.safetensors")
-    headers = read_headers(tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]) | {"odd": {"dtype": "F4", "shape": [], "data_offsets": [0, 0]}})
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + data[8 + size :])
+    odd = {"odd": {"dtype": "F4", "shape": [2], "data_offsets": [12, 13]}}
+    header = json.dumps(json.loads(data[8 : 8 + size]) | odd)
+    content = len(header).to_bytes(8, "little") + header.encode() + data[8 + size :] + b"0"
+    (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="dtype F4"):
-        TensorFiles(tmp_path, headers)
+        TensorFiles(tmp_path, read_headers(tmp_path))

@@ -84,7 +84,6 @@ class ExpertParallel(Placement):
                 replicas.member,
                 replicas.degree,
             )
-        checkpoint.files.close()
         comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
         traits = Traits(self.name, rows_move=False, edits=ExpertParallelEdits)
         return runner_of(job, model, comm, traits, anatomy)

@@ -101,7 +101,6 @@ class TensorParallel(Placement):
                 what=f"{phase}.backend={backend}",
                 otherwise=f"choose another {phase}.backend, or {phase}=replicated",
             )
-        checkpoint.files.close()
         editor = WeightEditor(model, job.anatomy, sum_over(group))
         engine = runner_of(job, model, comm, Traits(self.name), editor=editor)
         if group is None:

@@ -76,11 +76,8 @@ class Partitions:
 
     def _read(self) -> None:
         files = TensorFiles(self._opened.source.folder, self._opened.headers)
-        try:
-            checkpoint = Checkpoint.of(self.model, files, self._dtype)
-            load_partitions(self.model, checkpoint, self._init, self._world.rank, self._world.size)
-        finally:
-            files.close()
+        checkpoint = Checkpoint.of(self.model, files, self._dtype)
+        load_partitions(self.model, checkpoint, self._init, self._world.rank, self._world.size)
 
     @property
     def bytes_here(self) -> int:
