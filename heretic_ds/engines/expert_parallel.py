@@ -46,7 +46,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ExpertParallelE
         with closed_on_error(checkpoint):
             layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
             anatomy = layers.replace(replicas.inside)
-            world.agree(lambda: layers.fill(checkpoint, device))
+            world.agree(lambda: layers.fill(checkpoint, device), "reading the weights")
         return model, checkpoint, anatomy
 
     model, checkpoint, anatomy = in_some_dtype(

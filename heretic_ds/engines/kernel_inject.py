@@ -50,8 +50,8 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> KernelInjectEng
     world, opened, generation = job.world, job.opened, job.settings.generation
     replicas = world.replicas(1, f"{phase}.degree")
     torch.cuda.set_device(opened.device)  # the kernels run on the current device
-    world.agree(op.load_kernels)
-    model = world.agree(lambda: load_weights(opened)).model
+    world.agree(op.load_kernels, "building the kernels")
+    model = world.agree(lambda: load_weights(opened), "reading the weights").model
     family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
     injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
     return KernelInjectEngine(

@@ -120,7 +120,7 @@ def check_split_model(
     def reference() -> Tensor:
         return streamed_logits(job.opened.skeleton(model.dtype), job.anatomy, checkpoint, rows, job.opened.device)
 
-    reference_BV = job.world.decide(reference)
+    reference_BV = job.world.decide(reference, "running the unsplit model")
     order = [(turn + row) % len(rows) for row in range(len(rows))]
     try:
         with torch.inference_mode():

@@ -16,7 +16,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
     """The engine over a model that is loaded whole onto its device."""
     world, generation = job.world, job.settings.generation
     replicas = world.replicas(placement.degree or 1, f"{phase}.degree")
-    loaded = world.agree(lambda: load_weights(job.opened))
+    loaded = world.agree(lambda: load_weights(job.opened), "reading the weights")
     engine = ResidentEngine(
         loaded.model,
         loaded.tokenizer,

@@ -51,7 +51,7 @@ def build(job: Job, placement: PlacementSettings, phase: str) -> ResidentEngine:
             if group is not None:
                 backend = sharding.choose_backend(model, model.config.model_type, placement.backend)
                 shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
-            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
         return model, checkpoint, backend
 
     compared = placement.parity_check and group is not None

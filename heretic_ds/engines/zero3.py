@@ -38,7 +38,7 @@ def build(job: Job, placement: CaptureSettings, phase: str) -> Zero3Engine:
     Raises UserError, on every rank, where a weight file is at fault on any of them.
     """
     start_deepspeed()
-    job.world.agree(lambda: load_reader(placement))
+    job.world.agree(lambda: load_reader(placement), "building the reader")
 
     def load(dtype: torch.dtype) -> Partitions:
         partitions = Partitions(job.opened, dtype, job.anatomy, placement, job.world)
