@@ -46,11 +46,12 @@ class Job:
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
         world.agree(lambda: refuse_wrong_path(settings.model.path))  # before data sets are downloaded
-        texts = world.decide(lambda: _all_prompts(settings)) if with_prompts else {}
-        scorers = world.agree(lambda: make_scorers(settings.scoring))
+        texts = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
+        scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
         choice = ModelChoice(**asdict(settings.model))
-        world.decide(lambda: open_model(choice) and None)  # one rank downloads what all will read
-        opened = world.agree(lambda: open_model(choice))
+        # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
+        world.decide(lambda: open_model(choice) and None, "downloading the model")
+        opened = world.agree(lambda: open_model(choice), "opening the model")
         anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))

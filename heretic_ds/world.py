@@ -10,7 +10,8 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,11 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
+from heretic_ds.heartbeat import Heartbeats
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
-"""Longest wait in a collective: loading a large model from a slow disk takes minutes on one rank before another."""
+"""Longest wait in a collective, and for all ranks to be started. Ranks come to one as far apart as their shares of a
+pass differ, which on CPUs takes many minutes; work that is longer on one rank by its nature is named, and waited for
+outside of any collective. Where a rank dies its peers notice at once under gloo, and launchers always."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +114,35 @@ class World:
     local_rank: int = 0
     _layouts: dict[int, Replicas] = field(default_factory=dict, repr=False, compare=False)
     """By degree: process groups hold connections and buffers, so each is made once."""
+    _hearts: Heartbeats | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise UserError(f"RANK={self.rank} is not below WORLD_SIZE={self.size}; start ranks with the launcher")
 
     @classmethod
-    def join(cls) -> World:
-        """The world that the launcher's environment describes; a world of one without a launcher."""
+    def join(cls, meeting: str = "env://") -> World:
+        """The world that the launcher's environment describes; a world of one without a launcher.
+
+        Ranks find each other as the URL ``meeting`` says. Whoever joins again, without having left, gets the same one.
+        """
+        global _joined
         world = cls(
             rank=int(os.environ.get("RANK", 0)),
             size=int(os.environ.get("WORLD_SIZE", 1)),
             local_rank=int(os.environ.get("LOCAL_RANK", 0)),
         )
-        if world.size > 1 and not dist.is_initialized():
+        if world.size == 1:
+            return world
+        if _joined is None:
             if torch.cuda.is_available():
                 torch.cuda.set_device(world.local_rank)
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, timeout=_TIMEOUT)
-        return world
+            where: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "timeout": _TIMEOUT}
+            dist.init_process_group(backend, init_method=meeting, **where)
+            store, _, _ = next(dist.rendezvous(meeting, **where))
+            _joined = replace(world, _hearts=Heartbeats(dist.PrefixStore("hearts", store), world.rank))
+        return _joined
 
     @property
     def decides(self) -> bool:
@@ -168,8 +182,11 @@ class World:
         made = [dist.new_group(list(ranks)) for ranks in groups]
         return next(group for group, ranks in zip(made, groups, strict=True) if self.rank in ranks)
 
-    def decide(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`."""
+    def decide(self, make: Callable[[], T], what: str | None = None) -> T:
+        """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`.
+
+        ``what`` names work that may take long, as in "downloading the model": the others wait for as long as it takes.
+        """
         if self.size == 1:
             return make()
 
@@ -180,24 +197,32 @@ class World:
             except Exception as error:
                 raise TypeError(f"what rank 0 made cannot be sent to the other ranks: {error}") from error
 
-        made, error = _attempt(packed) if self.decides else (None, None)
+        with self._waiting(what, [0]):
+            made, error = _attempt(packed) if self.decides else (None, None)
         told: list[Any] = [made and made[1], _Problem.of(error, self.rank)]
         dist.broadcast_object_list(told, src=0)
         self._raise_first(told[1:], error)
         return made[0] if made is not None else pickle.loads(told[0])
 
-    def agree(self, work: Callable[[], T]) -> T:
+    def agree(self, work: Callable[[], T], what: str | None = None) -> T:
         """Each rank's own result; an error on any rank is raised on every rank, that of the lowest rank first.
 
         It is raised as it is where it was made; elsewhere as the same kind of error where it is one of
         :mod:`heretic_ds.errors`, else as RankFailed with that rank's traceback. For work without collectives, such as
-        reading files: a rank that failed alone would leave the others waiting.
+        reading files: a rank that failed alone would leave the others waiting. ``what`` is that of :meth:`decide`.
         """
         if self.size == 1:
             return work()
-        result, error = _attempt(work)
+        with self._waiting(what, range(self.size)):
+            result, error = _attempt(work)
         self._raise_first(self.gather(_Problem.of(error, self.rank)), error)
         return result  # type: ignore[return-value]
+
+    def _waiting(self, what: str | None, workers: Sequence[int]) -> AbstractContextManager[None]:
+        """Afterwards all workers have done what they do inside, which may take long where it has a name."""
+        if what is None or self._hearts is None:
+            return nullcontext()
+        return self._hearts.together(what, workers)
 
     def _raise_first(self, told: Sequence[_Problem | None], own: Exception | None) -> None:
         """Raise the first problem that a rank told of; ``own`` is the error behind what this rank told."""
@@ -222,9 +247,15 @@ class World:
 
     def leave(self) -> None:
         """End this process's part in the job, and close every process group."""
+        global _joined
+        _joined = None
         self._layouts.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+_joined: World | None = None
+"""The world that this process is in, as it is in one default process group."""
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

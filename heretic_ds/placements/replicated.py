@@ -22,7 +22,7 @@ class Replicated(Placement):
     def build(self, job: Job) -> Runner:
         """The engine over a model that is loaded whole onto its device."""
         comm = Comm.of_replicas(job.world, 1, f"{self.phase}.degree")
-        loaded = job.world.agree(lambda: load_weights(job.opened))
+        loaded = job.world.agree(lambda: load_weights(job.opened), "reading the weights")
         engine = runner_of(job, loaded.model, comm, Traits(self.name, graphs=self.graphs))
         engine.whole = loaded
         return engine

@@ -164,7 +164,7 @@ def check_split_model(
     """
     count = max(len(_LENGTHS), turns)
     rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size, count)
-    reference_BV = world.decide(lambda: reference(rows))
+    reference_BV = world.decide(lambda: reference(rows), "running the unsplit model")
     order = [(turn + row) % len(rows) for row in range(len(rows))]
     try:
         with torch.inference_mode():

@@ -183,7 +183,7 @@ class Reuse(Forward):
             if now.start:
                 hidden_BSD = picked(now.kept.hidden_ND[now.start], index_BS)
                 output = hidden_BSD if now.kept.rest is None else (hidden_BSD, *now.kept.rest)
-                for own in map(vars, self._blocks[: now.start]):
+                for own in (block.__dict__ for block in self._blocks[: now.start]):
                     stack.callback(own.update, {name: own.pop(name) for name in ("forward",) if name in own})
                     stack.callback(own.pop, "forward")
                     own["forward"] = lambda *args, **kwargs: output

@@ -95,7 +95,8 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
 def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> None:
     """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already."""
     with run.timed("export"):
-        run.world.decide(lambda: _write_model(run, edit, trial, folder or export_dir(run.settings)))
+        target = folder or export_dir(run.settings)
+        run.world.decide(lambda: _write_model(run, edit, trial, target), "writing the model")
 
 
 def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:

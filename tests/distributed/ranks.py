@@ -141,15 +141,11 @@ def _send(connection: Connection, value: Any) -> None:
 
 def serve(folder: str) -> None:
     """One rank: join the world, then run what is asked for until the connection ends."""
-    import torch.distributed as dist
-
     from heretic_ds.world import World
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with Client(str(Path(folder) / "socket"), family="AF_UNIX") as connection:
-        _send(connection, rank)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        world = World.join()
+        _send(connection, int(os.environ["RANK"]))
+        world = World.join(f"file://{folder}/store")
         while True:
             try:
                 module, name, arguments = pickle.loads(connection.recv_bytes())

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -11,8 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from heretic_ds import heartbeat
 from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
 from heretic_ds.world import World
+from tests.distributed import ranks as real_ranks
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
@@ -149,3 +157,57 @@ def test_groups_of_a_part_of_the_ranks_are_made_once(monkeypatch: pytest.MonkeyP
         replicas = world.replicas(2, "degree")
         assert (replicas.inside, replicas.across) == ([0, 1], [1, 3])
     assert made == [[0, 1], [2, 3], [0, 2], [1, 3]]
+
+
+# Long work
+
+
+@contextmanager
+def collectives_end_after(seconds: float) -> Iterator[None]:
+    """Within it, ranks that come to a collective further apart than that fail."""
+    for timeout in (timedelta(seconds=seconds), timedelta(minutes=30)):
+        dist.distributed_c10d._set_pg_timeout(timeout)
+        if timeout.seconds == seconds:
+            yield
+
+
+def work_long(world: World, seconds: float, named: bool) -> tuple[str, str]:
+    """What comes of work of rank 0, and then of all ranks but it, that takes far longer than collectives wait."""
+    what = "resting" if named else None
+
+    def rest(seconds: float) -> str:
+        time.sleep(seconds)
+        return "rested"
+
+    with collectives_end_after(3):
+        decided = world.decide(lambda: rest(seconds), what)
+        agreed = world.agree(lambda: rest(seconds / 2) if world.rank else "at once", what)
+    return decided, agreed
+
+
+def test_named_work_may_take_longer_than_collectives_wait(ranks: RanksOf) -> None:
+    assert ranks(2).run(work_long, seconds=9, named=True) == [("rested", "at once"), ("rested", "rested")]
+
+
+def test_work_without_a_name_may_not() -> None:
+    """Or else the test above would say nothing."""
+    own = Ranks(2)
+    with pytest.raises(real_ranks.RankFailed, match=r"(?i)timed out|closed by peer"):
+        own.run(work_long, seconds=9, named=False)
+    own.close()
+
+
+def end_at_work(world: World, number: int) -> None:
+    heartbeat.BEAT_SECONDS, heartbeat.SILENT_SECONDS = 0.2, 1.5
+    world.decide(lambda: os.kill(os.getpid(), number), "writing the model")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_end_with_a_sentence_where_rank_0_dies_or_hangs_at_work(number: int) -> None:
+    own = Ranks(2)
+    started = time.monotonic()
+    with pytest.raises(real_ranks.RankFailed) as failure:
+        own.run(end_at_work, timeout=30, number=number)
+    own.close()
+    assert re.search(r"rank 0 has not been heard of for \d s while it was writing the model", str(failure.value))
+    assert time.monotonic() - started < 30

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import heretic_ds
 from heretic_ds import __version__, cli
-from heretic_ds.errors import SearchFailed, UserError
+from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.settings import Settings
 from tests.conftest import RunCommand
 
@@ -232,6 +232,12 @@ def test_anything_else_keeps_its_traceback(
 
 
 @pytest.mark.usefixtures("never")
+def test_the_failure_of_another_rank_is_told_in_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "rank 1 failed:\nTraceback (most recent call last):\n  ...\nRuntimeError: broken"
+    assert cli.report(RankFailed(said)) == 1
+    assert capsys.readouterr().err == said + "\n"
+
+
 def test_other_ranks_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["m", "search.trials=-1"]) == 2

@@ -65,7 +65,7 @@ class ExpertParallel(Placement):
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
             anatomy = layers.replace(replicas.inside)
-            world.agree(lambda: layers.fill(checkpoint, device))
+            world.agree(lambda: layers.fill(checkpoint, device), "reading the weights")
             world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, anatomy
 

@@ -50,8 +50,8 @@ class KernelInject(Placement):
         """
         world, opened = job.world, job.opened
         torch.cuda.set_device(opened.device)  # the kernels run on the current device
-        world.agree(op.load_kernels)
-        model = world.agree(lambda: load_weights(opened)).model
+        world.agree(op.load_kernels, "building the kernels")
+        model = world.agree(lambda: load_weights(opened), "reading the weights").model
         family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
         injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
         comm = Comm.of_replicas(world, 1, f"{self.phase}.degree")

@@ -84,7 +84,7 @@ class TensorParallel(Placement):
                 if group is not None:
                     backend = sharding.choose_backend(model, model.config.model_type, options.backend)
                     shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
-                world.agree(lambda: fill(model, checkpoint, shards, job.opened.device))
+                world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, backend

@@ -79,7 +79,7 @@ class Zero3(Placement):
         Raises UserError, on every rank, where a weight file is at fault on any of them.
         """
         start_deepspeed()
-        job.world.agree(lambda: load_reader(self.options))
+        job.world.agree(lambda: load_reader(self.options), "building the reader")
 
         def load(dtype: torch.dtype) -> Partitions:
             partitions = Partitions(job.opened, dtype, job.anatomy, self.options, job.world)

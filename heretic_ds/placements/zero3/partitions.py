@@ -52,7 +52,7 @@ class Partitions:
         from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
 
-        self._world.agree(self._read)
+        self._world.agree(self._read, "reading the weights")
         for part in gathered_at_once(self.model, self._anatomy):
             set_z3_leaf_module(part, True)
         zero = self.config["zero_optimization"]
