@@ -9,7 +9,7 @@ import pytest
 
 from heretic_ds.ablation import Edit, Profile
 from heretic_ds.runner.engine import Runner
-from heretic_ds.runner.reuse import HeadStart
+from heretic_ds.runner.reuse import Reuse
 from tests.e2e.conftest import Heretic, Material, read_results
 
 TRIALS = 8
@@ -52,13 +52,13 @@ def test_ways_to_evaluate_trials_agree(
     found: list[list[dict[str, Any]]] = []
     answers: list[list[list[list[int]]]] = []
     late_passes: list[int] = []
-    begin = HeadStart._from_there
+    late = Reuse._late
 
-    def begin_late(prefill: HeadStart, trials: Any, *more: Any) -> Any:
-        late_passes.append(trials.start)
-        return begin(prefill, trials, *more)
+    def noted_late(passes: Reuse, now: Any, *more: Any) -> Any:
+        late_passes.append(now.start)
+        return late(passes, now, *more)
 
-    monkeypatch.setattr(HeadStart, "_from_there", begin_late)
+    monkeypatch.setattr(Reuse, "_late", noted_late)
     for together, early_stop, reuse in WAYS:
         run = tmp_path / f"run-{together}-{early_stop}-{reuse}"
         late_passes.clear()
