@@ -19,7 +19,7 @@ SCORE_CHANGES = [
     "generation.max_new_tokens=50", "scoring.scorers=[a.b.C]", "scoring.markers=[sorry]",
 ]  # fmt: skip
 FREE_CHANGES = [
-    "search.trials=5", "search.trials_per_pass=4", "capture=zero3", "evaluate.degree=2",
+    "search.trials=5", "search.trials_per_pass=4", "capture._target_=a.b.C", "evaluate.degree=2",
     "generation.batch_size=3", "generation.early_stop=false", "generation.prefill_reuse=false", "export.max_kl=1",
     "export.dir=x", "run.dir=y", "scoring.print_answers=true", "model.device=cpu", "task.name=export",
 ]  # fmt: skip
