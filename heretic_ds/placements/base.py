@@ -19,7 +19,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
-from heretic_ds.scoring.base import Decided, ReadLogits
+from heretic_ds.scoring.base import Decided, GivesDistributions
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -65,7 +65,7 @@ class Capturing(Engine, Protocol):
         ...
 
 
-class Evaluating(Engine, Protocol):
+class Evaluating(Engine, GivesDistributions, Protocol):
     """An engine for edited models.
 
     ``distributions`` and ``generate`` take up to ``max_edits_per_pass`` edits at once and leave the weights as they
@@ -77,19 +77,6 @@ class Evaluating(Engine, Protocol):
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
-        ...
-
-    def distributions(
-        self,
-        prompts: TokenRows,
-        edits: Sequence[Edit | None],
-        read: ReadLogits,
-        continuations: TokenRows | None = None,
-    ) -> list[list[float]]:
-        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
-
-        After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens.
-        """
         ...
 
     def generate(

@@ -32,7 +32,10 @@ class GivesDistributions(Protocol):
         read: ReadLogits,
         continuations: TokenRows | None = None,
     ) -> list[list[float]]:
-        """What ``read`` makes of the logits of each prompt under each edit: [edit][prompt]."""
+        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
+
+        After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens.
+        """
         ...
 
 
