@@ -118,6 +118,16 @@ class OutputEdits:
         if per_expert:
             dispatch_edits(model, [writer.module for writer in per_expert])
 
+    @classmethod
+    def obstacle(cls, model: nn.Module, anatomy: Anatomy) -> str | None:
+        """Why rows of one batch cannot have edits of their own in this model; None where they can."""
+        for writer in anatomy.writers:
+            if "*" in writer.path.split("."):
+                return f"{writer.path} gets tokens of many prompts without their order"
+            if writer.experts is not None and not has_expert_dispatch(model.get_submodule(writer.module)):
+                return f"{writer.path} does not look up its computation in transformers' registry"
+        return None
+
     def _plan_tables(self, per_expert: Sequence[Writer], budget: int | None) -> None:
         """Whether experts have tables over all directions, or else how many edits a pass may have; by shapes alone."""
         each = bytes_of_vectors(self._model, per_expert)  # of a direction, and of the row norms
@@ -204,13 +214,3 @@ class OutputEdits:
             yield
         finally:
             handle.remove()
-
-
-def obstacle(model: nn.Module, anatomy: Anatomy) -> str | None:
-    """Why rows of one batch cannot have edits of their own in this model; None where they can."""
-    for writer in anatomy.writers:
-        if "*" in writer.path.split("."):
-            return f"{writer.path} gets tokens of many prompts without their order"
-        if writer.experts is not None and not has_expert_dispatch(model.get_submodule(writer.module)):
-            return f"{writer.path} does not look up its computation in transformers' registry"
-    return None

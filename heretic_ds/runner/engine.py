@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.edits.outputs import OutputEdits, obstacle
+from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
@@ -94,7 +94,8 @@ class Runner:
         self._ends = end_tokens(model, tokenizer)
         self._editor = editor or WeightEditor(model, anatomy)
         self._outputs: OutputEdits | None = None
-        self._obstacle = "this placement edits weights alone" if traits.edits is None else obstacle(model, anatomy)
+        edits = traits.edits
+        self._obstacle = "this placement edits weights alone" if edits is None else edits.obstacle(model, anatomy)
         self.max_edits_per_pass = MOST_EDITS if self._obstacle is None else 1
         self._applied: Edit | None = None
         reuse = options.prefill_reuse and traits.rows_move

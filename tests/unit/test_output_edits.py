@@ -16,7 +16,7 @@ from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import experts as expert_edits
 from heretic_ds.edits import tables
-from heretic_ds.edits.outputs import OutputEdits, obstacle
+from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.runner.forward import Forward
@@ -384,8 +384,8 @@ def test_experts_in_a_list_are_edited_in_their_weights():
     anatomy = find_anatomy(families.build("llama"))
     listed = dataclasses.replace(anatomy.writers[-1], path="mlp.experts.*.down_proj")
     anatomy = dataclasses.replace(anatomy, writers=(*anatomy.writers[:-1], listed))
-    assert "without their order" in str(obstacle(families.build("llama"), anatomy))
-    assert obstacle(families.build("mixtral"), find_anatomy(families.build("mixtral"))) is None
+    assert "without their order" in str(OutputEdits.obstacle(families.build("llama"), anatomy))
+    assert OutputEdits.obstacle(families.build("mixtral"), find_anatomy(families.build("mixtral"))) is None
 
 
 def test_none_stands_for_the_edit_that_is_applied():

@@ -78,6 +78,11 @@ class ExpertParallelEdits(OutputEdits):
         self._experts = [writer for writer in anatomy.writers if writer.experts is not None]
         self._plan_tables(self._experts, budget)
 
+    @classmethod
+    def obstacle(cls, model: nn.Module, anatomy: Anatomy) -> str | None:
+        """None: every layer of experts is AutoEP's, which tells where a token goes."""
+        return None
+
     @contextmanager
     def active(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[None]:
         """See :meth:`OutputEdits.active`; every rank has to take the same edits, and none is steady."""
