@@ -113,7 +113,7 @@ def search(folder: Path, what: str, dtype: str) -> dict[str, Any]:
     directions_LD = torch.nn.functional.normalize(torch.randn(shape, generator=generator).double(), dim=-1)
     engine.prepare(Ablation(directions_LD, "full", False))
     rows = rows[:100]
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     engine.generate(rows, [None])
     # The rule of search.trials_per_pass=auto on a GPU.
     most = max(1, min(MOST_TRIALS, math.ceil(engine.batch_sizes["generate"] / len(rows))))

@@ -152,7 +152,7 @@ def parity(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     directions_LD = torch.nn.functional.normalize(torch.randn(means_LD.shape, generator=generator).double(), dim=-1)
     engine.prepare(Ablation(directions_LD, "full", False))
     before = {writer.weight: writer.weight_DK(engine.model).cpu().clone() for writer in engine.anatomy.writers[:4]}
-    original = Divergence(engine, rows[:32])
+    original = Divergence().begin(engine, rows[:32])
     kl = original.of([Edit.from_dict(EDIT)])[0]
     engine.restore()
     restored = all(torch.equal(w.weight_DK(engine.model).cpu(), before[w.weight]) for w in engine.anatomy.writers[:4])

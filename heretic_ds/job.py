@@ -19,7 +19,7 @@ from heretic_ds.checkpoint.source import refuse_wrong_path
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
-from heretic_ds.scoring.base import Scorer
+from heretic_ds.scoring.base import DistributionScorer, Scorer
 from heretic_ds.settings import PromptSource, Settings
 from heretic_ds.world import World
 
@@ -36,7 +36,7 @@ class Job:
     opened: OpenedModel
     anatomy: Anatomy
     chat: ChatFormat
-    scorers: list[Scorer]
+    scorers: list[Scorer | DistributionScorer]
     texts: dict[str, list[str]] = field(default_factory=dict)
     """Prompts by kind and part, such as ``target.train``."""
     known_direction_D: Tensor | None = None

@@ -41,8 +41,8 @@ def refuse(findings: _Findings) -> None:
             raise UserError(message)
 
 
-def find_class(path: str, kind: type, setting: str) -> Any:
-    """The class of a dotted path that a setting gives. Raises UserError where there is none, or none of this kind."""
+def find_class(path: str, setting: str, kind: type, *others: type) -> Any:
+    """The class of a dotted path that a setting gives. Raises UserError where there is none, or none of these kinds."""
     if os.getcwd() not in sys.path:  # a module in the working folder is found however the command was started
         sys.path.append(os.getcwd())
     module, _, name = path.rpartition(".")
@@ -50,7 +50,7 @@ def find_class(path: str, kind: type, setting: str) -> Any:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{setting}: {path} cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    if not (isinstance(found, type) and issubclass(found, (kind, *others))):
         package = kind.__module__.removesuffix(".base")
         raise UserError(f"{setting}: {path} is not a class derived from {package}.{kind.__name__}")
     return found

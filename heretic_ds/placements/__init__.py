@@ -65,7 +65,7 @@ def _placement(phase: str, given: Mapping[str, Any]) -> Placement:
 
 
 def _class(phase: str, target: Any) -> type[Placement]:
-    kind: type[Placement] = find_class(str(target), Placement, f"{phase}._target_")
+    kind: type[Placement] = find_class(str(target), f"{phase}._target_", Placement)
     if phase not in kind.phases:
         raise UserError(
             f"{phase}={kind.name}: {kind.name} serves {' and '.join(sorted(kind.phases))} only; choose one of "

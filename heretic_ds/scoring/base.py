@@ -1,10 +1,10 @@
-"""What a scorer is: a number for a list of answers."""
+"""What a scorer is: a number for a list of answers, or for next-token distributions."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -39,7 +39,21 @@ class GivesDistributions(Protocol):
         ...
 
 
-class Scorer(ABC):
+class _Named(ABC):
+    """What all scorers have."""
+
+    name: str = ""
+    """Unique and not empty."""
+    needs: ClassVar[str]
+    """``answers`` to the target prompts, or next-token ``distributions`` on the baseline prompts."""
+
+    @classmethod
+    def from_settings(cls, settings: ScoringSettings) -> Self:
+        """Builds the scorer. Override to take what it needs from the settings."""
+        return cls()
+
+
+class Scorer(_Named):
     """Gives answers a number, which the search minimises for the first of ``scoring.scorers``.
 
     A scorer of your own is a class that Python can import, named in the configuration
@@ -55,8 +69,7 @@ class Scorer(ABC):
     and kept in ``results.json`` under the scorer's name.
     """
 
-    name: str = ""
-    """Unique and not empty."""
+    needs = "answers"
 
     decided: Callable[[str], bool] | None = None
     """May be a method ``decided(partial_answer) -> bool``: whether this answer's part in the score is
@@ -64,11 +77,20 @@ class Scorer(ABC):
     the text that they have. The whole answer begins with the partial one, except for U+FFFD at its end: the
     first bytes of a character."""
 
-    @classmethod
-    def from_settings(cls, settings: ScoringSettings) -> Scorer:
-        """Builds the scorer. Override to take what it needs from the settings."""
-        return cls()
-
     @abstractmethod
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
         """A finite number for the answers, one to each prompt; a count or a mean, say."""
+
+
+class DistributionScorer(_Named):
+    """Gives edits a number from next-token distributions, without an answer: a divergence, a likelihood."""
+
+    needs = "distributions"
+
+    @abstractmethod
+    def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
+        """Take the model as it is for the original; returns the scorer."""
+
+    @abstractmethod
+    def of(self, edits: Sequence[Edit | None]) -> list[float]:
+        """A number for each edit; None stands for the weights as they are."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from heretic_ds.ablation import Edit
-from heretic_ds.scoring.base import GivesDistributions, TokenRows
+from heretic_ds.scoring.base import DistributionScorer, GivesDistributions, TokenRows
 
 
 def log_probabilities(logits_BV: Tensor) -> Tensor:
@@ -36,22 +37,27 @@ def first_token_kl(reference_logp_BV: Tensor, logits_BV: Tensor) -> Tensor:
     return terms_BV.sum(dim=-1, dtype=torch.float64).clamp(min=0)
 
 
-class Divergence:
+class Divergence(DistributionScorer):
     """KL(original || edited) of the next-token distributions of a list of prompts, in nats.
 
-    First-token distributions, or with ``continuations`` those after the prompt and after each of its continuation's
-    tokens, of which a prompt's divergence is the mean. The reference is the model as it is when this is made; it lies
-    on the host, float32, for the prompts that are this process's work.
+    First-token distributions, or with continuations those after the prompt and after each of its continuation's tokens,
+    of which a prompt's divergence is the mean. The reference is the model as it is when this begins; it lies on the
+    host, float32, for the prompts that are this process's work.
     """
 
-    def __init__(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> None:
-        self._engine, self._prompts, self._continuations = engine, prompts, continuations
+    name = "kl"
+
+    def __init__(self) -> None:
         self.reference_KV: dict[int, Tensor] = {}
         """Log-probabilities by place of the prompt."""
+
+    def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
+        self._engine, self._prompts, self._continuations = engine, prompts, continuations
         engine.distributions(prompts, [None], self._remember, continuations)
+        return self
 
     def of(self, edits: Sequence[Edit | None]) -> list[float]:
-        """For each edit (None: the weights as they are) the mean over prompts."""
+        """For each edit the mean over prompts."""
         found = self._engine.distributions(self._prompts, edits, self._divergences, self._continuations)
         return [math.fsum(each) / len(each) for each in found]
 

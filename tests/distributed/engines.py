@@ -80,7 +80,7 @@ def measure(engine: Runner, count: int = len(LENGTHS)) -> dict[str, Any]:
     before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     found: dict[str, Any] = {"means": engine.capture(rows)}
     engine.prepare(ablation_for(engine, "none"))
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     found["answers"] = {"original": engine.generate(rows, [None])[0]}
     found["kl"] = {"original": reference.of([None])[0]}
     for row_norm in ROW_NORMS:
@@ -157,7 +157,7 @@ def measure_late_starts(world: World, folder: str, degree: int, reuse: bool = Tr
     job.settings.generation.prefill_reuse = reuse
     engine = build(job, "tensor_parallel", degree=degree)
     engine.prepare(ablation_for(engine, "full"))
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     found: dict[str, Any] = {"kl": [], "answers": []}
     with contextlib.closing(engine), mock.patch.object(passes, "PASS_IN_TOKENS", 1):
         for edits in (LATE[:1], LATE, [None, LATE[1]]):

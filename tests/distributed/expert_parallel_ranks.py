@@ -177,7 +177,7 @@ def batch_sizes(world: World, folder: str) -> dict[str, int]:
     """What ranks measure in step."""
     engine = _engine(world, folder, None, batch_size=0)
     engine.capture(prompts())
-    Divergence(engine, prompts()).of([None])
+    Divergence().begin(engine, prompts()).of([None])
     engine.generate(prompts(), [None])
     engine.close()
     return engine.batch_sizes
@@ -190,7 +190,7 @@ def most_rows_tried(world: World, folder: str) -> int:
         lambda module, args, kwargs: tried.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     with mock.patch("heretic_ds.runner.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
-        Divergence(engine, prompts())
+        Divergence().begin(engine, prompts())
     engine.close()
     return max(tried)
 

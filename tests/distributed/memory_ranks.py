@@ -49,7 +49,7 @@ def scores(engine: Any, evaluates: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"means": engine.capture(prompts())}
     if evaluates:
         engine.prepare(ablation_for(engine, "full"))
-        reference = Divergence(engine, prompts())
+        reference = Divergence().begin(engine, prompts())
         found["kl"] = reference.of([EDIT, None])
     found["answers"] = engine.generate(prompts(), [None])
     return found

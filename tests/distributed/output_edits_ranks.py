@@ -36,7 +36,7 @@ def score(engine: Runner, together: bool, tables: bool = True) -> dict[str, Any]
         engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre"))
         if engine.max_edits_per_pass == 1:  # no memory for two; that is not to be shown here
             engine.max_edits_per_pass, found["without tables"] = len(EDITS), row_norm
-        reference = Divergence(engine, rows)
+        reference = Divergence().begin(engine, rows)
         found["kl"][row_norm] = [kl for edits in passes for kl in reference.of(edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
         if together and dist.is_initialized():
@@ -47,7 +47,7 @@ def score(engine: Runner, together: bool, tables: bool = True) -> dict[str, Any]
 def _collectives(engine: Runner, edits: Any) -> list[int]:
     """Numbers that each all-reduce of one pass moves for one prompt, of which every edit has its own copy."""
     engine.batch_sizes["kl"] = len(EDITS)
-    reference = Divergence(engine, prompts(1))
+    reference = Divergence().begin(engine, prompts(1))
     reference.of(edits)  # the first pass of a size is guarded, which takes collectives of its own
     moved: list[int] = []
     real = dist.all_reduce

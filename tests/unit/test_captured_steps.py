@@ -50,7 +50,7 @@ def engine_of(model, cuda_graphs=True, batch_size=7, row_norm="full") -> Runner:
 def answers_and_kl(model, trials, cuda_graphs, row_norm="full"):
     """Of all passes of `EDITS`, with as many edits each at most."""
     engine = engine_of(model, cuda_graphs, row_norm=row_norm)
-    reference, answers, found = Divergence(engine, prompts()), [], []
+    reference, answers, found = Divergence().begin(engine, prompts()), [], []
     for edits in EDITS:
         found += reference.of(edits[:trials])
         answers.append(engine.generate(prompts(), edits[:trials], stop_some))
@@ -220,7 +220,7 @@ def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder, monkeypat
         Forward, "__call__", lambda *given, **more: held.append(engine._decoder._graphs) or passes(*given, **more)
     )
     del engine.batch_sizes["kl"]
-    Divergence(engine, prompts())
+    Divergence().begin(engine, prompts())
     assert held and set(held) == {None} and engine.batch_sizes["kl"] >= 1
     replayed = recorder.replayed
     assert engine.generate(prompts(), [edit(1.1)]) == answers
@@ -246,7 +246,7 @@ def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, said
 
 def test_memory_that_other_phases_lack_is_given_back_before_their_batches_get_smaller(recorder, monkeypatch, said):
     engine = engine_of(families.build("llama"))
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     expected = reference.of([edit(1.1)])
     answers = engine.generate(prompts(), [edit(1.1)])
     passes, failures = Forward.__call__, [no_memory()]

@@ -135,7 +135,7 @@ def test_engine_gives_the_means_answers_and_kl_of_the_plain_one_and_restores_bit
     assert ((found_LD - expected_LD).norm(dim=-1) / expected_LD.norm(dim=-1)).max() < 1e-5
     prepare(plain), prepare(injected)
     for engine in (plain, injected):
-        engine.original = Divergence(engine, prompts())
+        engine.original = Divergence().begin(engine, prompts())
     for place, expected_KV in plain.original.reference_KV.items():
         assert torch.allclose(injected.original.reference_KV[place], expected_KV, atol=1e-5)
     for edit in (None, EDIT):

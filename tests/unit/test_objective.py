@@ -10,7 +10,7 @@ import pytest
 
 from heretic_ds.ablation import Edit
 from heretic_ds.prompts import PromptSet
-from heretic_ds.scoring import LengthScorer, RefusalScorer, Scorer
+from heretic_ds.scoring import DistributionScorer, LengthScorer, RefusalScorer, Scorer
 from heretic_ds.search.objective import Objective
 
 TARGET = PromptSet(["t one", "t two", "t three"], [[1], [2], [3]])
@@ -105,3 +105,26 @@ def test_answers_are_shown_with_their_prompts(caplog: pytest.LogCaptureFixture) 
     assert [record.getMessage() for record in caplog.records] == [
         "prompt: t one\nanswer: no", "prompt: t two\nanswer: no", "prompt: t three\nanswer: ",
     ]  # fmt: skip
+
+
+class Likelihood(DistributionScorer):
+    """Needs no answers."""
+
+    name = "likelihood"
+
+    def begin(self, engine: Any, prompts: Any, continuations: Any = None) -> Likelihood:
+        engine.calls.append(("begun", prompts))
+        return self
+
+    def of(self, edits: Sequence[Edit | None]) -> list[float]:
+        return [0.5 if edit is None else EDITS.index(edit) for edit in edits]
+
+
+def test_scorers_that_need_distributions_get_no_answers() -> None:
+    """And do not keep rows going that those of answers have decided on."""
+    engine = FakeEngine()
+    measured = objective(engine, [RefusalScorer(["no"]), Likelihood()])
+    assert ("begun", BASELINE.rows) in engine.calls and engine.decided is not None
+    assert measured.original.scores == {"refusals": 3, "likelihood": 0.5}
+    assert [score.scores["likelihood"] for score in measured.score(EDITS)] == [0, 1]
+    assert objective(FakeEngine(), [Likelihood(), RefusalScorer(["no"])]).original.refusals == 0.5

@@ -110,7 +110,7 @@ def test_scores_and_answers_of_trials_in_one_pass_equal_those_one_by_one(family)
     before = state(model)
     engine = engine_for(model, batch_size=4)
     engine.prepare(ablation_for(engine))
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     together = reference.of(EDITS), engine.generate(prompts(), EDITS)
     compared = 0
     for edit, kl, answers in zip(EDITS, *together, strict=True):
@@ -288,7 +288,7 @@ def test_passes_have_as_many_trials_as_the_budget_holds(trials, monkeypatch):
     engine, passes = engine_for(model, batch_size=4), []
     engine.prepare(ablation_for(engine))
     assert engine.max_edits_per_pass == max(1, trials)
-    reference, active = Divergence(engine, prompts()), OutputEdits.active
+    reference, active = Divergence().begin(engine, prompts()), OutputEdits.active
     alone = [reference.of([edit])[0] for edit in EDITS]
     monkeypatch.setattr(
         OutputEdits, "active", lambda self, edits, *more: passes.append(len(edits)) or active(self, edits, *more)
@@ -318,7 +318,7 @@ def test_memory_that_runs_out_while_edits_are_made_ready(hoards, monkeypatch):
     model = families.build("mixtral")
     engine = engine_for(model, batch_size=4)
     engine.prepare(ablation_for(engine))
-    reference, failures = Divergence(engine, prompts()), [torch.OutOfMemoryError("CUDA out of memory")]
+    reference, failures = Divergence().begin(engine, prompts()), [torch.OutOfMemoryError("CUDA out of memory")]
     alone = [reference.of([edit])[0] for edit in EDITS]
     overlaps = tables.row_overlaps
 
@@ -373,7 +373,7 @@ def test_where_rows_cannot_have_their_own_edits_weights_are_edited(name, caplog)
     with caplog.at_level(logging.INFO, logger="heretic_ds"):
         engine.prepare(ablation_for(engine))
     assert engine.max_edits_per_pass == 1 and "every trial has passes of its own" in caplog.text
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     together = reference.of(EDITS)
     assert together == [reference.of([edit])[0] for edit in EDITS]
     assert len(engine.generate(prompts(), EDITS)) == len(EDITS)
@@ -392,7 +392,7 @@ def test_none_stands_for_the_edit_that_is_applied():
     model = families.build("llama")
     engine = engine_for(model, batch_size=4)
     engine.prepare(ablation_for(engine))
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     alone = [reference.of([edit])[0] for edit in (EDIT, STRONG)]
     engine.apply(STRONG)
     for edits, expected in (([EDIT, None], alone), ([None, EDIT], alone[::-1]), ([None, None], [alone[1]] * 2)):

@@ -88,7 +88,7 @@ def test_kl_equals_that_of_unpadded_prompts_and_leaves_the_weights(family):
     _, model, before = family
     engine = engine_for(model)
     engine.prepare(ablation_for(engine))
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     original = [alone(model, row)[1].double().log_softmax(-1) for row in prompts()]
     engine.apply(EDIT)
     edited = [alone(model, row)[1].double().log_softmax(-1) for row in prompts()]
@@ -105,10 +105,10 @@ def test_reference_is_of_the_model_as_it_is_whatever_was_scored_last():
     """Of the original, or of the edit that was applied."""
     engine = engine_for(families.build("llama"))
     engine.prepare(ablation_for(engine))
-    original, other = Divergence(engine, prompts()), Edit(None, EDIT.profiles)
+    original, other = Divergence().begin(engine, prompts()), Edit(None, EDIT.profiles)
 
     def taken():
-        return torch.cat([logp_KV for _, logp_KV in sorted(Divergence(engine, prompts()).reference_KV.items())])
+        return torch.cat([logp_KV for _, logp_KV in sorted(Divergence().begin(engine, prompts()).reference_KV.items())])
 
     expected = taken()
     original.of([EDIT])

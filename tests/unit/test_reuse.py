@@ -70,7 +70,7 @@ def engine_of(model, reuse=True, row_norm="full", through_norm=False, **options)
 
 def scores(engine, rows, passes):
     """KL divergences and answers of the edits of several passes."""
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     kl = [kl for edits in passes for kl in reference.of(edits)]
     answers = [of_edit for edits in passes for of_edit in engine.generate(rows, edits, stop_some)]
     engine.restore()  # for other engines of the same model
@@ -113,7 +113,7 @@ def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_lear
     edits, found = (edit(1, None, 3.0), edit(3)), []
     for reused in (False, True):
         engine, scored = engine_of(model, reused, "none"), {"kl": [], "generate": []}
-        reference = Divergence(engine, rows)
+        reference = Divergence().begin(engine, rows)
         for one in edits:
             for phase in phases:
                 scored[phase] += reference.of([one]) if phase == "kl" else engine.generate(rows, [one])
@@ -122,7 +122,7 @@ def test_what_is_kept_is_the_originals_though_weights_are_edited_when_it_is_lear
     assert_same(found[1], found[0])
     states = engine._forward._kept
     original = engine_of(model)
-    Divergence(original, rows).of([edits[1]])
+    Divergence().begin(original, rows).of([edits[1]])
     original.generate(rows, [edits[1]])
     original.restore()
     for key, expected in original._forward._kept.items():
@@ -166,7 +166,7 @@ class Counted:
 def test_blocks_before_an_edit_and_shared_tokens_are_left_out():
     model, rows = built(), prompts(lengths=(6, 6, 6, 6))
     engine, counted = engine_of(model), Counted(model)
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     reference.of(EDITS[:1])
     counted.take()
     reference.of([EDITS[0]])
@@ -184,14 +184,14 @@ def test_blocks_before_an_edit_and_shared_tokens_are_left_out():
 def test_really_edited_weights_are_scored_from_the_first_block():
     model, rows = built(), prompts()
     engine, counted = engine_of(model), Counted(model)
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
     expected = reference.of([EDITS[0]])
     engine.apply(EDITS[0])
     counted.take()
     assert reference.of([None]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert counted.take()[0] == counted.of[0] + sum(map(len, rows)) + padding_of(rows)
     # Edits asked for while another is applied take its place, on the original's states.
-    expected = Divergence(engine_of(built(), reuse=False), rows).of([EDITS[1]])
+    expected = Divergence().begin(engine_of(built(), reuse=False), rows).of([EDITS[1]])
     assert reference.of([EDITS[1]]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -239,7 +239,7 @@ def test_memory_that_is_lacking_before_anything_is_kept(caplog):
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
 
     def full(*arguments):
         raise torch.OutOfMemoryError("pretended")
@@ -318,7 +318,7 @@ def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypa
     engine = engine_of(model, cuda_graphs=True)
     expected = scores(engine, rows, [EDITS])
     assert any(states.bytes for states in kept_of(engine)) and engine._decoder._graphs is not None
-    reference, failures = Divergence(engine, rows), [torch.OutOfMemoryError("so")]
+    reference, failures = Divergence().begin(engine, rows), [torch.OutOfMemoryError("so")]
 
     def full(module, args):
         if failures:
@@ -335,7 +335,7 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
-    reference = Divergence(engine, rows)
+    reference = Divergence().begin(engine, rows)
 
     put = Kept.put
 
