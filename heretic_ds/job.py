@@ -15,7 +15,7 @@ from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
-from heretic_ds.checkpoint.source import refuse_wrong_path
+from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
 from heretic_ds.scoring import make_scorers
@@ -45,7 +45,7 @@ class Job:
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
-        world.agree(lambda: refuse_wrong_path(settings.model.path))  # before data sets are downloaded
+        world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
         texts = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
         scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
         choice = ModelChoice(**asdict(settings.model))

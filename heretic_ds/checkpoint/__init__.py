@@ -1,4 +1,4 @@
-"""Loading only a part of every parameter, straight from the weight files: no rank ever holds the whole model."""
+"""Everything between a model's files and its modules; what is exported here reads a rank's part of every parameter."""
 
 from heretic_ds.checkpoint.files import TensorFiles
 from heretic_ds.checkpoint.fill import Checkpoint, fill

@@ -16,23 +16,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 _BUFFER_BYTES = 8 * 2**20
 """Size of the buffer through which goes what cannot be read where it belongs."""
@@ -50,18 +35,17 @@ class TensorFiles:
                 f"{folder} has no safetensors weights, of which each rank could read its part; convert the model "
                 "(load it with transformers and save it again), or set evaluate=replicated"
             )
-        for info in headers.values():
-            if info.dtype not in _DTYPES:
-                raise UserError(
-                    f"{folder / info.file} holds tensors of dtype {info.dtype}; expected one of {', '.join(_DTYPES)}"
-                )
+        unknown = next((info for info in headers.values() if info.dtype not in STORED_DTYPES), None)
+        if unknown is not None:
+            known, file = ", ".join(STORED_DTYPES), folder / unknown.file
+            raise UserError(f"{file} holds tensors of dtype {unknown.dtype}; expected one of {known}")
         self.shapes = {name: info.shape for name, info in headers.items()}
         self._folder, self._headers = folder, headers
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in its dtype, on the host."""
-        whole = torch.empty(self.shapes[name], dtype=_DTYPES[self._headers[name].dtype])
+        whole = torch.empty(self.shapes[name], dtype=STORED_DTYPES[self._headers[name].dtype])
         self.read_into(name, whole)
         return whole
 
@@ -71,7 +55,7 @@ class TensorFiles:
         shape, target = (info.shape, target) if info.shape else ((1,), target.reshape(1))
         wanted = range(start, shape[dim] if stop is None else stop)
         with (self._folder / info.file).open("rb") as file:
-            self._copy(file, info.begin, _DTYPES[info.dtype], shape, dim, wanted, target)
+            self._copy(file, info.begin, STORED_DTYPES[info.dtype], shape, dim, wanted, target)
 
     def _copy(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heretic_ds.checkpoint.conversions import Source, find_sources
 from heretic_ds.checkpoint.files import TensorFiles
-from heretic_ds.checkpoint.fitness import some_names
+from heretic_ds.checkpoint.fitness import finite, some_names
 from heretic_ds.checkpoint.shards import Shard
-from heretic_ds.checkpoint.sources import Source, empty_like_part, find_sources
 from heretic_ds.errors import UnfitDtype, UserError
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class Checkpoint:
 
     def read(self, name: str, shard: Shard, device: torch.device) -> Tensor:
         """This rank's part of one tensor of the model's state."""
-        part = empty_like_part(shard, self.dtypes[name], device)
+        part = torch.empty(shard.local_shape, dtype=self.dtypes[name], device=device)
         self.read_into(name, shard, part)
         return part
 
@@ -76,7 +75,7 @@ class Checkpoint:
             part.zero_()
         else:
             self.sources[name].read(self.files, shard, part)
-        if part.is_floating_point() and part.numel() and not _finite(part):
+        if not finite(part):
             raise UnfitDtype(
                 f"tensor {name} of the checkpoint holds NaN or infinite numbers in {part.dtype}; the checkpoint is "
                 "damaged, or model.dtype too narrow for it"
@@ -105,7 +104,9 @@ def fill(model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], 
         key = (checkpoint.tied.get(name, name), shard)
         parameter = module._parameters[attribute]
         if key not in made and parameter is not None and not parameter.is_meta:
-            _check_shape(name, shard, parameter)
+            there, part = list(parameter.shape), list(shard.local_shape)
+            if there != part:
+                raise RuntimeError(f"{name} has room for {there}, but its part is {part}")
             checkpoint.read_into(name, shard, parameter.data)
             made[key] = parameter
         elif key not in made:
@@ -119,23 +120,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], 
                 module._buffers[attribute] = buffer.to(device)
 
 
-def _finite(part: Tensor) -> bool:
-    low, high = torch.aminmax(part)  # in one pass without temporaries; both are NaN if any number is
-    return math.isfinite(low) and math.isfinite(high)
-
-
-def _check_shape(name: str, shard: Shard, parameter: Tensor) -> None:
-    if tuple(parameter.shape) != shard.local_shape:
-        raise RuntimeError(f"{name} has room for {list(parameter.shape)}, but its part is {list(shard.local_shape)}")
-
-
 def _tied_names(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(same)] for name, same in named if first.setdefault(id(same), name) != name}
 
 
 def _dtype(model: PreTrainedModel, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-_HEADER_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 def choose_device(name: str) -> torch.device:
@@ -43,16 +39,13 @@ def choose_device(name: str) -> torch.device:
 def own_dtype(config: PreTrainedConfig, headers: Mapping[str, TensorInfo]) -> torch.dtype:
     """The checkpoint's dtype: as its configuration says, else of most of its numbers, else float32."""
     for part in (config, config.get_text_config()):
-        if isinstance(part.dtype, torch.dtype):
-            return part.dtype
-        if part.dtype in DTYPES:
-            return DTYPES[part.dtype]
-    counts: dict[torch.dtype, int] = {}
+        stated = DTYPES.get(str(part.dtype).removeprefix("torch."))
+        if stated is not None:
+            return stated
+    numbers: Counter[torch.dtype | None] = Counter()
     for info in headers.values():
-        dtype = _HEADER_DTYPES.get(info.dtype)
-        if dtype is not None:
-            counts[dtype] = counts.get(dtype, 0) + math.prod(info.shape)
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
+        numbers[STORED_DTYPES.get(info.dtype)] += math.prod(info.shape)
+    return max((dtype for dtype in DTYPES.values() if numbers[dtype]), key=numbers.__getitem__, default=torch.float32)
 
 
 def dtype_candidates(wanted: str, own: torch.dtype, device: torch.device, parameters: int = 0) -> list[torch.dtype]:
@@ -69,15 +62,12 @@ def dtype_candidates(wanted: str, own: torch.dtype, device: torch.device, parame
     if own == torch.float16 and device.type == "cpu":
         roomy = 4 * parameters < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return [torch.float32, torch.bfloat16] if roomy else [torch.bfloat16]
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if own == torch.float16:
-        return [torch.float16, torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
+        return [torch.float16, torch.bfloat16, torch.float32] if has_bf16 else [torch.float16, torch.float32]
     if own == torch.bfloat16:
-        return [torch.bfloat16, torch.float32] if _has_bf16(device) else [torch.float16, torch.float32]
+        return [torch.bfloat16 if has_bf16 else torch.float16, torch.float32]
     return [own]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @torch.no_grad()
@@ -86,16 +76,14 @@ def first_non_finite(model: nn.Module) -> str | None:
 
     A buffer may hold -inf, as masks do.
     """
-    for name, tensor in model.named_parameters():
-        if not _finite(tensor):
-            return name
-    for name, buffer in model.named_buffers():
-        if not _finite(buffer, allow_minus_infinity=True):
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not finite(tensor, allow_minus_infinity=not isinstance(tensor, nn.Parameter)):
             return name
     return None
 
 
-def _finite(tensor: Tensor, allow_minus_infinity: bool = False) -> bool:
+def finite(tensor: Tensor, allow_minus_infinity: bool = False) -> bool:
+    """Whether no number is NaN or infinite; one pass, without temporaries."""
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return True
     low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))  # both are NaN if any number is

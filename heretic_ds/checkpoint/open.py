@@ -66,6 +66,12 @@ class ModelChoice:
     trust_remote_code: bool = False
     attn_implementation: str | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers' loaders are told of it."""
+        attention = {"attn_implementation": self.attn_implementation} if self.attn_implementation else {}
+        return {"trust_remote_code": self.trust_remote_code, **attention}
+
 
 @dataclass
 class OpenedModel:
@@ -91,12 +97,9 @@ class OpenedModel:
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
-        options: dict[str, Any] = {"trust_remote_code": self.choice.trust_remote_code}
-        if self.choice.attn_implementation:
-            options["attn_implementation"] = self.choice.attn_implementation
         with parameters_on_meta():
             config = copy.deepcopy(self.config)  # engines write their choices into it
-            model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **options)
+            model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **self.choice.options)
         return self.ready(model)
 
     def loaded(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> LoadedModel:
@@ -107,7 +110,6 @@ class OpenedModel:
             processor=self.processor,
             source=self.source.folder,
             dtype=dtype or model.dtype,
-            device=self.device,
             model_name=self.source.name,
             revision=self.source.revision,
             is_hub=self.source.is_hub,
@@ -167,7 +169,6 @@ class LoadedModel:
     source: Path
     """Folder of the original checkpoint on this machine."""
     dtype: torch.dtype
-    device: torch.device
     model_name: str
     """Hub id, or the folder's name."""
     revision: str | None = None
@@ -224,11 +225,6 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
-def load_model(choice: ModelChoice) -> LoadedModel:
-    """:func:`open_model` and :func:`load_weights` in one."""
-    return load_weights(open_model(choice))
-
-
 def _load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The model's configuration, checked to be that of a causal language model that transformers knows."""
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
@@ -270,12 +266,7 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Weights in `dtype` on the model's device; UserError where some are missing, for those would be left random."""
     choice, source, config, device = opened.choice, opened.source, opened.config, opened.device
-    options: dict[str, Any] = {
-        "trust_remote_code": choice.trust_remote_code,
-        **_dequantised(choice.path, config),
-    }
-    if choice.attn_implementation:
-        options["attn_implementation"] = choice.attn_implementation
+    options = choice.options | _dequantised(choice.path, opened.quantization)
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
     try:
@@ -289,7 +280,7 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
             )
         if info["unexpected_keys"]:
             log.warning("not used by %s: %s", type(model).__name__, some_names(info["unexpected_keys"]))
-        if _quantization(config) is not None:
+        if opened.quantization is not None:
             _forget_quantization(model)
         return model.to(device)
     except torch.OutOfMemoryError as error:
@@ -301,18 +292,16 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
 
 
-def _quantization(raw: Mapping[str, Any] | PreTrainedConfig) -> str | None:
-    """Quantisation method of a raw or loaded configuration."""
-    fields = raw if isinstance(raw, Mapping) else raw.to_dict()
-    for part in (fields, fields.get("text_config") or {}):
+def _quantization(raw: Mapping[str, Any]) -> str | None:
+    """Quantisation method of a raw configuration."""
+    for part in (raw, raw.get("text_config") or {}):
         if part.get("quantization_config"):
             return str(part["quantization_config"].get("quant_method", "unnamed"))
     return None
 
 
-def _dequantised(path: str, config: PreTrainedConfig) -> dict[str, Any]:
+def _dequantised(path: str, method: str | None) -> dict[str, Any]:
     """Loading options under which transformers turns a quantised checkpoint into plain tensors."""
-    method = _quantization(config)
     if method is None:
         return {}
     known = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -79,15 +80,16 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None
 
 
-def refuse_wrong_path(path: str) -> None:
-    """Raises UserError where `path` is neither a folder here nor reads as a hub id; asks no hub."""
+def local_folder(path: str) -> Path | None:
+    """The folder that `path` names, None for a hub id; asks no hub. Raises UserError where it is neither."""
     local = Path(path).expanduser()
     if local.is_dir():
-        return
+        return local.resolve()
     if local.exists():
         raise UserError(f"model.path={path} is a file; expected a model's folder or a hub id.")
     if not is_hub_id(path):
         raise UserError(f"model.path={path}: there is no such folder; expected a model's folder or a hub id.")
+    return None
 
 
 def resolve_source(path: str, revision: str | None = None) -> ModelSource:
@@ -96,10 +98,9 @@ def resolve_source(path: str, revision: str | None = None) -> ModelSource:
     Of a hub model only the weights that transformers would load are fetched, not their duplicates in other
     formats. Raises UserError where there is no such folder, or the hub does not give the model.
     """
-    refuse_wrong_path(path)
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return ModelSource(local.resolve(), local.resolve().name, None, is_hub=False)
+    local = local_folder(path)
+    if local is not None:
+        return ModelSource(local, local.name, None, is_hub=False)
     folder = _fetch(path, revision)
     return ModelSource(folder, path, folder.name, is_hub=True)
 
@@ -134,12 +135,8 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 def _weights_to_fetch(folder: Path) -> list[str]:
     """Shards that the index in `folder` lists, else the one file of an unsharded checkpoint."""
-    index = folder / WEIGHT_FILES[1]
-    if index.exists():
-        return sorted(set(_read_index(index).values()))
-    if (folder / WEIGHT_FILES[3]).exists():
-        return sorted(set(_read_index(folder / WEIGHT_FILES[3]).values()))
-    return [WEIGHT_FILES[0]]
+    index = next((folder / name for name in WEIGHT_FILES[1::2] if (folder / name).exists()), None)
+    return sorted(set(_read_index(index).values())) if index else [WEIGHT_FILES[0]]
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -172,24 +169,40 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""By their names in safetensors files."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A checkpoint tensor as its file's header describes it."""
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors spells it."""
+    """One of :data:`STORED_DTYPES`, or one that only quantised checkpoints have."""
     file: str
     begin: int
     """The byte of the file at which its numbers begin."""
 
 
-def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInfo]:
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Every tensor of the folder's safetensors checkpoint by its name, read from the files' headers only.
 
     Checks each file's header against its size, and the index against the files. Empty for a checkpoint of
-    pickled `.bin` files, whose presence alone is checked (`allow_pickle=False`: refused). Raises UserError
-    naming the file.
+    pickled `.bin` files, whose presence alone is checked. Raises UserError naming the file.
     """
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
@@ -203,8 +216,6 @@ def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInf
             "are not there; download or copy the model again."
         )
     if found.startswith("pytorch_model"):
-        if not allow_pickle:
-            raise UserError(f"{folder} has no safetensors weights, only {found}.")
         return {}
     headers: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -221,7 +232,7 @@ def read_headers(folder: Path, allow_pickle: bool = True) -> dict[str, TensorInf
 def is_whole(folder: Path) -> bool:
     """Whether a folder holds all the safetensors files of a model, by their headers."""
     try:
-        return bool(read_headers(folder, allow_pickle=False))
+        return bool(read_headers(folder))
     except UserError:
         return False
 

@@ -81,7 +81,7 @@ def export_model(
                 loaded.model.config.save_pretrained(folder)
             _write_configs(loaded, folder)
             _copy_companions(loaded, folder)
-            written = read_headers(folder, allow_pickle=False)
+            written = read_headers(folder)
             if write_weights is None:
                 _check_complete(loaded.model, written)
             left_behind = _left_behind(loaded, set(written))

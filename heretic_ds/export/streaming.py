@@ -18,9 +18,9 @@ from torch import Tensor
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint import Checkpoint, Shard
+from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import WEIGHT_FILES, TensorInfo
-from heretic_ds.checkpoint.sources import Assembled
 from heretic_ds.errors import UserError
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import ModelChoice, open_model
-from heretic_ds.checkpoint.sources import Assembled
 from heretic_ds.edits.tables import Rows
 from heretic_ds.errors import UserError
 from heretic_ds.placements.expert_parallel.edits import TravellingRows

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_model
+from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_weights, open_model
 from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
 from heretic_ds.export import target as target_module
@@ -61,7 +61,7 @@ MANIFEST = {"schema": 1, "edit": {"direction_index": None}}
 
 
 def load(folder: Path) -> LoadedModel:
-    return load_model(ModelChoice(path=str(folder), device="cpu"))
+    return load_weights(open_model(ModelChoice(path=str(folder), device="cpu")))
 
 
 def change_weights(loaded: LoadedModel) -> None:
@@ -164,7 +164,7 @@ def test_a_base_without_generation_settings_gets_none(base: Path, tmp_path: Path
 def test_configuration_states_the_dtype_written(base: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(base, tmp_path / "copy"))
     edit_json(folder / "config.json", dtype=None, torch_dtype="bfloat16", _name_or_path="/home/someone/llama")
-    loaded = load_model(ModelChoice(path=str(folder), device="cpu", dtype="float32"))
+    loaded = load_weights(open_model(ModelChoice(path=str(folder), device="cpu", dtype="float32")))
     export(loaded, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "float32" and "_name_or_path" not in config

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from heretic_ds.checkpoint import fitness as model_fitness
 from heretic_ds.checkpoint import open as loading
 from heretic_ds.checkpoint.fitness import choose_device, dtype_candidates, first_non_finite
-from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_model, open_model
+from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_weights, open_model
 from heretic_ds.checkpoint.source import read_headers, resolve_source
 from heretic_ds.errors import UserError
 from tests import families
@@ -25,7 +25,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def load(folder: Path | str, **settings) -> LoadedModel:
-    return load_model(ModelChoice(path=str(folder), device="cpu", **settings))
+    return load_weights(open_model(ModelChoice(path=str(folder), device="cpu", **settings)))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_a_model_is_loaded_whole_frozen_and_greedy(copy: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
     assert not loaded.model.training and not any(p.requires_grad for p in loaded.model.parameters())
     assert (loaded.model_name, loaded.source, loaded.is_hub) == ("copy", copy, False)
-    assert loaded.dtype == torch.float32 and loaded.device == CPU and loaded.processor is None
+    assert loaded.dtype == torch.float32 and loaded.model.device == CPU and loaded.processor is None
     generation = loaded.model.generation_config
     assert not generation.do_sample and generation.temperature is None
     assert generation.eos_token_id == [5, 2] and generation.pad_token_id == families.PAD

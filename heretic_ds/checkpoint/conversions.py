@@ -7,10 +7,11 @@ its own tables of conversions say how, and are all that is used here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,20 +54,13 @@ class Assembled:
     def read(self, files: TensorFiles, shard: Shard, into: Tensor) -> None:
         """Copy this rank's part into `into`, converting dtype and device."""
         for piece in self.pieces:
-            for part in _parts(piece, shard):
-                part.read_into(files, into[part.where])
-
-
-@dataclass(frozen=True)
-class WholeModel:
-    """What a conversion asks of the model: the shapes of its parameters, before they were split."""
-
-    config: Any
-    state: Mapping[str, Tensor]
-
-    def get_parameter(self, name: str) -> Tensor:
-        """The whole parameter, without numbers."""
-        return self.state[name]
+            for where, start, stop in _overlaps(piece, shard):
+                if not piece.stacked:
+                    files.read_into(piece.tensor, into[where], shard.dim, start, stop)
+                elif shard.dim == 0:  # a member of the stack, as a whole
+                    files.read_into(piece.tensor, into[where][0])
+                else:
+                    files.read_into(piece.tensor, into[where][0], shard.dim - 1, start, stop)
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,8 @@ class Converted:
     first: str
     """The parameter that the conversion is named after, the first of those it makes."""
     name: str
-    model: WholeModel
+    model: Any
+    """What a conversion asks of the model: its configuration, and the shapes of parameters before they were split."""
 
     def read(self, files: TensorFiles, shard: Shard, into: Tensor) -> None:
         """Make the whole parameter, keep this rank's part."""
@@ -94,47 +89,21 @@ class Converted:
 Source = Assembled | Converted
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The overlap of a piece with one range of a shard."""
-
-    tensor: str
-    dim: int
-    start: int
-    stop: int | None
-    where: tuple[slice, ...]
-    stacked: bool
-
-    def read_into(self, files: TensorFiles, target: Tensor) -> None:
-        files.read_into(self.tensor, target[0] if self.stacked else target, self.dim, self.start, self.stop)
-
-
-def _parts(piece: Piece, shard: Shard) -> list[_Part]:
-    """What of `piece` belongs to this rank, and where it lies in the rank's part of the parameter."""
+def _overlaps(piece: Piece, shard: Shard) -> Iterator[tuple[tuple[slice, ...], int, int | None]]:
+    """Where each part of `piece` that is this rank's lies in the rank's parameter, and its range in the piece along the
+    shard's dimension."""
     where = [slice(start, start + size) for start, size in zip(piece.at, piece.shape, strict=True)]
     if shard.ranges is None:
-        return [_Part(piece.tensor, 0, 0, None, tuple(where), piece.stacked)]
-    parts, filled = [], 0
-    begin, end = piece.at[shard.dim], piece.at[shard.dim] + piece.shape[shard.dim]
+        yield tuple(where), 0, None
+        return
+    begin, end = where[shard.dim].start, where[shard.dim].stop
+    filled = 0
     for start, stop in shard.ranges:
         low, high = max(start, begin), min(stop, end)
         if low < high:
             where[shard.dim] = slice(filled + low - start, filled + high - start)
-            if piece.stacked and shard.dim == 0:  # a member of the stack, as a whole
-                parts.append(_Part(piece.tensor, 0, 0, None, tuple(where), True))
-            else:
-                dim = shard.dim - piece.stacked
-                parts.append(_Part(piece.tensor, dim, low - begin, high - begin, tuple(where), piece.stacked))
+            yield tuple(where), low - begin, high - begin
         filled += stop - start
-    return parts
-
-
-@dataclass
-class _Collected:
-    """The checkpoint tensors that go into one conversion, by the pattern that matched them."""
-
-    converter: WeightConverter | None
-    tensors: dict[str, list[str]] = field(default_factory=dict)
 
 
 def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Source], list[str]]:
@@ -143,27 +112,38 @@ def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     `shapes` are those of the checkpoint's tensors. Raises UserError where a tensor has another shape than the model.
     """
     state = model.state_dict()
-    whole = WholeModel(model.config, {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()})
-    collected, unused = _collect(model, state, shapes)
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    whole = SimpleNamespace(config=model.config, get_parameter=empty.__getitem__)
+    groups, unused = _grouped(model, state, shapes)
     sources: dict[str, Source] = {}
-    for first, group in collected.items():
-        for name, source in _sources(whole, first, group, state, shapes).items():
-            if isinstance(source, Assembled):
-                _check_cover(name, tuple(state[name].shape), source)
-            sources[name] = source
+    for first, (converter, tensors) in groups.items():
+        pieces = _pieces(converter, tensors, shapes)
+        if pieces is not None:
+            _check_cover(first, tuple(state[first].shape), pieces)
+            sources[first] = Assembled(pieces)
+            continue
+        assert converter is not None
+        targets = converter.target_patterns
+        made = [first.replace(targets[0], target) for target in targets]
+        sources |= {name: Converted(converter, tensors, first, name, whole) for name in made if name in state}
     return sources, unused
 
 
-def _collect(
+_Groups = dict[str, tuple[WeightConverter | None, dict[str, list[str]]]]
+"""By the name of a parameter: the conversion that makes it, as the first of all it makes, and the checkpoint's tensors
+that go into it, by the pattern that matched them."""
+
+
+def _grouped(
     model: PreTrainedModel, state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, _Collected], list[str]]:
-    """Checkpoint names grouped by the (first) parameter they go into, in the order that conversions expect."""
+) -> tuple[_Groups, list[str]]:
+    """Checkpoint names by the parameter they go into, in the order that conversions expect, and those that fit none."""
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, meta = model.base_model_prefix, dict(state)
-    collected: dict[str, _Collected] = {}
+    groups: _Groups = {}
     unused = []
     for name in sorted(shapes, key=dot_natural_key):
         renamed, pattern = rename_source_key(name, renamings, converters, prefix, meta)
@@ -172,77 +152,52 @@ def _collect(
         if renamed not in state:
             unused.append(name)
             continue
-        group = collected.setdefault(renamed, _Collected(by_pattern[pattern] if pattern else None))
-        group.tensors.setdefault(pattern or name, []).append(name)
-    return collected, unused
+        _, tensors = groups.setdefault(renamed, (by_pattern[pattern] if pattern else None, {}))
+        tensors.setdefault(pattern or name, []).append(name)
+    return groups, unused
 
 
-def _sources(
-    whole: WholeModel,
-    first: str,
-    group: _Collected,
-    state: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Source]:
-    """Sources of all parameters that come out of one conversion."""
-    names = [name for tensors in group.tensors.values() for name in tensors]
-    if group.converter is None:
-        return {first: Assembled((Piece(names[-1], (0,) * len(shapes[names[-1]]), shapes[names[-1]]),))}
-    targets = group.converter.target_patterns
-    if len(targets) == 1 and (pieces := _side_by_side(group, shapes)) is not None:
-        return {first: Assembled(pieces)}
-    made = [first.replace(targets[0], target) for target in targets]
-    return {name: Converted(group.converter, group.tensors, first, name, whole) for name in made if name in state}
-
-
-def _side_by_side(group: _Collected, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | None:
-    """Pieces of a parameter that is stacked, concatenated, or both; None for any other conversion."""
-    assert group.converter is not None
-    operations: list[Any] = list(group.converter.operations)
+def _pieces(
+    converter: WeightConverter | None, tensors: Mapping[str, list[str]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[Piece, ...] | None:
+    """Pieces of a parameter that is a tensor as it is, or is stacked, concatenated, or both; None for any other."""
+    if converter is None:
+        name = list(tensors.values())[-1][-1]
+        return (Piece(name, (0,) * len(shapes[name]), shapes[name]),)
+    operations: list[Any] = list(converter.operations)
     stacked = bool(operations) and isinstance(operations[0], MergeModulelist) and operations[0].dim == 0
-    rest = operations[1:] if stacked else operations
-    if any(not isinstance(operation, Concatenate) or operation.num_shards_attribute for operation in rest):
+    joins = operations[1:] if stacked else operations
+    if len(converter.target_patterns) > 1 or len(joins) > 1:
         return None
-    if len(rest) > 1:
+    if joins and (not isinstance(joins[0], Concatenate) or joins[0].num_shards_attribute):
         return None
-    dim = rest[0].dim if rest else None
     pieces, offset = [], 0
-    for pattern in group.converter.source_patterns:
-        tensors = group.tensors.get(pattern, [])
-        for index, name in enumerate(tensors):
+    for pattern in converter.source_patterns:
+        names = tensors.get(pattern, [])
+        for index, name in enumerate(names):
             shape = (1, *shapes[name]) if stacked else shapes[name]
             at = [0] * len(shape)
-            if dim is not None:
-                at[dim] = offset
+            if joins:
+                at[joins[0].dim] = offset
+                offset += shape[joins[0].dim] if not stacked or name == names[-1] else 0
             if stacked:
                 at[0] = index
-            elif dim is not None:
-                offset += shape[dim]
             pieces.append(Piece(name, tuple(at), shape, stacked))
-        if stacked and dim is not None and tensors:
-            offset += (1, *shapes[tensors[0]])[dim]
     return tuple(pieces)
 
 
-def _check_cover(name: str, shape: tuple[int, ...], source: Assembled) -> None:
+def _check_cover(name: str, shape: tuple[int, ...], pieces: Sequence[Piece]) -> None:
     """Raise where the pieces do not fill the parameter exactly."""
     inside = all(
         len(piece.at) == len(shape)
         and all(start + size <= whole for start, size, whole in zip(piece.at, piece.shape, shape, strict=True))
-        for piece in source.pieces
+        for piece in pieces
     )
-    found = sum(math.prod(piece.shape) for piece in source.pieces)
+    found = sum(math.prod(piece.shape) for piece in pieces)
     if not inside or found != math.prod(shape):
-        pieces = source.pieces
         raise UserError(
             f"the checkpoint's {pieces[0].tensor} {list(pieces[0].shape)}"
             + (f" and {len(pieces) - 1} more tensors" if len(pieces) > 1 else "")
             + f" do not make up {name}, which has the shape {list(shape)} by config.json; "
             "download or copy the model again"
         )
-
-
-def empty_like_part(shard: Shard, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for this rank's part."""
-    make = torch.zeros if shard.zeroed else torch.empty
-    return make(shard.local_shape, dtype=dtype, device=device)
