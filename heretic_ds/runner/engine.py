@@ -172,7 +172,8 @@ class Runner:
         def work(batch: Sequence[Row]) -> Sequence[float]:
             logits = self._forward(batch, last=last).logits_BV
             at = [share[row.index] for row in batch]
-            return read(at, [each[last - 1 - len(given[index]) :] for index, each in zip(at, logits, strict=True)])
+            # From the end, for a batch of short rows has fewer positions than were asked for.
+            return read(at, [each[-1 - len(given[index]) :] for index, each in zip(at, logits, strict=True)])
 
         own = [wholes[index] for index in share]
         if "kl" not in self.batch_sizes:

@@ -101,6 +101,34 @@ def test_kl_equals_that_of_unpadded_prompts_and_leaves_the_weights(family):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_kl_after_continuations_is_that_of_every_position_by_itself(reuse):
+    """Also of rows that have fewer tokens than the longest continuation, and of a prompt that occurs twice."""
+    model = families.build("llama").double()
+    engine = engine_for(model, batch_size=2, prefill_reuse=reuse)
+    engine.prepare(ablation_for(engine))
+    given = [*prompts(), prompts()[1]]
+    generator = torch.Generator().manual_seed(5)
+    more = [torch.randint(8, 40, (count,), generator=generator).tolist() for count in (14, 0, 3, 2, 7, 1)]
+    reference, edits = Divergence(engine, given, more), [EDIT, None, Edit(None, EDIT.profiles)]
+
+    def positions(row, rest):
+        return torch.stack([alone(model, [*row, *rest[:count]])[1].log_softmax(-1) for count in range(len(rest) + 1)])
+
+    def all_positions():
+        return [positions(row, rest) for row, rest in zip(given, more, strict=True)]
+
+    original, expected = all_positions(), []
+    for edit in edits:
+        engine.restore() if edit is None else engine.apply(edit)
+        pairs = zip(original, all_positions(), strict=True)
+        expected.append(sum((p.exp() * (p - q)).sum(-1).mean().item() for p, q in pairs) / len(given))
+    engine.restore()
+    assert min(expected[0], expected[2]) > 1e-4
+    assert reference.of(edits) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert [reference.of([edit])[0] for edit in edits] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_reference_is_of_the_model_as_it_is_whatever_was_scored_last():
     """Of the original, or of the edit that was applied."""
     engine = engine_for(families.build("llama"))
