@@ -110,7 +110,7 @@ def test_kl_after_continuations_is_that_of_every_position_by_itself(reuse):
     given = [*prompts(), prompts()[1]]
     generator = torch.Generator().manual_seed(5)
     more = [torch.randint(8, 40, (count,), generator=generator).tolist() for count in (14, 0, 3, 2, 7, 1)]
-    reference, edits = Divergence(engine, given, more), [EDIT, None, Edit(None, EDIT.profiles)]
+    reference, edits = Divergence().begin(engine, given, more), [EDIT, None, Edit(None, EDIT.profiles)]
 
     def positions(row, rest):
         return torch.stack([alone(model, [*row, *rest[:count]])[1].log_softmax(-1) for count in range(len(rest) + 1)])
