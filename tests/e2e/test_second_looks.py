@@ -75,7 +75,7 @@ def test_a_changed_saved_data_set_is_another_configuration(heretic, refused, mat
     assert "prompts.baseline.eval.digest was" in refused([*words, "search.trials=4"])
 
 
-def test_a_mistake_leaves_an_empty_run_folder_empty(refused, heretic, material: Material, tmp_path: Path) -> None:
+def test_a_mistake_leaves_an_empty_run_folder_empty_but_for_directions(refused, heretic, material: Material, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(material.model("llama"), damaged)
     tensors = load_file(damaged / "model.safetensors")
@@ -86,7 +86,7 @@ def test_a_mistake_leaves_an_empty_run_folder_empty(refused, heretic, material: 
     assert not list((tmp_path / "run").iterdir())
     silent = material.words(material.model("llama"), "run.dir=run", "scoring.markers=[never said by it]")
     assert "nothing to search for" in refused(silent)
-    assert (tmp_path / "run").is_dir() and not list((tmp_path / "run").iterdir())
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["directions.safetensors"]
 
 
 def test_prompts_that_do_not_differ(refused, material: Material) -> None:
