@@ -58,7 +58,7 @@ class ModelSettings:
     """``auto`` (the checkpoint's own, with fallbacks where the hardware cannot run it), ``float32``,
     ``bfloat16`` or ``float16``."""
     device: str = "auto"
-    """``auto`` (the accelerator where there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
     attn_implementation: Optional[str] = None
@@ -204,8 +204,7 @@ class GenerationSettings:
     """Stop a row as soon as every scorer has decided on it."""
     prefill_reuse: bool = True
     """Passes of edited models over prompts leave out the blocks before the first edited one, and pass once over the
-    tokens that all prompts begin with, where placement and model allow it. On a CPU, memory that is freed is kept for
-    the next pass as well."""
+    tokens that all prompts begin with, where placement and model allow it."""
     cuda_graphs: bool = True
     """On CUDA, capture steps of decoding as graphs and replay them, where placement and model allow it; elsewhere steps
     are launched one operation at a time, and the log says why."""

@@ -106,7 +106,7 @@ class Runner:
         self._batches.starts_late = self._forward.wanted
         if options.batch_size:
             self.batch_sizes.update(dict.fromkeys(("capture", "kl", "generate"), options.batch_size))
-        self._keeps_blocks = reuse and self._device.type == "cpu"
+        self._keeps_blocks = traits.rows_move and self._device.type == "cpu"
         if self._keeps_blocks:
             keep_freed_blocks()
 

@@ -75,7 +75,7 @@ def test_passes_over_prompts_start_late_on_every_rank(ranks, tmp_path, family, c
     expected = engines.measure_late_starts(World(), folder, degree=1, reuse=False)
     assert expected["starts"] == [] and min(expected["kl"][:3]) > 1e-4
     for found in ranks(count).run(engines.measure_late_starts, folder=folder, degree=2):
-        assert found["starts"] == [((1, 2, 3), 5, True)] * 2
+        assert found["starts"] == [((1, 2, 3), 5)] * 2
         assert found["answers"] == expected["answers"]
         assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-6)
 

@@ -75,7 +75,9 @@ def test_a_changed_saved_data_set_is_another_configuration(heretic, refused, mat
     assert "prompts.baseline.eval.digest was" in refused([*words, "search.trials=4"])
 
 
-def test_a_mistake_leaves_an_empty_run_folder_empty_but_for_directions(refused, heretic, material: Material, tmp_path: Path) -> None:
+def test_a_mistake_leaves_an_empty_run_folder_empty_but_for_directions(
+    refused, heretic, material: Material, tmp_path: Path
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(material.model("llama"), damaged)
     tensors = load_file(damaged / "model.safetensors")
