@@ -143,7 +143,7 @@ class ResidentEngine:
     @torch.inference_mode()
     def reference(self, prompts: TokenRows) -> Tensor:
         """Log-probabilities [N, V] of the first answer token for the prompts of this replica, float32, on the host."""
-        self._editor.wear(self._applied)
+        self._editor.set_edit(self._applied)
         rows = self._share(prompts)
         self._find_batch_size("kl", rows, self._first_token_logits)
         logp_NV: Tensor | None = None
@@ -190,7 +190,7 @@ class ResidentEngine:
     ) -> list[list[list[int]]]:
         rows, result = self._share(prompts), []
         if "generate" not in self.batch_sizes:
-            self._editor.wear(self._applied)
+            self._editor.set_edit(self._applied)
             self._find_batch_size("generate", rows, lambda batch: self._decode(batch, PROBE_TOKENS, None))
         self._learn("generate", rows, edits)
         for together in self._passes(edits):
@@ -246,7 +246,7 @@ class ResidentEngine:
         """Let passes of edited models over the rows of a phase know what the original model makes of them."""
         answers = phase == "generate"
         if any(edits) and self._prefill.wants(rows, answers):
-            self._editor.wear(None)
+            self._editor.set_edit(None)
             self._prefill.learn(rows, answers, lambda work: [None for _ in self._sorted_batches(phase, rows, work)])
 
     @contextmanager
@@ -269,12 +269,12 @@ class ResidentEngine:
     @contextmanager
     def _edited(self, edits: Sequence[Edit | None], worn: Sequence[Edit | None], steady: bool) -> Iterator[Assign]:
         if len(edits) == 1 or not any(edits):
-            self._editor.wear(worn[0])
+            self._editor.set_edit(worn[0])
             yield lambda rows, into=None: None
             return
         if self._outputs is None:
             raise RuntimeError("several edits were asked for where outputs cannot be edited")
-        self._editor.wear(None)
+        self._editor.set_edit(None)
         with torch.inference_mode(), ExitStack() as stack:
             outputs, alone = self._outputs, self._retries and self._replicas.degree == 1
             prepared(lambda: stack.enter_context(outputs.active(worn, steady)), len(edits), retries=alone)
@@ -287,11 +287,11 @@ class ResidentEngine:
         return [(trial, index) for index in order for trial in range(trials)]
 
     def apply(self, edit: Edit) -> None:
-        self._editor.wear(edit)
+        self._editor.set_edit(edit)
         self._applied = edit
 
     def restore(self) -> None:
-        self._editor.wear(None)
+        self._editor.set_edit(None)
         self._applied = None
 
     def close(self) -> None:

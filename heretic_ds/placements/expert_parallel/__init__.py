@@ -76,5 +76,5 @@ class ExpertParallelEngine(InStepEngine):
 
     def prepare(self, ablation: Ablation) -> None:
         super().prepare(ablation)
-        outputs = ExpertParallelEdits(self.model, self.anatomy, ablation, self._table_budget())
+        outputs = ExpertParallelEdits(self.model, self.anatomy, ablation, budget=self._table_budget())
         self._outputs, self.max_edits_per_pass = outputs, min(MOST_EDITS, outputs.most_edits)

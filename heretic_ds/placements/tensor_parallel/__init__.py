@@ -20,7 +20,7 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
 from heretic_ds.checkpoint.dtypes import in_some_dtype
 from heretic_ds.checkpoint.from_files import closed_on_error, empty_model, refuse_quantised
-from heretic_ds.edits.fused_experts import sum_experts_over_ranks
+from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding

@@ -75,7 +75,7 @@ class _NoEditor(WeightEditor):
     def prepare(self, ablation: Ablation) -> None:
         raise UserError(_NO_EDITS)
 
-    def wear(self, edit: Edit | None) -> None:
+    def set_edit(self, edit: Edit | None) -> None:
         if edit is not None:
             raise UserError(_NO_EDITS)
 
