@@ -76,7 +76,7 @@ class Ours:
         for owner, name, part in (
             (engine, "distributions", "kl"),
             (engine, "generate", "generation"),
-            (engine._editor, "wear", "edit"),
+            (engine._editor, "set_edit", "edit"),
         ):
             setattr(owner, name, self.parts.timed(part, getattr(owner, name)))
         return {

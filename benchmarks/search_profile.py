@@ -73,7 +73,7 @@ def watch(parts: Parts, run: Any, search: Any, objective: Any) -> None:
     engine = run.engine
     for owner, attribute, name in (
         (engine.model, "forward", FORWARD),
-        (engine._editor, "wear", "editing weights"),
+        (engine._editor, "set_edit", "editing weights"),
         (objective, "_text_of", "tokens to text"),
         (search, "ask", "asking the sampler"),
         (search, "tell", "telling the study, its journal"),

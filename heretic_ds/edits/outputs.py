@@ -4,7 +4,7 @@ With y = Wx a writer's edit is y ↦ s∘(y - λu (w·y)) (:mod:`heretic_ds.abla
 one forward pass serves many trials. What all of them share of a writer is found once: the row norms n and, where edits
 keep them and memory allows, ŴŴᵀ on every direction, from which any trial's b follows by interpolation.
 
-Shapes: T trials of a pass, B rows, S positions, L blocks, D width, E experts.
+Shapes: T trials of a pass, B rows, S positions, D width, E experts, F fields of an operator.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Ablation, Edit, OutputOperator, Reduce, output_operator
+from heretic_ds.ablation import Ablation, Edit, Reduce
 from heretic_ds.anatomy import Anatomy, Writer, has_expert_dispatch
-from heretic_ds.edits.experts import ExpertEdit, dispatch_edits, edit_experts
-from heretic_ds.edits.tables import Rows, TrialDirections, WriterTables, bytes_of_vectors, table_budget
+from heretic_ds.edits.experts import ExpertEdit, edit_experts
+from heretic_ds.edits.tables import Rows, WriterTables, bytes_of_vectors, in_memory_of, table_budget
 
 log = logging.getLogger(__name__)
 
@@ -31,62 +30,43 @@ log = logging.getLogger(__name__)
 class DenseEdit:
     """The edits of one pass to the outputs of one module."""
 
-    def __init__(
-        self, tables: WriterTables, directions: TrialDirections, bias_D: Tensor | None, rows: Rows, experts: bool
-    ) -> None:
-        self._tables, self._experts = tables, experts
-        self._operator = self._operator_of(directions)
-        self._bias_D, self._rows = bias_D, rows
+    def __init__(self, tables: WriterTables, bias_D: Tensor | None, edits: Sequence[Edit | None], rows: Rows) -> None:
+        self._tables, self._bias_D, self._rows = tables, bias_D, rows
+        self._fields_TFD = self._fields(edits)
+        """The operators' vectors side by side, so that one look-up gives those of a row."""
 
-    def _operator_of(self, directions: TrialDirections) -> OutputOperator:
-        tables = self._tables
-        norms_D = tables.norms_D[0] if self._experts else tables.norms_D  # experts alike: all have n = 1
-        return output_operator(norms_D, directions.mixed(), directions.unit_TD, directions.strength_T1)
+    def set(self, edits: Sequence[Edit | None]) -> None:
+        """Become other edits, in the memory of those before where these are as many."""
+        self._fields_TFD = in_memory_of(self._fields_TFD, self._fields(edits))
 
-    def retake(self, directions: TrialDirections) -> None:
-        """Become the edits of as many other trials, in the memory of these."""
-        self._fields_TFD.copy_(_side_by_side(self._operator_of(directions)))
-
-    @cached_property
-    def _fields_TFD(self) -> Tensor:
-        """The operator's vectors side by side, so that one look-up gives those of a row."""
-        return _side_by_side(self._operator)
-
-    def _of_rows(self, trial_B: Tensor | None) -> OutputOperator:
-        """The operator with fields [B, 1, D], or [1, D] for one trial."""
-        if trial_B is None:
-            return self._operator
-        step_B1D, probe_B1D, *scale = self._fields_TFD.index_select(0, trial_B).unsqueeze(2).unbind(1)
-        return OutputOperator(step_B1D, probe_B1D, scale[0] if scale else None)
+    def _fields(self, edits: Sequence[Edit | None]) -> Tensor:
+        norms_D = self._tables.norms_D
+        norms_D = norms_D if norms_D.dim() == 1 else norms_D[0]  # experts alike: all have n = 1
+        operator = self._tables.directions(edits).operator(norms_D)
+        vectors = (operator.step_D, operator.probe_D, operator.scale_D)
+        return torch.stack([each.expand_as(operator.step_D) for each in vectors if each is not None], dim=1)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """A forward hook. Outputs are [B, S, D], or flattened [B·S, D]."""
-        trial_B = self._rows.trial_B
-        self._rows.check(output.shape[0])
-        value = output if trial_B is None else output.reshape(len(trial_B), -1, output.shape[-1])
-        value = value.to(self._operator.step_D.dtype)
+        """A forward hook: what calling the operator does, in fewer passes over memory. Outputs are [B, S, D], or
+        flattened [B·S, D]."""
+        trial_B = self._rows.of(len(output))
+        value = output.reshape(len(trial_B), -1, output.shape[-1]).to(self._fields_TFD.dtype)
         if self._bias_D is not None:
             value = value - self._bias_D
-        value = _applied(self._of_rows(trial_B), value)
+        step_B1D, probe_B1D, *scale = self._fields_TFD.index_select(0, trial_B).unsqueeze(2).unbind(1)
+        value = torch.addcmul(value, step_B1D, value @ probe_B1D.transpose(-1, -2), value=-1)
+        if scale:
+            value *= scale[0]
         if self._bias_D is not None:
             value += self._bias_D
         return value.reshape(output.shape).to(output.dtype)
 
 
-def _side_by_side(operator: OutputOperator) -> Tensor:
-    vectors = [operator.step_D, operator.probe_D] + ([] if operator.scale_D is None else [operator.scale_D])
-    return torch.stack([vector.expand_as(operator.step_D) for vector in vectors], dim=1)
-
-
-def _applied(operator: OutputOperator, value: Tensor) -> Tensor:
-    """What calling the operator does, in fewer passes over memory; the value has its dtype."""
-    along = value @ operator.probe_D.transpose(-1, -2)
-    edited = torch.addcmul(value, operator.step_D, along, value=-1)
-    return edited if operator.scale_D is None else edited.mul_(operator.scale_D)
-
-
 class OutputEdits:
-    """Edits of one model's outputs, for one set of directions. The weights must be the original ones."""
+    """Edits of one model's outputs, for one set of directions. The weights must be the original ones.
+
+    What edits need lies in memory that the next pass's edits are written into.
+    """
 
     def __init__(
         self,
@@ -99,24 +79,24 @@ class OutputEdits:
         """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here.
 
         ``budget``: bytes that tables of experts may take, :func:`table_budget` by default. Ranks of a replica have to
-        be given the same: it decides what they compute together, and when.
+        be given the same: it decides, with shapes alone, what they compute together, and when.
         """
         self._model, self._anatomy, self._ablation, self._reduce = model, anatomy, ablation, reduce
-        self._tables: dict[str, WriterTables] = {}
         self._rows = Rows(next(model.parameters()).device)
-        self._count = 0
-        self._steady: dict[str, DenseEdit | ExpertEdit] = {}
-        self._capacity = 0
-        self._moves = 0
-        self.kind = 0
-        """Of the forward passes: 0 without steady edits, else a number that grows when these get other memory."""
-        self.most_edits = sys.maxsize
-        """Edits of one pass at most, for their tables to stay within the budget; 1 where not even two fit."""
-        self._keeps_tables = True
-        per_expert = [w for w in anatomy.writers if self._edits_experts(w)]
-        self._plan_tables(per_expert, budget)
-        if per_expert:
-            dispatch_edits(model, [writer.module for writer in per_expert])
+        self._edits: dict[str, DenseEdit | ExpertEdit] = {}
+        self._room = 0
+        """Trials that edits get memory for."""
+        self.buffers = 0
+        """0 unless passes read static edits; else how many trials these have memory for: it grows when that moves."""
+        experts = [w for w in anatomy.writers if self._edits_experts(w)] if ablation.row_norm == "full" else []
+        each = bytes_of_vectors(model, experts)  # of a direction, and of the row norms
+        whole, budget = (anatomy.n_blocks + 1) * each, table_budget(model) if budget is None else budget
+        self._keeps_tables = whole <= budget
+        self.most_edits = sys.maxsize if self._keeps_tables else max(1, budget // each - 1)
+        """Edits of one pass at most, for what they need to stay within the budget; 1 where not even two fit."""
+        if not self._keeps_tables:
+            told = "tables of experts would take %.1f GiB: each pass computes what its edits need, of up to %d trials"
+            log.info(told, whole / 2**30, self.most_edits)
 
     @classmethod
     def obstacle(cls, model: nn.Module, anatomy: Anatomy) -> str | None:
@@ -128,89 +108,57 @@ class OutputEdits:
                 return f"{writer.path} does not look up its computation in transformers' registry"
         return None
 
-    def _plan_tables(self, per_expert: Sequence[Writer], budget: int | None) -> None:
-        """Whether experts have tables over all directions, or else how many edits a pass may have; by shapes alone."""
-        each = bytes_of_vectors(self._model, per_expert)  # of a direction, and of the row norms
-        whole = (self._anatomy.n_blocks + 1) * each
-        budget = table_budget(self._model) if budget is None else budget
-        if self._ablation.row_norm == "full" and whole > budget:
-            self._keeps_tables, self.most_edits = False, max(1, budget // each - 1)
-            log.info(
-                "tables of experts would take %.1f GiB: each pass computes what its own edits need, of up to %d trials",
-                whole / 2**30,
-                self.most_edits,
-            )
-
-    def _edits_experts(self, writer: Writer) -> bool:
-        """Whether a writer's experts differ in their edits, so that the sum of their outputs is too late for it."""
-        return writer.experts is not None and (self._ablation.row_norm != "none" or writer.bias is not None)
-
     @contextmanager
-    def active(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[None]:
+    def active(self, edits: Sequence[Edit | None], static: bool = False) -> Iterator[None]:
         """While the context lasts, forward passes are those of the edits; None leaves a row as it is.
 
-        Before each pass :meth:`assign` has to name the edit of every row. ``steady`` edits, at least two, all do the
-        same work in the same memory, those of one context and those of the next: as long as :attr:`kind` is the same,
-        a pass that was captured during one is right during another.
+        Before each pass :meth:`assign` has to name the edit of every row. ``static`` edits all do the same work in the
+        same memory, those of one context and those of the next: as long as :attr:`buffers` is the same, a pass that was
+        captured during one is right during another.
         """
-        self._count = len(edits)
+        self._room = max(self._room, len(edits))
+        filled = [*edits, *[edits[-1]] * (self._room - len(edits))]
         with ExitStack() as stack:
-            for writer, edit in self._steady_edits(edits) if steady else self._edits(edits):
-                stack.enter_context(self._editing(writer, edit))
-            self.kind = self._moves if steady else 0
+            for writer in self._anatomy.writers:
+                if static or any(edit.strength(writer.component, writer.block) for edit in edits if edit is not None):
+                    self._attach(writer, self._set(writer, filled), stack)
+            self.buffers = self._room if static else 0
             try:
                 yield
             finally:
-                self.kind = 0
-
-    def _edits(self, edits: Sequence[Edit | None]) -> Iterator[tuple[Writer, DenseEdit | ExpertEdit]]:
-        """Edits of the writers to which any is done."""
-        for writer in self._anatomy.writers:
-            directions = self._tables_of(writer).directions(edits)
-            if directions is not None:
-                yield writer, self._edit(writer, directions)
-
-    def _steady_edits(self, edits: Sequence[Edit | None]) -> Iterator[tuple[Writer, DenseEdit | ExpertEdit]]:
-        """Edits of all writers, of always as many trials."""
-        if len(edits) > self._capacity:
-            self._steady, self._capacity, self._moves = {}, len(edits), self._moves + 1
-        edits = [*edits, *[None] * (self._capacity - len(edits))]
-        for writer in self._anatomy.writers:
-            directions = self._tables_of(writer).all_directions(edits)
-            if writer.weight not in self._steady:
-                self._steady[writer.weight] = self._edit(writer, directions)
-            self._steady[writer.weight].retake(directions)
-            yield writer, self._steady[writer.weight]
+                self.buffers = 0
 
     def assign(self, trials: Sequence[int], into: Tensor | None = None) -> None:
         """For each row of the coming forward passes the position of its edit among the active ones.
 
         Captured passes read it ``into`` memory that stays where it is.
         """
-        self._rows.assign(trials, self._count == 1, into)
+        self._rows.assign(trials, into)
 
-    def _tables_of(self, writer: Writer) -> WriterTables:
-        if writer.weight not in self._tables:
-            kept = self._keeps_tables or writer.experts is None
-            self._tables[writer.weight] = WriterTables(self._model, writer, self._ablation, self._reduce, kept)
-        return self._tables[writer.weight]
+    def _edits_experts(self, writer: Writer) -> bool:
+        """Whether a writer's experts differ in their edits, so that the sum of their outputs is too late for it."""
+        return writer.experts is not None and (self._ablation.row_norm != "none" or writer.bias is not None)
 
-    def _edit(self, writer: Writer, directions: TrialDirections) -> DenseEdit | ExpertEdit:
-        tables = self._tables_of(writer)
+    def _set(self, writer: Writer, edits: Sequence[Edit | None]) -> DenseEdit | ExpertEdit:
+        """The edits of a writer's outputs."""
+        if (known := self._edits.get(writer.weight)) is not None:
+            known.set(edits)
+            return known
+        kept = self._keeps_tables or writer.experts is None
+        tables = WriterTables(self._model, writer, self._ablation, self._reduce, kept)
         bias_D = None if writer.bias is None else self._model.get_parameter(writer.bias).detach()
-        if self._edits_experts(writer):
-            return ExpertEdit(tables, directions, bias_D, self._rows)
-        return DenseEdit(tables, directions, bias_D, self._rows, writer.experts is not None)
+        by_slot = self._edits_experts(writer)
+        new = ExpertEdit(tables, bias_D, edits) if by_slot else DenseEdit(tables, bias_D, edits, self._rows)
+        self._edits[writer.weight] = new
+        return new
 
-    @contextmanager
-    def _editing(self, writer: Writer, edit: DenseEdit | ExpertEdit) -> Iterator[None]:
-        module = self._model.get_submodule(writer.module)
-        if isinstance(edit, ExpertEdit):
-            with edit_experts(module, edit):
-                yield
+    def _attach(self, writer: Writer, edit: DenseEdit | ExpertEdit, stack: ExitStack) -> None:
+        """Let a writer's outputs be edited until ``stack`` is left."""
+        if isinstance(edit, DenseEdit):
+            stack.callback(self._model.get_submodule(writer.module).register_forward_hook(edit).remove)
             return
-        handle = module.register_forward_hook(edit)
-        try:
-            yield
-        finally:
-            handle.remove()
+
+        def by_slot(output_SD: Tensor, expert_S: Tensor) -> Tensor:
+            return edit(output_SD, expert_S, self._rows.tokens(len(expert_S)))
+
+        stack.callback(edit_experts(self._model, writer.module, by_slot))

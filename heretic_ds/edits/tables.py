@@ -19,13 +19,13 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from heretic_ds.ablation import Ablation, Edit, Reduce, row_norms, row_overlaps
+from heretic_ds.ablation import Ablation, Edit, OutputOperator, Reduce, output_operator, row_norms, row_overlaps
 from heretic_ds.anatomy import Writer
 
 _LEAST_BYTES, _SHARE_OF_WEIGHTS = 64 * 2**20, 0.05
 """Memory that tables of experts may take on a device: this, or that share of its weights if it is more."""
 
-_Place = tuple[int, int, tuple[float, float]]
+_Place = tuple[tuple[int, int], tuple[float, float]]
 """Two rows of a table between which a direction lies, and its shares of them."""
 
 
@@ -41,35 +41,42 @@ def bytes_of_vectors(model: nn.Module, writers: Sequence[Writer]) -> int:
     return sum(prod(w.shape[:-1]) * torch.promote_types(w.dtype, torch.float32).itemsize for w in weights)
 
 
+def in_memory_of(old: Tensor, new: Tensor) -> Tensor:
+    """New values, in the memory of old ones of the same shape."""
+    return old.copy_(new) if old.shape == new.shape else new
+
+
 @dataclass(frozen=True)
 class TrialDirections:
-    """What T edits do to the writers of one component in one block."""
+    """What T edits do to one writer."""
 
     strength_T1: Tensor
     """λ."""
     unit_TD: Tensor
     """v."""
-    below_T: Tensor
+    place_T2: Tensor
     """Rows of the table between which v lies, int64."""
-    above_T: Tensor
     share_T2: Tensor
-    """With which v is the sum of the two: v = share[0] q_below + share[1] q_above, q the directions of the table."""
+    """With which v is the sum of the two: v = share[0] q_place[0] + share[1] q_place[1], q the table's directions."""
     overlaps_QD: Tensor | None
-    """The table, ŴŴᵀq for its directions q: [Q, D], or [E, Q, D]; None where no edit needs it."""
+    """The table, ŴŴᵀq: [Q, D], or [E, Q, D]; None where no edit needs it."""
 
-    def mixed(self) -> Tensor | None:
-        """b [T, D] of the trials, from a table [Q, D]."""
-        if self.overlaps_QD is None:
-            return None
-        share_T2 = self.share_T2.to(self.overlaps_QD)
-        return share_T2[:, :1] * self.overlaps_QD[self.below_T] + share_T2[:, 1:] * self.overlaps_QD[self.above_T]
+    def operator(
+        self, norms_D: Tensor, trial: Tensor | slice = slice(None), expert_S: Tensor | None = None
+    ) -> OutputOperator:
+        """The edits of all trials [T, D], or those of slots [S, D] by trial and expert; ``norms_D`` is n of each."""
+        overlaps = None
+        if self.overlaps_QD is not None:
+            experts = () if expert_S is None else (expert_S,)
+            below, above = (self.overlaps_QD[*experts, place] for place in self.place_T2[trial].unbind(1))
+            share_below, share_above = self.share_T2[trial, :, None].unbind(1)
+            overlaps = torch.addcmul(below * share_below, above, share_above)
+        return output_operator(norms_D, overlaps, self.unit_TD[trial], self.strength_T1[trial])
 
-    def copy_(self, other: TrialDirections) -> None:
-        """Take the values of another, in this one's memory, but for a table that is shared by both."""
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine is not theirs:
-                mine.copy_(theirs)
+    def replaced(self, other: TrialDirections) -> TrialDirections:
+        """The values of another, in this one's memory where that is for as many trials."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return TrialDirections(*(theirs if mine is theirs else in_memory_of(mine, theirs) for mine, theirs in pairs))
 
 
 class WriterTables:
@@ -99,36 +106,24 @@ class WriterTables:
             table_EQD[expert] = row_overlaps(weight, norms_D, basis_QD)  # one at a time: each needs a working copy
         return table_EQD if self._reduce is None else self._reduce(table_EQD)
 
-    def directions(self, edits: Sequence[Edit | None]) -> TrialDirections | None:
-        """What the edits do to this writer; None where none of them does anything."""
-        strengths = self._strengths(edits)
-        return self._directions(edits, strengths) if any(strengths) else None
-
-    def all_directions(self, edits: Sequence[Edit | None]) -> TrialDirections:
-        """What the edits do to this writer, be it nothing."""
-        return self._directions(edits, self._strengths(edits))
-
-    def _strengths(self, edits: Sequence[Edit | None]) -> list[float]:
-        writer = self._writer
-        return [0.0 if edit is None else edit.strength(writer.component, writer.block) for edit in edits]
-
-    def _directions(self, edits: Sequence[Edit | None], strengths: Sequence[float]) -> TrialDirections:
-        norms_D, indices = self.norms_D, [None if edit is None else edit.direction_index for edit in edits]
-        table, places = self._overlaps_LD, [self._place(index) for index in indices]
+    def directions(self, edits: Sequence[Edit | None]) -> TrialDirections:
+        """What the edits do to this writer."""
+        writer, table = self._writer, self._overlaps_LD
+        indices = [None if edit is None else edit.direction_index for edit in edits]
+        strengths = [0.0 if edit is None else edit.strength(writer.component, writer.block) for edit in edits]
+        units = [self._ablation.writer_direction(writer.block, self._gain_D, index) for index in indices]
         if table is None and self._ablation.row_norm == "full":
-            table, places = self._overlaps_of_pass(indices)
-        numbers = partial(torch.tensor, device=norms_D.device)
+            table, places = self._overlaps_of_pass(units, indices)
+        else:
+            places = [self._place(index) for index in indices]
+        numbers, dtype = partial(torch.tensor, device=self.norms_D.device), self.norms_D.dtype
         return TrialDirections(
-            strength_T1=numbers(strengths, dtype=norms_D.dtype)[:, None],
-            unit_TD=torch.stack([self._unit(index) for index in indices]).to(norms_D),
-            below_T=numbers([below for below, _, _ in places]),
-            above_T=numbers([above for _, above, _ in places]),
-            share_T2=numbers([share for _, _, share in places], dtype=norms_D.dtype),
+            strength_T1=numbers(strengths, dtype=dtype)[:, None],
+            unit_TD=torch.stack(units).to(self.norms_D),
+            place_T2=numbers([rows for rows, _ in places]),
+            share_T2=numbers([shares for _, shares in places], dtype=dtype),
             overlaps_QD=table,
         )
-
-    def _unit(self, index: float | None) -> Tensor:
-        return self._ablation.writer_direction(self._writer.block, self._gain_D, index)
 
     def _place(self, index: float | None) -> _Place:
         """Where v lies in the table over all directions."""
@@ -138,17 +133,18 @@ class WriterTables:
         fraction = 0.0 if index is None else index - int(index)
         length = torch.lerp(self._basis_LD[below], self._basis_LD[above], fraction).norm().item()
         scale = 1 / length if length > 0 else 0.0
-        return below, above, ((1 - fraction) * scale, fraction * scale)
+        return (below, above), ((1 - fraction) * scale, fraction * scale)
 
-    def _overlaps_of_pass(self, indices: Sequence[float | None]) -> tuple[Tensor, list[_Place]]:
+    def _overlaps_of_pass(
+        self, units: Sequence[Tensor], indices: Sequence[float | None]
+    ) -> tuple[Tensor, list[_Place]]:
         """b of the trials of one pass, and where each is found: once for those that have v in common, with room for one
         each, so that tables of as many trials are alike."""
         different = list(dict.fromkeys(indices))
-        table_XTD = self.norms_D.new_zeros(*self.norms_D.shape[:-1], len(indices), self._basis_LD.shape[-1])
-        unit_ND = torch.stack([self._unit(index) for index in different])
+        table_XTD = self.norms_D.new_zeros(*self.norms_D.shape[:-1], len(units), self.norms_D.shape[-1])
+        unit_ND = torch.stack([units[indices.index(index)] for index in different])
         table_XTD[..., : len(different), :] = self._overlaps(unit_ND)
-        places = [different.index(index) for index in indices]
-        return table_XTD, [(place, place, (1.0, 0.0)) for place in places]
+        return table_XTD, [((place, place), (1.0, 0.0)) for place in map(different.index, indices)]
 
 
 class Rows:
@@ -156,24 +152,20 @@ class Rows:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.trial_B: Tensor | None = None
-        """None: there is one trial alone."""
+        self._trial_B = torch.empty(0, dtype=torch.int64)
 
-    def assign(self, trials: Sequence[int], single: bool, into: Tensor | None = None) -> None:
+    def assign(self, trials: Sequence[int], into: Tensor | None = None) -> None:
         """Take the trial of every row, where ``into`` is given in that memory."""
-        if into is not None:
-            self.trial_B = into.copy_(torch.tensor(trials))
-        else:
-            self.trial_B = None if single else torch.tensor(trials, device=self._device)
+        self._trial_B = torch.tensor(trials, device=self._device) if into is None else into.copy_(torch.tensor(trials))
 
-    def tokens(self, count: int) -> Tensor | None:
+    def of(self, count: int) -> Tensor:
+        """The trial of each row, of which there have to be whole numbers of entries among ``count``."""
+        rows = len(self._trial_B)
+        if rows == 0 or count % rows:
+            raise RuntimeError(f"{count} outputs of a writer cannot belong to {rows} rows")
+        return self._trial_B
+
+    def tokens(self, count: int) -> Tensor:
         """The trial of each of ``count`` tokens that lie flattened, row after row."""
-        if self.trial_B is None:
-            return None
-        self.check(count)
-        return self.trial_B.repeat_interleave(count // len(self.trial_B))
-
-    def check(self, count: int) -> None:
-        """Refuse a first dimension that is no whole number of entries a row."""
-        if self.trial_B is not None and count % len(self.trial_B):
-            raise RuntimeError(f"{count} outputs of a writer cannot belong to {len(self.trial_B)} rows")
+        trial_B = self.of(count)
+        return trial_B.repeat_interleave(count // len(trial_B))

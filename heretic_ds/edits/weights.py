@@ -13,7 +13,6 @@ class WeightEditor:
     """Brings the writers of one model into the state that an edit asks for."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, reduce: Reduce | None = None) -> None:
-        """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here."""
         self._model = model
         self.reduce = reduce
         """Adds up a tensor over the ranks between which every writer's inputs are split; None where it is whole."""
@@ -21,30 +20,27 @@ class WeightEditor:
         self._ablation: Ablation | None = None
         self._originals: dict[str, Tensor] = {}
         self._edited: set[str] = set()
-        self._worn: Edit | None = None
-        self._settled = True
+        self._present: tuple[Edit | None, ...] = (None,)
+        """The edit that the weights have; empty after a change that was interrupted."""
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions of all edits to come."""
-        self.wear(None)
+        self.set_edit(None)
         self._ablation = ablation
 
     @torch.no_grad()
-    def wear(self, edit: Edit | None) -> None:
+    def set_edit(self, edit: Edit | None) -> None:
         """Make the weights those of ``edit`` (None: the originals). Always computed from the originals."""
-        if self._settled and edit == self._worn:
+        if self._present == (edit,):
             return
-        self._settled = False  # an interrupted change must not look complete
+        self._present = ()
         for writer in self._writers:
-            self._restore(writer)
+            if writer.weight in self._edited:
+                writer.weight_DK(self._model).copy_(self._originals[writer.weight])
+                self._edited.discard(writer.weight)
             if edit is not None and (strength := edit.strength(writer.component, writer.block)) != 0.0:
                 self._edit(writer, edit, strength)
-        self._worn, self._settled = edit, True
-
-    def _restore(self, writer: Writer) -> None:
-        if writer.weight in self._edited:
-            writer.weight_DK(self._model).copy_(self._originals[writer.weight])
-            self._edited.discard(writer.weight)
+        self._present = (edit,)
 
     def _edit(self, writer: Writer, edit: Edit, strength: float) -> None:
         if self._ablation is None:

@@ -177,7 +177,7 @@ class Runner:
 
         own = [wholes[index] for index in share]
         if "kl" not in self.batch_sizes:
-            self._editor.wear(self._applied)
+            self._editor.set_edit(self._applied)
             self._batches.find(rows_of(own), "kl", lambda batch: self._forward(batch, last=last))
         for together in self._passes(edits):
             self._learn("kl", own, together)
@@ -196,9 +196,11 @@ class Runner:
         """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
         own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
         stop = Stop(self._ends, self._options.max_new_tokens, decided)
-        self._editor.wear(self._applied)
+        self._editor.set_edit(self._applied)
         if not self._comm.attempt(self._decoder.settle)[0]:
             self._decoder.without_slots("memory ran out in a trial step")
+        elif self._decoder.moves_rows and not self._comm.alike(self._decoder.moves_rows):
+            self._decoder.without_slots("a trial step gave other logits on another rank")
         self._batches.find(
             rows_of(own), "generate", lambda rows: self._answer(rows, Stop(self._ends, PROBE_TOKENS)), len(edits)
         )
@@ -221,8 +223,8 @@ class Runner:
         """Decode until all rows are done, at most so many at a time where rows move."""
         with self.traits.decoding(stop.limit):
             if self._decoder.moves_rows:
-                kind = 0 if self._outputs is None else self._outputs.kind
-                for _ in self._decoder.answers(rows, stop, most or len(rows), kind):
+                buffers = 0 if self._outputs is None else self._outputs.buffers
+                for _ in self._decoder.answers(rows, stop, most or len(rows), buffers):
                     pass
             else:
                 for row in rows:
@@ -238,7 +240,7 @@ class Runner:
         """Let passes of edited models over the prompts of a phase know what the original model makes of them."""
         answers = phase == "generate"
         if any(edits) and self._forward.wants(prompts, answers):
-            self._editor.wear(None)
+            self._editor.set_edit(None)
 
             def over(work: Callable[[Sequence[Row]], object]) -> None:
                 for _ in self._batches.over(rows_of(prompts), phase, work, self._cut):
@@ -254,16 +256,16 @@ class Runner:
         started = worn if any(edits) else []  # really edited weights are scored from the first block to the last
         with self._forward.using(prompts, phase == "generate", started):
             if len(edits) == 1 or not any(edits):
-                self._editor.wear(worn[0])
+                self._editor.set_edit(worn[0])
                 yield
                 return
             if self._outputs is None:
                 raise RuntimeError("several edits were asked for where outputs cannot be edited")
-            self._editor.wear(None)
-            steady = phase == "generate" and self._decoder.captures
+            self._editor.set_edit(None)
+            static = phase == "generate" and self._decoder.captures
             with torch.inference_mode(), ExitStack() as stack:
                 outputs = self._outputs
-                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, steady)), len(edits))
+                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, static)), len(edits))
                 self._forward.edits = self._outputs
                 try:
                     yield
@@ -272,12 +274,12 @@ class Runner:
 
     def apply(self, edit: Edit) -> None:
         """Edit the weights themselves, until :meth:`restore`."""
-        self._editor.wear(edit)
+        self._editor.set_edit(edit)
         self._applied = edit
 
     def restore(self) -> None:
         """Bring every weight back, bit for bit."""
-        self._editor.wear(None)
+        self._editor.set_edit(None)
         self._applied = None
 
     def close(self) -> None:

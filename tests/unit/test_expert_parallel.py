@@ -82,7 +82,7 @@ def test_trials_follow_tokens_to_their_experts():
     layer = nn.Linear(1, 1)
     layer.ep_size = 1
     rows = Rows(torch.device("cpu"))
-    rows.assign([0, 1, 2], single=False)  # two tokens a row
+    rows.assign([0, 1, 2])  # two tokens a row
     travelling = TravellingRows(layer, rows)
     expert_NC = torch.tensor([[0, 2], [2, 0], [1, 2], [2, 0], [0, 1], [2, 1]])
     counts_E = torch.bincount(expert_NC.flatten(), minlength=4).int()

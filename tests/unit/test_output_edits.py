@@ -52,9 +52,9 @@ def logits_by_weights(model, ablation, edits: Sequence[Edit | None], rows) -> Te
     editor.prepare(ablation)
     of_trial = []
     for edit in edits:
-        editor.wear(edit)
+        editor.set_edit(edit)
         of_trial.append(last_logits(model, [row for _, row in rows], PAD))
-    editor.wear(None)
+    editor.set_edit(None)
     return torch.stack([of_trial[trial][position] for position, (trial, _) in enumerate(rows)])
 
 
@@ -154,11 +154,11 @@ def test_every_writer_by_itself_in_float64(name, row_norm, through_norm):
             outputs.assign(trials)
             found = module(*given).reshape(len(trials), 3, -1)
         for position, trial in enumerate(trials):
-            editor.wear(EDITS[trial])
+            editor.set_edit(EDITS[trial])
             expected = module(*given).reshape(len(trials), 3, -1)
             error = (found[position] - expected[position]).norm() / expected[position].norm()
             assert error < 1e-12, writer.weight
-        editor.wear(None)
+        editor.set_edit(None)
 
 
 @pytest.mark.parametrize("name", families.REQUIRED)
@@ -222,15 +222,18 @@ def test_without_tables_edits_are_the_same(name, row_norm, through_norm):
 
 
 def test_without_tables_what_a_pass_computes_takes_the_memory_of_the_pass_before():
-    """Whatever directions its trials have, and however many of them are alike."""
+    """Whatever directions its trials have, however many of them are alike, and whether steps of it are captured."""
     model = families.build("mixtral", layers=4)
     ablation, rows = ablation_for(engine_for(model)), trial_rows(len(EDITS))
-    outputs, alike = OutputEdits(model, find_anatomy(model), ablation, budget=0), (EDIT, EDIT, None, EDIT)
-    for edits in (alike, EDITS, EDITS[::-1], (EDIT, STRONG), alike):
+    outputs, bytes_held = OutputEdits(model, find_anatomy(model), ablation, budget=0), []
+    alike = (EDIT, EDIT, None, EDIT)
+    for edits, static in ((alike, True), (EDITS, False), (EDITS[::-1], True), ((EDIT, STRONG), True), (alike, False)):
         expected_BV = logits_by_weights(model, ablation, edits, [(trial % len(edits), row) for trial, row in rows])
-        with torch.inference_mode(), outputs.active(edits, steady=True):
+        with torch.inference_mode(), outputs.active(edits, static):
             outputs.assign([trial % len(edits) for trial, _ in rows])
             assert distance(last_logits(model, [row for _, row in rows], PAD), expected_BV) < 1e-5
+            bytes_held.append(held(outputs))
+    assert len(set(bytes_held)) == 1
 
 
 def held(start: object) -> int:
@@ -268,7 +271,7 @@ def test_edits_of_a_large_model_stay_within_their_budget(monkeypatch):
     for most in (2**40, budget):
         outputs = OutputEdits(model, anatomy, ablation, budget=most)
         before = held(outputs)
-        with outputs.active(edits, steady=True):
+        with outputs.active(edits, static=True):
             found.append((held(outputs) - before, outputs.most_edits))
     (everything, _), (less, most) = found
     vectors = 94 * 128 * 4096 * 4  # one for each expert

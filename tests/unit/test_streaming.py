@@ -49,7 +49,7 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     original = tensors_of(tmp_path / "original")
     editor = WeightEditor(loaded.model, anatomy)
     editor.prepare(ablation)
-    editor.wear(EDIT)
+    editor.set_edit(EDIT)
     export_model(loaded, tmp_path / "saved", "card", {"schema": 1})
 
     streamed, saved = tensors_of(tmp_path / "streamed"), tensors_of(tmp_path / "saved")

@@ -8,31 +8,25 @@ Shapes: N tokens, C experts a token, S rows that this rank's experts answer, E e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Ablation, Edit, Reduce
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.edits.experts import ExpertEdit
-from heretic_ds.edits.outputs import OutputEdits
-from heretic_ds.edits.tables import Rows, TrialDirections
+from heretic_ds.edits.outputs import DenseEdit, OutputEdits
+from heretic_ds.edits.tables import Rows
 
 
-class TravellingRows(Rows):
+class TravellingRows:
     """Which trial each row belongs to that this rank's experts of one layer answer."""
 
-    def __init__(self, layer: nn.Module, rows: Rows) -> None:
+    def __init__(self, layer: Any, rows: Rows) -> None:
         """``layer`` is AutoEP's; ``rows`` says which trial this rank's own tokens belong to."""
-        super().__init__(next(layer.parameters()).device)
-        self._layer: Any = layer
-        self._own = rows
+        self._layer, self._own = layer, rows
         self._trial_S: Tensor | None = None
 
     def travel(self, router: nn.Module, args: Any, output: Any) -> None:
@@ -42,8 +36,7 @@ class TravellingRows(Rows):
         _, expert_NC, counts = output
         layer, per_token = self._layer, expert_NC.shape[1]
         order = torch.argsort(expert_NC.reshape(-1), stable=True)
-        trial_N = self._own.tokens(len(expert_NC))
-        trial_S = torch.zeros_like(order) if trial_N is None else trial_N[order // per_token]
+        trial_S = self._own.tokens(len(expert_NC))[order // per_token]
         if layer.ep_size > 1:
             plan = compute_split_plan(
                 expert_NC, layer.num_experts, layer.ep_size, layer.num_local_experts, layer.ep_group, counts
@@ -54,7 +47,7 @@ class TravellingRows(Rows):
         sorted_S1, *_ = permute_by_local_expert(trial_S[:, None].float(), counts)
         self._trial_S = sorted_S1[:, 0].long()
 
-    def tokens(self, count: int) -> Tensor | None:
+    def tokens(self, count: int) -> Tensor:
         """The trial of each of the ``count`` rows of the layer's experts."""
         if self._trial_S is None or len(self._trial_S) != count:
             raise RuntimeError(f"the trials of {count} rows of experts have not arrived")
@@ -62,50 +55,30 @@ class TravellingRows(Rows):
 
 
 class ExpertParallelEdits(OutputEdits):
-    """Edits of one model's outputs, those of this rank's experts for the tokens of all ranks."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        ablation: Ablation,
-        reduce: Reduce | None = None,
-        budget: int | None = None,
-    ) -> None:
-        """``budget``: see :class:`OutputEdits`."""
-        dense = tuple(writer for writer in anatomy.writers if writer.experts is None)
-        super().__init__(model, replace(anatomy, writers=dense), ablation)
-        self._experts = [writer for writer in anatomy.writers if writer.experts is not None]
-        self._plan_tables(self._experts, budget)
+    """Edits of one model's outputs, those of this rank's experts for the tokens of all ranks, which have to take the
+    same edits."""
 
     @classmethod
     def obstacle(cls, model: nn.Module, anatomy: Anatomy) -> str | None:
         """None: every layer of experts is AutoEP's, which tells where a token goes."""
         return None
 
-    @contextmanager
-    def active(self, edits: Sequence[Edit | None], steady: bool = False) -> Iterator[None]:
-        """See :meth:`OutputEdits.active`; every rank has to take the same edits, and none is steady."""
-        with ExitStack() as stack:
-            stack.enter_context(super().active(edits))
-            for writer in self._experts:
-                directions = self._tables_of(writer).directions(edits)
-                if directions is not None:
-                    self._edit_experts(writer, directions, stack)
-            yield
+    def _edits_experts(self, writer: Writer) -> bool:
+        return writer.experts is not None
 
-    def _edit_experts(self, writer: Writer, directions: TrialDirections, stack: ExitStack) -> None:
-        """Edit the answers of a writer's experts until ``stack`` is left."""
+    def _attach(self, writer: Writer, edit: DenseEdit | ExpertEdit, stack: ExitStack) -> None:
+        if isinstance(edit, DenseEdit):
+            super()._attach(writer, edit, stack)
+            return
         layer: Any = self._model.get_submodule(writer.module.rpartition(".")[0])
         rows = TravellingRows(layer, self._rows)
-        edit = ExpertEdit(self._tables_of(writer), directions, None, rows)
 
         def edited(experts: nn.Module, args: tuple[Tensor, Tensor], output_SD: Tensor) -> Tensor:
             counts_E = args[1]
             expert_S = counts_E.new_zeros(len(output_SD), dtype=torch.int64)  # rows beyond the last expert's are empty
             own_S = torch.repeat_interleave(torch.arange(len(counts_E), device=counts_E.device), counts_E)
             expert_S[: len(own_S)] = own_S
-            return edit(output_SD, expert_S).to(output_SD.dtype)
+            return edit(output_SD, expert_S, rows.tokens(len(output_SD))).to(output_SD.dtype)
 
         stack.callback(layer.router.register_forward_hook(rows.travel).remove)
         stack.callback(layer.experts.register_forward_hook(edited).remove)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
-from heretic_ds.edits.fused_experts import sum_experts_over_ranks
+from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
