@@ -19,6 +19,7 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import tables
 from heretic_ds.runner import decode as decoding
 from heretic_ds.runner import graphs, slots
+from heretic_ds.runner.comm import PeerRanOut
 from heretic_ds.runner.decode import Decoder
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.forward import Forward
@@ -209,6 +210,15 @@ def test_memory_that_a_trial_step_lacks_leaves_whole_batches(recorder, monkeypat
     assert answers_and_kl(model, 3, True) == expected and recorder.made == 0
     reason = "memory ran out in a trial step"
     assert said() == [f"answers are decoded batch by batch: {reason}", f"decoding without CUDA graphs: {reason}"]
+
+
+@pytest.mark.parametrize("error", [no_memory(), PeerRanOut()])
+def test_memory_that_a_trial_step_lacks_on_any_rank_is_no_mistake_of_the_model(error, monkeypatch, said):
+    """All ranks of the step have to know; one that took it for an answer would leave the others waiting."""
+    monkeypatch.setattr(decoding, "slot_distances", lambda forward: _raise(error))
+    with pytest.raises(type(error)):
+        settled(families.build("llama"))
+    assert said() == []
 
 
 def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder, monkeypatch):
