@@ -179,6 +179,10 @@ class OutputEdits:
         """
         self._rows.assign(trials, self._count == 1, into)
 
+    def forget(self) -> None:
+        """Drop what is kept between passes; ranks that make it together have to drop it together."""
+        self._tables.clear()
+
     def _tables_of(self, writer: Writer) -> WriterTables:
         if writer.weight not in self._tables:
             kept = self._keeps_tables or writer.experts is None

@@ -262,7 +262,12 @@ class Runner:
             steady = phase == "generate" and self._decoder.captures
             with torch.inference_mode(), ExitStack() as stack:
                 outputs = self._outputs
-                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, steady)), len(edits))
+
+                def undo() -> None:
+                    stack.close()
+                    outputs.forget()
+
+                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, steady)), undo, len(edits))
                 self._forward.edits = self._outputs
                 try:
                     yield
