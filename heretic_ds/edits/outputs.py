@@ -135,6 +135,10 @@ class OutputEdits:
         """
         self._rows.assign(trials, into)
 
+    def forget(self) -> None:
+        """Drop what is kept between passes; ranks that make it together have to drop it together."""
+        self._edits.clear()
+
     def _edits_experts(self, writer: Writer) -> bool:
         """Whether a writer's experts differ in their edits, so that the sum of their outputs is too late for it."""
         return writer.experts is not None and (self._ablation.row_norm != "none" or writer.bias is not None)

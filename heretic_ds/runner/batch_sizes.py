@@ -74,8 +74,8 @@ class Batches:
         start = 0
         while start < len(rows):
             batch = rows[start : start + self.sizes[phase]]
-            batch = batch[: cut([len(row) for row in batch])]
-            size = (phase, len(batch), max(map(len, batch)))
+            batch = batch[: cut([len(row.prompt) for row in batch])]  # answers may have begun before memory ran out
+            size = (phase, len(batch), max(len(row.prompt) for row in batch))
             ok, result = self._attempt(phase, len(batch), lambda: work(batch), size)  # noqa: B023 - called at once
             if not ok:
                 self._shrink(phase, len(batch))
@@ -86,21 +86,26 @@ class Batches:
     def finish(self, rows: Sequence[Row], phase: str, work: Callable[[int], None]) -> None:
         """Call ``work`` with as many rows at a time as the phase has, and with half as many whenever memory runs out.
 
-        ``work`` goes on with those of the rows that are not done.
+        ``work`` goes on with those of the rows that are not done. With partners all rows that it was given begin anew:
+        one may have come a token further than another, on which memory ran out, and they have to go on alike.
         """
         while left := [row for row in rows if not row.done]:
             most = min(self.sizes[phase], len(left))
-            size = (phase, most, max(map(len, left)))
+            size = (phase, most, max(len(row.prompt) for row in left))
             ok, _ = self._attempt(phase, most, lambda: work(most), size)  # noqa: B023 - called at once
+            for row in left if not ok and self._comm.partners is not None else ():
+                row.begin()
             if not ok and (unfinished := sum(not row.done for row in left)):
                 self._shrink(phase, min(most, unfinished))
 
-    def make_ready(self, work: Callable[[], object], trials: int) -> None:
+    def make_ready(self, work: Callable[[], object], undo: Callable[[], object], trials: int) -> None:
         """Do what a pass of several trials needs before: where memory runs out, in place of what can be done without.
 
-        Raises :class:`UserError` where that is not enough.
+        Where that happens on one partner, others may have come further, or to the end: all of them ``undo`` what they
+        did. Raises :class:`UserError` where there is nothing to be done without.
         """
         while not self._comm.attempt(work)[0]:
+            undo()
             release_memory()
             if not self._retries or not self._evicted():
                 raise UserError(

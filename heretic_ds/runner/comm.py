@@ -66,7 +66,7 @@ class Comm:
 
     def anyone(self, flag: bool) -> bool:
         """Whether the flag is set on any partner that works on prompts of its own."""
-        return self._any(flag) if self.lockstep else flag
+        return self.any_partner(flag) if self.lockstep else flag
 
     def alike(self, value: float) -> float:
         """One partner's number on all of them, for what they have to do alike."""
@@ -100,14 +100,14 @@ class Comm:
                     raise MemoryError("memory ran out in a pass that other ranks are part of") from error
                 failed = True
         if guarded and not told:
-            failed = self._any(failed)
+            failed = self.any_partner(failed)
         if failed:
             return False, None
         if self.partners is not None and size is not None:
             self._gone_well.add(size)
         return True, value
 
-    def _any(self, flag: bool) -> bool:
+    def any_partner(self, flag: bool) -> bool:
         """Whether the flag is set on any partner; exchanged on the host."""
         if self.partners is None or _sum_up is None:
             return flag
@@ -121,7 +121,7 @@ class Comm:
 
         def guarded(collective: Callable[..., Any]) -> Callable[..., Any]:
             def asks_first(*args: Any, **kwargs: Any) -> Any:
-                if self._any(False):
+                if self.any_partner(False):
                     raise PeerRanOut
                 return collective(*args, **kwargs)
 

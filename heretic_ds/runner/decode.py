@@ -52,7 +52,8 @@ class Decoder:
         captured where the device has graphs."""
         self._forward, self._anatomy = forward, anatomy
         self._obstacle = None if rows_move else "ranks decode in lockstep, or by kernels of their own"
-        self._settled = not rows_move
+        self.settled = not rows_move
+        """Whether it is known if rows can lie in slots."""
         self._new_maker = graphs.makers_for(forward.device) if cuda_graphs else None
         self._graphs: Graphs | None = None
         self._halvings, self._too_many = _HALVINGS, 0
@@ -61,13 +62,13 @@ class Decoder:
     def settle(self) -> None:
         """Find out, once, whether rows can lie in slots: one step over them is compared with one over the model's own
         cache. No edits of outputs may be active; memory that runs out is the caller's to deal with."""
-        if self._settled:
+        if self.settled:
             return
         if found := slots.obstacle(self._forward) or self._difference():
             self.without_slots(found)
         elif found := graphs.obstacle(self._forward, self._anatomy):
             self._give_up_graphs(found)
-        self._settled = True
+        self.settled = True
 
     def _difference(self) -> str | None:
         try:
@@ -82,7 +83,7 @@ class Decoder:
 
     def without_slots(self, reason: str) -> None:
         """Decode batch by batch from now on."""
-        self._settled, self._obstacle = True, reason
+        self.settled, self._obstacle = True, reason
         log.info("answers are decoded batch by batch: %s", reason)
         self._give_up_graphs(reason)
 

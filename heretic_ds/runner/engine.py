@@ -178,7 +178,8 @@ class Runner:
         own = [wholes[index] for index in share]
         if "kl" not in self.batch_sizes:
             self._editor.set_edit(self._applied)
-            self._batches.find(rows_of(own), "kl", lambda batch: self._forward(batch, last=last))
+            most = self.max_edits_per_pass
+            self._batches.find(rows_of(own), "kl", lambda batch: self._forward(batch, last=last), most)
         for together in self._passes(edits):
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
@@ -196,14 +197,9 @@ class Runner:
         """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
         own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
         stop = Stop(self._ends, self._options.max_new_tokens, decided)
-        self._editor.set_edit(self._applied)
-        if not self._comm.attempt(self._decoder.settle)[0]:
-            self._decoder.without_slots("memory ran out in a trial step")
-        elif self._decoder.moves_rows and not self._comm.alike(self._decoder.moves_rows):
-            self._decoder.without_slots("a trial step gave other logits on another rank")
-        self._batches.find(
-            rows_of(own), "generate", lambda rows: self._answer(rows, Stop(self._ends, PROBE_TOKENS)), len(edits)
-        )
+        if "generate" not in self.batch_sizes or not self._decoder.settled:  # else edited weights may stay for a while
+            self._editor.set_edit(self._applied)
+            self._settle(own)
         for together in self._passes(edits):
             self._learn("generate", own, together)
             rows = rows_of(own, len(together))
@@ -218,6 +214,15 @@ class Runner:
                 answers[row.trial][row.index] = row.answer
             result += [self._comm.shares.gather(each, len(prompts)) for each in answers]
         return result
+
+    def _settle(self, prompts: TokenRows) -> None:
+        """Find out how answers are decoded, and in batches of how many rows."""
+        if not self._comm.attempt(self._decoder.settle)[0]:
+            self._decoder.without_slots("memory ran out in a trial step")
+        elif self._comm.any_partner(not self._decoder.moves_rows) and self._decoder.moves_rows:
+            self._decoder.without_slots("a trial step gave other logits on another rank")
+        stop, most = Stop(self._ends, PROBE_TOKENS), self.max_edits_per_pass
+        self._batches.find(rows_of(prompts), "generate", lambda rows: self._answer(rows, stop), most)
 
     def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
         """Decode until all rows are done, at most so many at a time where rows move."""
@@ -265,7 +270,12 @@ class Runner:
             static = phase == "generate" and self._decoder.captures
             with torch.inference_mode(), ExitStack() as stack:
                 outputs = self._outputs
-                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, static)), len(edits))
+
+                def undo() -> None:
+                    stack.close()
+                    outputs.forget()
+
+                self._batches.make_ready(lambda: stack.enter_context(outputs.active(worn, static)), undo, len(edits))
                 self._forward.edits = self._outputs
                 try:
                     yield

@@ -157,3 +157,45 @@ def test_a_batch_is_never_made_empty() -> None:
 
     batches.finish(rows, "generate", ends_and_fails)
     assert batches.sizes["generate"] == 2
+
+
+def other_that_fails_once() -> Comm:
+    """One of two ranks; memory runs out on the other one in the first pass, when this one has done its part."""
+    failures = [True]
+
+    class Partner(Comm):
+        def attempt(self, work: Callable[[], Any], size: Any = None) -> tuple[bool, Any]:
+            value = work()
+            return (False, None) if failures and failures.pop() else (True, value)
+
+    partners: Any = object()
+    return Partner(partners=partners)
+
+
+@pytest.mark.parametrize("ended", [1, 3])
+def test_ranks_go_on_alike_where_one_had_come_further(ended: int) -> None:
+    """A row that has ended here may not have ended on the rank that memory ran out on."""
+    batches, rows, seen = batches_on("cpu", other_that_fails_once()), rows_of_lengths(4, 4, 4), list[int]()
+    batches.sizes["generate"] = 3
+
+    def answer(most: int) -> None:
+        left = [row for row in rows if not row.done]
+        seen.append(len(left))
+        for row in left[: len(left) if len(seen) > 1 else ended]:
+            row.answer, row.done = [7], True
+
+    batches.finish(rows, "generate", answer)
+    assert seen == [3, 3] and batches.sizes["generate"] == 1
+
+
+def test_batches_are_cut_by_their_prompts_whatever_was_answered_before() -> None:
+    batches, rows, seen = batches_on("cpu"), rows_of_lengths(6, 5), list[list[int]]()
+    batches.sizes["generate"] = 2
+    rows[1].answer = [7] * 9
+
+    def cut(lengths: list[int]) -> int:
+        seen.append(lengths)
+        return len(lengths)
+
+    assert len(list(batches.over(rows, "generate", len, cut))) == 1
+    assert seen == [[6, 5]]

@@ -19,11 +19,13 @@ from heretic_ds.edits import tables
 from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.rows import Row
 from heretic_ds.scoring.kl import Divergence
 from tests import families
-from tests.unit.test_resident import EDIT, LENGTHS, ablation_for, engine_for, greedy_alone, prompts, state
+from tests.unit.test_resident import EDIT, LENGTHS, NEW_TOKENS, ablation_for, engine_for, greedy_alone, prompts, state
 
 ONE_BLOCK = Edit(None, {"attention": Profile(0.8, 1.0, 0.8, 0.5)})
 """Leaves the MLP, and every block but the second, as they are."""
@@ -339,6 +341,33 @@ def test_memory_that_runs_out_while_edits_are_made_ready(hoards, monkeypatch):
         assert not any(module._forward_hooks for module in model.modules())
     assert reference.of(EDITS) == pytest.approx(alone, rel=1e-4, abs=1e-6)
     assert not hoard.full and not failures
+
+
+class OtherRanOut(Comm):
+    """One of two ranks; memory runs out on the other one whenever :attr:`fails` says so, after this one's part."""
+
+    fails = False
+
+    def attempt(self, work, size=None):
+        value, failed = super().attempt(work, size)[1], OtherRanOut.fails
+        OtherRanOut.fails = False
+        return (False, None) if failed else (True, value)
+
+
+def test_edits_that_another_rank_had_no_memory_for_are_not_active_twice(monkeypatch):
+    """And what ranks make together is made anew on all of them."""
+    options, traits = RunnerOptions(NEW_TOKENS, batch_size=4), Traits(graphs=False)
+    model = families.build("llama")
+    engine = Runner(model, find_anatomy(model), families.tokenizer(), options, OtherRanOut(), traits)
+    engine.prepare(ablation_for(engine))
+    engine._batches.evictable.append(Hoard())
+    reference = Divergence(engine, prompts())
+    expected = [reference.of([edit])[0] for edit in EDITS]
+    made, overlaps = [], tables.row_overlaps
+    monkeypatch.setattr(tables, "row_overlaps", lambda *given: made.append(1) or overlaps(*given))
+    monkeypatch.setattr(OtherRanOut, "fails", True)
+    assert reference.of(EDITS) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert not OtherRanOut.fails and len(made) == 2 * len(engine.anatomy.writers)
 
 
 def test_rows_that_do_not_match_the_assigned_ones_are_refused():

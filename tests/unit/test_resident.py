@@ -7,7 +7,9 @@ import torch
 
 from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.runner.batch_sizes import Batches
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.rows import rows_of
 from heretic_ds.scoring.kl import Divergence
@@ -146,6 +148,35 @@ def test_reference_is_of_the_model_as_it_is_whatever_was_scored_last():
     assert not torch.allclose(edited, expected, atol=1e-2)
     engine.generate(prompts(), [other])
     assert torch.equal(taken(), edited)
+
+
+def test_a_trial_edits_each_weight_once(monkeypatch):
+    """Its answers are those of the weights that its divergence was taken on."""
+    engine = engine_for(families.build("llama"))
+    engine.prepare(ablation_for(engine))
+    reference, edited = Divergence(engine, prompts()), []
+    engine.generate(prompts(), [None])
+    edit_weight = WeightEditor._edit
+    monkeypatch.setattr(WeightEditor, "_edit", lambda *given: edited.append(given[1].weight) or edit_weight(*given))
+    reference.of([EDIT])
+    engine.generate(prompts(), [EDIT])
+    assert sorted(edited) == sorted({writer.weight for writer in engine.anatomy.writers})
+
+
+def test_batches_may_hold_rows_of_as_many_trials_as_a_pass(monkeypatch):
+    """Whatever was asked for first: the original model's answers and distributions, before any trial."""
+    engine, trials, find = engine_for(families.build("llama"), batch_size=0), {}, Batches.find
+
+    def noted(batches, rows, phase, work, count=1):
+        trials[phase] = count
+        find(batches, rows, phase, work, count)
+
+    monkeypatch.setattr(Batches, "find", noted)
+    engine.prepare(ablation_for(engine))
+    engine.generate(prompts(), [None])
+    Divergence(engine, prompts())
+    assert trials == {"generate": engine.max_edits_per_pass, "kl": engine.max_edits_per_pass}
+    assert engine.max_edits_per_pass > 1
 
 
 @torch.no_grad()
