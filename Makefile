@@ -2,6 +2,7 @@
 #
 # PYTHON  interpreter that the environment is made with, 3.11 or newer
 # VENV    folder of the environment
+# WORKERS how many processes share the tests
 # RANKS   how many ranks run-distributed and demo-distributed start
 # TORCH   what pip installs as PyTorch, before all else; may hold pip options, for another build of it
 # HERETIC_VENV  folder of the environment of the tool that bench-against compares this one with
@@ -12,6 +13,7 @@ HERETIC_VENV ?= .venv-heretic
 TORCH ?= torch==2.13.0
 ARGS ?=
 RANKS ?= 2
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -19,7 +21,7 @@ HERETIC_READY := $(HERETIC_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test lint format docs wheel clean
+.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test test-thorough lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -77,8 +79,14 @@ $(HERETIC_READY): benchmarks/heretic_requirements.txt
 bench-against: $(READY) $(HERETIC_READY) ## Speed, memory and scores beside heretic-llm; ARGS="--shape 8b" on a GPU
 	$(BIN)/python benchmarks/against_heretic.py --heretic-python $(HERETIC_VENV)/bin/python $(ARGS)
 
+# Tests that start ranks stay in one worker, beside the others in the other ones: see tests/distributed/conftest.py.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
 test: lint ## Lint, types and tests; ARGS goes to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-thorough: $(READY) ## The tests that make test leaves out, whose subject faster ones cover nearly as well
+	$(PYTEST) -m thorough $(ARGS)
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,29 +1,38 @@
 """Real ranks for tests: processes with gloo between them, started once and handed one function after another.
 
 A call that takes too long, or in which a rank fails or dies, ends every process of every rank, and shows what the
-failing rank said. The next call starts new ranks.
+failing rank said. The next call starts new ranks: forks of one process that has imported what they need, because the
+imports take several seconds of every rank.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+_PRELOADED = [
+    "pytest", "deepspeed", "tests.distributed.engines", "tests.distributed.expert_parallel_ranks",
+    "tests.distributed.memory_ranks", "tests.distributed.output_edits_ranks", "tests.distributed.zero3_ranks",
+]  # fmt: skip
 _START_SECONDS = 120
 _LAST_WORDS_SECONDS = 3
 """How long the other ranks may still report after one has failed: often the cause is theirs."""
@@ -39,7 +48,7 @@ class Ranks:
     def __init__(self, size: int) -> None:
         self.size = size
         self._folder: Path | None = None
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[ForkServerProcess] = []
         self._connections: list[Connection] = []
 
     def run(self, work: Callable[..., Any], timeout: float = 120, **arguments: Any) -> list[Any]:
@@ -55,8 +64,9 @@ class Ranks:
         """End every process of every rank, whatever they started included."""
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+            process.join()
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
@@ -68,26 +78,9 @@ class Ranks:
         self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
         with Listener(str(self._folder / "socket"), family="AF_UNIX", backlog=self.size) as listener:
             for rank in range(self.size):
-                environment = os.environ | {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(self.size),
-                    "DS_ACCELERATOR": "cpu",
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT),
-                }
-                with (self._folder / f"rank{rank}.log").open("wb") as output:
-                    self._processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "tests.distributed.ranks", str(self._folder)],
-                            cwd=ROOT,
-                            env=environment,
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                        )
-                    )
+                arguments = (str(self._folder), rank, self.size)
+                self._processes.append(fork_server().Process(target=serve, args=arguments, daemon=True))
+                self._processes[-1].start()
             accepted = {}
             listener._listener._socket.settimeout(_START_SECONDS)  # type: ignore[attr-defined]
             for _ in range(self.size):
@@ -112,7 +105,7 @@ class Ranks:
                 try:
                     done, value = pickle.loads(connection.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionResetError):
-                    done, value = False, f"the process ended with status {self._processes[rank].wait()}"
+                    done, value = False, f"the process ended with status {self._status(rank)}"
                 (results if done else problems)[rank] = value
                 if not done:
                     deadline = min(deadline, time.monotonic() + _LAST_WORDS_SECONDS)
@@ -123,6 +116,10 @@ class Ranks:
         if silent:
             self._fail(f"{name} took longer than {timeout:g} s on ranks {silent}", silent)
         return [results[rank] for rank in range(self.size)]
+
+    def _status(self, rank: int) -> int | None:
+        self._processes[rank].join()
+        return self._processes[rank].exitcode
 
     def _fail(self, message: str, ranks: Any, cause: BaseException | None = None) -> None:
         output = ""
@@ -139,10 +136,26 @@ def _send(connection: Connection, value: Any) -> None:
     connection.send_bytes(pickle.dumps(value))
 
 
-def serve(folder: str) -> None:
+@cache
+def fork_server() -> ForkServerContext:
+    """What starts ranks: a process that has imported what they will import, and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)):
+        forkserver.ensure_running()
+    return context
+
+
+def serve(folder: str, rank: int, size: int) -> None:
     """One rank: join the world, then run what is asked for until the connection ends."""
     from heretic_ds.world import World
 
+    os.setsid()
+    gc.freeze()  # engines collect garbage when they close; what was imported before is none
+    with (Path(folder) / f"rank{rank}.log").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     with Client(str(Path(folder) / "socket"), family="AF_UNIX") as connection:
         _send(connection, int(os.environ["RANK"]))
         world = World.join(f"file://{folder}/store")
@@ -158,7 +171,3 @@ def serve(folder: str) -> None:
                 _send(connection, (True, work(world, **arguments)))
             except BaseException:
                 _send(connection, (False, traceback.format_exc()))
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])

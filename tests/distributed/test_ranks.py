@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from heretic_ds.world import World
-from tests.distributed.ranks import RankFailed, Ranks
+from tests.distributed.ranks import RankFailed, Ranks, fork_server
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +38,11 @@ def stumble(world: World, how: str) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(300)
     return total(world, 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started_fork_server() -> None:
+    fork_server()  # which stays
 
 
 def descendants() -> set[int]:
