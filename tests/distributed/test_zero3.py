@@ -165,6 +165,7 @@ def test_a_lack_of_memory_names_the_setting(ranks, folder_of):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # DeepSpeed compiles its asynchronous I/O at first use
+@pytest.mark.thorough  # where libaio is installed, DeepSpeed compiles for minutes
 def test_weights_rest_on_a_disk(ranks, tmp_path):
     """Partitions of more than a megabyte are files while they are not in use, and the files go with the engine."""
     offload = {"offload": "nvme", "nvme_path": str(tmp_path / "disk")}
