@@ -222,10 +222,10 @@ class Runner:
         self._batches.find(rows_of(prompts), "generate", lambda rows: self._answer(rows, stop), most)
 
     def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
-        """Decode until all rows are done, at most so many at a time where rows move."""
+        """Decode until all rows are done, at most so many at a time where rows move; all of a sample at once."""
         with self.traits.decoding(stop.limit):
             if self._decoder.moves_rows:
-                kind = 0 if self._outputs is None else self._outputs.kind
+                kind = None if most is None else 0 if self._outputs is None else self._outputs.kind
                 for _ in self._decoder.answers(rows, stop, most or len(rows), kind):
                     pass
             else:
