@@ -142,7 +142,7 @@ def test_every_form_of_edit(family, row_norm):
 def test_answers_by_replayed_steps(monkeypatch):
     recorder, model, rows = Recorder(), built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS, EDITS[:1]])
-    monkeypatch.setattr(graphs, "maker_for", lambda device: recorder)
+    monkeypatch.setattr(graphs, "makers_for", lambda device: lambda: recorder)
     assert_same(scores(engine_of(model, cuda_graphs=True), rows, [EDITS, EDITS[:1]]), expected)
     assert recorder.replayed > 5
 
@@ -313,7 +313,7 @@ def test_memory_is_given_back_before_batches_get_smaller():
 
 def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypatch):
     """Not only from the first who has any: what replayed steps keep goes too."""
-    monkeypatch.setattr(graphs, "maker_for", lambda device: Recorder())
+    monkeypatch.setattr(graphs, "makers_for", lambda device: Recorder)
     model, rows = built(), prompts()
     engine = engine_of(model, cuda_graphs=True)
     expected = scores(engine, rows, [EDITS])
@@ -331,7 +331,8 @@ def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypa
     assert engine.batch_sizes["kl"] == 4
 
 
-def test_memory_that_learning_lacks_leaves_whole_passes():
+def test_memory_that_learning_lacks_leaves_whole_passes(caplog):
+    caplog.set_level(logging.INFO, "heretic_ds")
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
@@ -348,6 +349,7 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
         patch.setattr(Kept, "put", full)
         assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert not kept_of(engine) and engine.batch_sizes["kl"] == 4
+    assert caplog.text.count("passes over prompts go through the whole model: memory ran out") == 1
     assert engine.generate(rows, EDITS, stop_some) == expected[1]
 
 
