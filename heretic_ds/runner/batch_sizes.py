@@ -63,19 +63,24 @@ class Batches:
         """Whether passes over prompts of edited models start from what is known."""
 
     def over(
-        self, rows: Sequence[Row], phase: str, work: Callable[[Sequence[Row]], T], cut: Callable[[list[int]], int] = len
+        self,
+        rows: Sequence[Row],
+        phase: str,
+        work: Callable[[Sequence[Row]], T],
+        cut: Callable[[list[int]], int] = len,
+        kind: str = "",
     ) -> Iterator[tuple[Sequence[Row], T]]:
         """Run ``work`` over consecutive batches of rows, the longest first, yielding (batch, result).
 
         ``cut`` says, by their lengths, how many of the first rows that would make up a batch had better be one by
-        themselves. A batch that runs out of memory on any partner is halved on all of them and tried again, and the
+        themselves; ``kind`` tells apart work of one phase that takes other memory. A batch that runs out of memory on any partner is halved on all of them and tried again, and the
         smaller size is kept for the rest of the run. Raises :class:`UserError` where even one row does not fit.
         """
         start = 0
         while start < len(rows):
             batch = rows[start : start + self.sizes[phase]]
             batch = batch[: cut([len(row.prompt) for row in batch])]  # answers may have begun before memory ran out
-            size = (phase, len(batch), max(len(row.prompt) for row in batch))
+            size = (phase, kind, *_extent(batch))
             ok, result = self._attempt(phase, len(batch), lambda: work(batch), size)  # noqa: B023 - called at once
             if not ok:
                 self._shrink(phase, len(batch))
@@ -91,7 +96,7 @@ class Batches:
         """
         while left := [row for row in rows if not row.done]:
             most = min(self.sizes[phase], len(left))
-            size = (phase, most, max(len(row.prompt) for row in left))
+            size = (phase, most, *_extent(left)[1:])
             ok, _ = self._attempt(phase, most, lambda: work(most), size)  # noqa: B023 - called at once
             for row in left if not ok and self._comm.partners is not None else ():
                 row.begin()
@@ -207,6 +212,11 @@ class Batches:
             release_memory()
             fitting = 1 if self._comm.partners is not None else most  # alone, measuring finds it anew
         return int(self._comm.least(fitting))
+
+
+def _extent(rows: Sequence[Row]) -> tuple[int, int, int]:
+    """What the memory of a pass depends on: how many rows, the longest prompt, of how many trials."""
+    return len(rows), max(len(row.prompt) for row in rows), 1 + max(row.trial for row in rows)
 
 
 def rows_that_fit(run: Callable[[int], object], most: int, device: torch.device) -> int:

@@ -98,17 +98,20 @@ class Decoder:
         return self._new_maker is not None and self.moves_rows
 
     @torch.inference_mode()
-    def answers(self, rows: Sequence[Row], stop: Stop, at_once: int, edits: int = 0) -> Iterator[Row]:
-        """Answer rows, at most ``at_once`` at a time, and give each as it ends; ``edits``: :meth:`Graphs.replay`."""
+    def answers(self, rows: Sequence[Row], stop: Stop, at_once: int, edits: int | None = 0) -> Iterator[Row]:
+        """Answer rows, at most ``at_once`` at a time, and give each as it ends.
+
+        ``edits``: :meth:`Graphs.replay`; None for a sample, which is not worth capturing steps of its size.
+        """
         while left := [row for row in rows if not row.done]:
             for row in left:
                 row.begin()
             most, failure = min(at_once, len(left)), None
-            captured = self._reserved(most, max(map(len, left)) + stop.limit)
+            captured = None if edits is None else self._reserved(most, max(map(len, left)) + stop.limit)
             if captured is not None:
-                captured.forget(below=edits)
+                captured.forget(below=edits or 0)
             try:
-                yield from _SlotRun(self._forward, captured, edits, left, stop, most).run()
+                yield from _SlotRun(self._forward, captured, edits or 0, left, stop, most).run()
                 return
             except CannotCapture as caught:
                 failure = str(caught)

@@ -225,10 +225,10 @@ class Runner:
         self._batches.find(rows_of(prompts), "generate", lambda rows: self._answer(rows, stop), most)
 
     def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
-        """Decode until all rows are done, at most so many at a time where rows move."""
+        """Decode until all rows are done, at most so many at a time where rows move; all of a sample at once."""
         with self.traits.decoding(stop.limit):
             if self._decoder.moves_rows:
-                buffers = 0 if self._outputs is None else self._outputs.buffers
+                buffers = None if most is None else 0 if self._outputs is None else self._outputs.buffers
                 for _ in self._decoder.answers(rows, stop, most or len(rows), buffers):
                     pass
             else:
@@ -248,7 +248,7 @@ class Runner:
             self._editor.set_edit(None)
 
             def over(work: Callable[[Sequence[Row]], object]) -> None:
-                for _ in self._batches.over(rows_of(prompts), phase, work, self._cut):
+                for _ in self._batches.over(rows_of(prompts), phase, work, self._cut, "learned"):
                     pass
 
             self._forward.learn(prompts, answers, over)

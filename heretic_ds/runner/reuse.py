@@ -100,6 +100,7 @@ class Reuse(Forward):
 
         def learn(rows: Sequence[Row]) -> None:
             if self.wanted and not self._comm.attempt(lambda: self._learn(kept, rows, answers))[0]:
+                log.info("passes over prompts go through the whole model: memory ran out")
                 self.close()
 
         if boundaries:

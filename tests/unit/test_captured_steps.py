@@ -19,6 +19,7 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import tables
 from heretic_ds.runner import decode as decoding
 from heretic_ds.runner import graphs, slots
+from heretic_ds.runner.batch_sizes import Batches
 from heretic_ds.runner.comm import PeerRanOut
 from heretic_ds.runner.decode import Decoder
 from heretic_ds.runner.engine import Runner, RunnerOptions
@@ -235,6 +236,20 @@ def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder, monkeypat
     replayed = recorder.replayed
     assert engine.generate(prompts(), [edit(1.1)]) == answers
     assert recorder.replayed > replayed and engine._decoder._graphs is not None
+
+
+def test_no_step_is_captured_while_a_batch_size_is_measured(recorder, monkeypatch):
+    """Capturing would be timed, and slots of the largest size that is tried would stay."""
+    engine, held, find = engine_of(families.build("llama"), batch_size=0), [], Batches.find
+
+    def noted(batches, rows, phase, *more):
+        find(batches, rows, phase, *more)
+        held.append((phase, engine._decoder._graphs))
+
+    monkeypatch.setattr(Batches, "find", noted)
+    engine.generate(prompts(), [None])
+    assert held == [("generate", None)] and engine.batch_sizes["generate"] >= 1
+    assert engine._decoder._graphs is not None and recorder.replayed
 
 
 def test_memory_that_runs_out_midway_costs_no_answer(recorder, monkeypatch, said):

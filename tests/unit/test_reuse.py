@@ -331,7 +331,8 @@ def test_memory_that_runs_out_is_asked_back_from_all_who_can_spare_some(monkeypa
     assert engine.batch_sizes["kl"] == 4
 
 
-def test_memory_that_learning_lacks_leaves_whole_passes():
+def test_memory_that_learning_lacks_leaves_whole_passes(caplog):
+    caplog.set_level(logging.INFO, "heretic_ds")
     model, rows = built(), prompts()
     expected = scores(engine_of(model, reuse=False), rows, [EDITS])
     engine = engine_of(model)
@@ -348,6 +349,7 @@ def test_memory_that_learning_lacks_leaves_whole_passes():
         patch.setattr(Kept, "put", full)
         assert reference.of(EDITS) == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
     assert not kept_of(engine) and engine.batch_sizes["kl"] == 4
+    assert caplog.text.count("passes over prompts go through the whole model: memory ran out") == 1
     assert engine.generate(rows, EDITS, stop_some) == expected[1]
 
 
