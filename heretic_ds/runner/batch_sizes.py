@@ -73,8 +73,9 @@ class Batches:
         """Run ``work`` over consecutive batches of rows, the longest first, yielding (batch, result).
 
         ``cut`` says, by their lengths, how many of the first rows that would make up a batch had better be one by
-        themselves; ``kind`` tells apart work of one phase that takes other memory. A batch that runs out of memory on any partner is halved on all of them and tried again, and the
-        smaller size is kept for the rest of the run. Raises :class:`UserError` where even one row does not fit.
+        themselves; ``kind`` tells apart work of one phase that takes other memory. A batch that runs out of memory on
+        any partner is halved on all of them and tried again, and the smaller size is kept for the rest of the run.
+        Raises :class:`UserError` where even one row does not fit.
         """
         start = 0
         while start < len(rows):
