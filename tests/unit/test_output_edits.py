@@ -361,7 +361,7 @@ def test_edits_that_another_rank_had_no_memory_for_are_not_active_twice(monkeypa
     engine = Runner(model, find_anatomy(model), families.tokenizer(), options, OtherRanOut(), traits)
     engine.prepare(ablation_for(engine))
     engine._batches.evictable.append(Hoard())
-    reference = Divergence(engine, prompts())
+    reference = Divergence().begin(engine, prompts())
     expected = [reference.of([edit])[0] for edit in EDITS]
     made, overlaps = [], tables.row_overlaps
     monkeypatch.setattr(tables, "row_overlaps", lambda *given: made.append(1) or overlaps(*given))

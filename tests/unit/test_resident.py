@@ -154,7 +154,7 @@ def test_a_trial_edits_each_weight_once(monkeypatch):
     """Its answers are those of the weights that its divergence was taken on."""
     engine = engine_for(families.build("llama"))
     engine.prepare(ablation_for(engine))
-    reference, edited = Divergence(engine, prompts()), []
+    reference, edited = Divergence().begin(engine, prompts()), []
     engine.generate(prompts(), [None])
     edit_weight = WeightEditor._edit
     monkeypatch.setattr(WeightEditor, "_edit", lambda *given: edited.append(given[1].weight) or edit_weight(*given))
@@ -174,7 +174,7 @@ def test_batches_may_hold_rows_of_as_many_trials_as_a_pass(monkeypatch):
     monkeypatch.setattr(Batches, "find", noted)
     engine.prepare(ablation_for(engine))
     engine.generate(prompts(), [None])
-    Divergence(engine, prompts())
+    Divergence().begin(engine, prompts())
     assert trials == {"generate": engine.max_edits_per_pass, "kl": engine.max_edits_per_pass}
     assert engine.max_edits_per_pass > 1
 
