@@ -173,7 +173,7 @@ class _SlotRun:
     ) -> None:
         """``captured`` steps have slots of their own; without them slots last for this run."""
         self._forward, self._captured, self._edits, self._stop, self._most = forward, captured, edits, stop, most
-        self._slots = Slots(forward, most, _ROOM) if captured is None else captured.slots
+        self._slots = Slots(forward, most, 0) if captured is None else captured.slots
         self._waiting = list(rows)
         self._at = [_NOBODY] * self._slots.rows
         """The row in each slot, or that which was there last."""
@@ -251,7 +251,7 @@ class _SlotRun:
     def _begin(self, rows: list[Row], slots: list[int]) -> None:
         self._told = []  # those of the next step have to be told again after these
         if self._captured is None:
-            self._slots.reserve(0, graphs.rounded(len(rows[0].prompt) + 1, _ROOM))
+            self._slots.reserve(0, graphs.rounded(len(rows[0].prompt) + _ROOM, _ROOM))
         cache = self._forward.growing_cache()
         begun = self._forward(rows, cache)
         token_N = begun.logits_BV.argmax(dim=-1)

