@@ -251,7 +251,7 @@ class _SlotRun:
     def _begin(self, rows: list[Row], slots: list[int]) -> None:
         self._told = []  # those of the next step have to be told again after these
         if self._captured is None:
-            self._slots.reserve(0, graphs.rounded(len(rows[0].prompt) + _ROOM, _ROOM))
+            self._slots.reserve(0, graphs.rounded(len(rows[0].prompt) + 1, _ROOM))
         cache = self._forward.growing_cache()
         begun = self._forward(rows, cache)
         token_N = begun.logits_BV.argmax(dim=-1)
