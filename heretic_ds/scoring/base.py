@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -39,13 +39,11 @@ class GivesDistributions(Protocol):
         ...
 
 
-class _Named(ABC):
-    """What all scorers have."""
+class _Named:
+    """What all scorers have. Their class says what they need: answers, or next-token distributions."""
 
     name: str = ""
     """Unique and not empty."""
-    needs: ClassVar[str]
-    """``answers`` to the target prompts, or next-token ``distributions`` on the baseline prompts."""
 
     @classmethod
     def from_settings(cls, settings: ScoringSettings) -> Self:
@@ -53,7 +51,7 @@ class _Named(ABC):
         return cls()
 
 
-class Scorer(_Named):
+class Scorer(_Named, ABC):
     """Gives answers a number, which the search minimises for the first of ``scoring.scorers``.
 
     A scorer of your own is a class that Python can import, named in the configuration
@@ -69,8 +67,6 @@ class Scorer(_Named):
     and kept in ``results.json`` under the scorer's name.
     """
 
-    needs = "answers"
-
     decided: Callable[[str], bool] | None = None
     """May be a method ``decided(partial_answer) -> bool``: whether this answer's part in the score is
     settled, however the answer goes on. Rows on which all scorers have decided stop early, and are scored by
@@ -82,10 +78,8 @@ class Scorer(_Named):
         """A finite number for the answers, one to each prompt; a count or a mean, say."""
 
 
-class DistributionScorer(_Named):
+class DistributionScorer(_Named, ABC):
     """Gives edits a number from next-token distributions, without an answer: a divergence, a likelihood."""
-
-    needs = "distributions"
 
     @abstractmethod
     def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
