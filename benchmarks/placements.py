@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,26 @@ from figures import keep
 RESULT = Path(__file__).resolve().parent / "results" / "placements.json"
 MARK = "placement figures: "
 ROWS = [
-    # model, placement, ranks, ranks a replica, whether it also evaluates
-    ("llama", "replicated", 1, 1, True),
-    ("llama", "replicated", 2, 1, True),
-    ("llama", "tensor_parallel", 2, 2, True),
-    ("llama", "tensor_parallel", 4, 2, True),
-    ("llama", "zero3", 1, None, False),
-    ("llama", "zero3", 2, None, False),
-    ("mixtral", "replicated", 1, 1, True),
-    ("mixtral", "tensor_parallel", 2, 2, True),
-    ("mixtral", "expert_parallel", 2, 2, True),
-    ("mixtral", "expert_parallel", 4, 4, True),
-    ("mixtral", "zero3", 2, None, False),
+    # model, placement, ranks, whether it also evaluates, options
+    ("llama", "replicated", 1, True, ()),
+    ("llama", "replicated", 2, True, ()),
+    ("llama", "tensor_parallel", 2, True, ()),
+    ("llama", "tensor_parallel", 4, True, ("degree=2",)),
+    ("llama", "zero3", 1, False, ()),
+    ("llama", "zero3", 2, False, ()),
+    ("llama", "fsdp", 2, True, ()),
+    ("llama", "pipeline", 2, True, ("microbatches=1",)),
+    ("llama", "pipeline", 2, True, ("microbatches=2",)),
+    ("llama", "pipeline", 2, True, ("microbatches=4",)),
+    ("llama", "pipeline", 4, True, ("degree=2",)),
+    ("llama", "tensor_pipeline", 4, True, ("tensor_degree=2", "pipeline_degree=2")),
+    ("mixtral", "replicated", 1, True, ()),
+    ("mixtral", "tensor_parallel", 2, True, ()),
+    ("mixtral", "expert_parallel", 2, True, ()),
+    ("mixtral", "expert_parallel", 4, True, ()),
+    ("mixtral", "zero3", 2, False, ()),
+    ("mixtral", "fsdp", 2, True, ()),
+    ("mixtral", "pipeline", 2, True, ()),
 ]
 
 
@@ -68,7 +77,7 @@ def make_model(folder: Path, width: int, kind: str = "llama") -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def measure(model: str, placement: str, degree: int | None, evaluates: bool, tokens: int) -> None:
+def measure(model: str, placement: str, evaluates: bool, tokens: int, options: list[str]) -> None:
     """What one rank does: lay the model out, capture, generate; rank 0 prints every rank's figures."""
     from heretic_ds.cli import compose
     from heretic_ds.job import Job
@@ -79,8 +88,9 @@ def measure(model: str, placement: str, degree: int | None, evaluates: bool, tok
     phase = "evaluate" if evaluates else "capture"
     settings = compose(
         [
-            model, "prompts=demo", f"{phase}={placement}", f"{phase}.degree={degree or 'null'}", "model.dtype=float32",
+            model, "prompts=demo", f"{phase}={placement}", *(f"{phase}.{option}" for option in options),
             f"generation.max_new_tokens={tokens}", "generation.batch_size=32", "model.device=cpu",
+            "model.dtype=float32",
         ]
     )  # fmt: skip
     job = Job.check(settings, world)
@@ -88,7 +98,7 @@ def measure(model: str, placement: str, degree: int | None, evaluates: bool, tok
     engine = build_engine(job, phase)
     load, loaded = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = job.prompts("target.train").rows
-    capture_rate = _rate(lambda: engine.capture(rows), sum(map(len, rows)))
+    capture = _seconds(lambda: engine.capture(rows))
     answers: list[list[int]] = []
     started = time.perf_counter()
     if evaluates:
@@ -97,8 +107,12 @@ def measure(model: str, placement: str, degree: int | None, evaluates: bool, tok
     parts = getattr(engine.model, "parameters", lambda: [])()
     held = sum(_partition(p).numel() * p.element_size() for p in parts)
     figures = {
+        "degree": engine.degree,
         "load_seconds": load,
-        "capture_tokens_per_second": capture_rate,
+        "capture_seconds": capture,
+        "capture_tokens_per_second": sum(map(len, rows)) / capture,
+        "generation_seconds": generation,
+        "generation_tokens": sum(map(len, answers)),
         "generation_tokens_per_second": sum(map(len, answers)) / generation if evaluates else None,
         "parameter_bytes": held,
         "loading_peak_bytes": (loaded - before) * 1024,
@@ -111,16 +125,16 @@ def measure(model: str, placement: str, degree: int | None, evaluates: bool, tok
     world.leave()
 
 
-def _rate(work: Any, tokens: int) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     work()  # the first pass pays for what is set up lazily
     started = time.perf_counter()
     work()
-    return tokens / (time.perf_counter() - started)
+    return time.perf_counter() - started
 
 
 def _partition(parameter: Any) -> Any:
-    """The part of a parameter that this rank holds."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+    """The part of a parameter that this rank holds, of ZeRO-3's or of FSDP's."""
+    return getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter))
 
 
 def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds: int) -> Any:
@@ -139,15 +153,16 @@ def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds
     return json.loads(lines[0])
 
 
-def launch(folder: Path, row: tuple[str, str, int, int | None, bool], tokens: int) -> dict[str, Any]:
+def launch(folder: Path, row: tuple[str, str, int, bool, tuple[str, ...]], tokens: int) -> dict[str, Any]:
     """One row of the table, from a job of its own."""
-    kind, placement, ranks, degree, evaluates = row
-    rank_arguments = [str(folder / kind), placement, str(degree or 0), str(int(evaluates)), str(tokens)]
+    kind, placement, ranks, evaluates, options = row
+    rank_arguments = [str(folder / kind), placement, str(int(evaluates)), str(tokens), *options]
     per_rank = from_ranks(__file__, ranks, rank_arguments, MARK, seconds=900)
     slowest = {name: max(r[name] for r in per_rank) for name in ("load_seconds", "loading_peak_bytes")}
     rates = {name: per_rank[0][name] for name in ("capture_tokens_per_second", "generation_tokens_per_second")}
     held = {name: [r[name] for r in per_rank] for name in ("parameter_bytes", "peak_host_bytes")}
-    where = {"model": kind, "placement": placement, "ranks": ranks, "ranks_a_replica": degree or ranks}
+    where = {"model": kind, "placement": placement, "ranks": ranks, "options": list(options)}
+    where["ranks_a_replica"] = per_rank[0]["degree"]
     return {**where, **slowest, **rates, **held}
 
 
@@ -161,8 +176,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         generation = row["generation_tokens_per_second"]
         lines.append(
-            f"| {row['model']} | {row['placement']} | {row['ranks']} | {row['ranks_a_replica']} | "
-            f"{row['load_seconds']:.1f} | "
+            f"| {row['model']} | {' '.join([row['placement'], *row['options']])} | {row['ranks']} | "
+            f"{row['ranks_a_replica']} | {row['load_seconds']:.1f} | "
             f"{row['capture_tokens_per_second']:.0f} | {'-' if generation is None else f'{generation:.0f}'} | "
             f"{max(row['parameter_bytes']) / mib:.0f} | {max(row['peak_host_bytes']) / mib:.0f} |"
         )
@@ -171,8 +186,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     if "--rank" in sys.argv:
-        model, placement, degree, evaluates, tokens = sys.argv[sys.argv.index("--rank") + 1 :][:5]
-        measure(model, placement, int(degree) or None, bool(int(evaluates)), int(tokens))
+        model, placement, evaluates, tokens, *given = sys.argv[sys.argv.index("--rank") + 1 :]
+        measure(model, placement, bool(int(evaluates)), int(tokens), given)
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
