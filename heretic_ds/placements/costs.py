@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
+from heretic_ds.checkpoint.open import refuse_quantised
 
 T = TypeVar("T")
 
@@ -124,6 +125,8 @@ class Facts:
     """Method by which the files are quantised, whose parts mean nothing by themselves."""
     merges_experts: bool = False
     """Whether the files hold each expert by itself, so that transformers puts them together while it loads."""
+    here: torch.device = field(default=torch.device("cpu"), compare=False)
+    """The device of this process, whatever machine is asked about."""
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def with_batch(self, rows: int) -> Facts:
@@ -136,6 +139,10 @@ class Facts:
             self._known[key] = find()
         found: T = self._known[key]
         return found
+
+    def refuse_quantised(self, phase: str) -> None:
+        """Refuse files whose parts mean nothing by themselves. Raises UserError."""
+        refuse_quantised(self.name, self.quantization, phase)
 
     @cached_property
     def config(self) -> Any:
@@ -156,18 +163,18 @@ class Facts:
     def blocks(self) -> tuple[int, ...]:
         """Bytes of each block."""
         children = self.model.get_submodule(self.anatomy.blocks).children()
-        return self.once("blocks", lambda: tuple(_bytes_of(block) for block in children))
+        return self.once("blocks", lambda: tuple(bytes_of(block) for block in children))
 
     @cached_property
     def embedding(self) -> int:
         """Bytes of the token embedding."""
-        return _bytes_of(self.model.get_submodule(self.anatomy.embedding))
+        return bytes_of(self.model.get_submodule(self.anatomy.embedding))
 
     @cached_property
     def head(self) -> int:
         """Bytes of the output head, which may be the embedding once more."""
         head = self.model.get_output_embeddings()
-        return 0 if head is None else _bytes_of(head)
+        return 0 if head is None else bytes_of(head)
 
     @cached_property
     def tied(self) -> bool:
@@ -274,7 +281,8 @@ def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
-def _bytes_of(module: nn.Module) -> int:
+def bytes_of(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
     return sum(map(_bytes, module.parameters()))
 
 
@@ -287,7 +295,7 @@ def _experts(facts: Facts) -> Experts | None:
     if not found:
         return None
     roots = {_expert_root(writer) for writer in found}
-    size = sum(_bytes_of(facts.model.get_submodule(root)) for root in roots)
+    size = sum(bytes_of(facts.model.get_submodule(root)) for root in roots)
     config, blocks = facts.config, len({writer.block for writer in found})
     number = found[0].experts or len(found) // blocks
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_top_k")

@@ -33,9 +33,14 @@ def quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def check_accelerator(device: torch.device) -> None:
-    """Raise UserError where DeepSpeed, which settles at its import on one kind of device, took another than this."""
+def settle_accelerator(device: torch.device) -> None:
+    """Let DeepSpeed, which settles at its import on one kind of device, take this one where nobody has chosen."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Raise UserError where DeepSpeed has settled on another kind of device than this."""
+    settle_accelerator(device)
     with quietly():
         from deepspeed.accelerator import get_accelerator
 

@@ -47,8 +47,12 @@ class Exchange:
     """Sent by each rank for every token of a pass."""
     pass_bytes: float = 0.0
     """Sent by each rank in every pass, however many tokens that has."""
+    row_bytes: float = 0.0
+    """Sent by each rank for every row of a pass."""
     messages: float = 0.0
     """One after another in every pass."""
+    hidden: bool = False
+    """Whether it goes on while a rank computes."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Use:
     """Part of the work on a row, and of its keys and values, that is one rank's."""
     stages: int = 1
     """Ranks that a row visits one after another."""
+    sharers: int = 1
+    """Ranks over which a block's experts are shared out."""
     gathered: int = 0
     """Bytes of weights that come and go on the device in a pass."""
     resting: int = 0
@@ -76,6 +82,10 @@ class Use:
     exchange: Exchange = Exchange()
     fetched: int = 0
     """Bytes that come from the host in every pass."""
+    workspace: int = 0
+    """Bytes on the device beside all that, in the place of activations, keys and values."""
+    operations: int | None = None
+    """That are launched in a pass; None: as modules of blocks have them."""
     graphs: bool = False
     """Whether steps can be captured, so that nothing is launched one by one."""
     together: bool = True
@@ -117,6 +127,8 @@ def _together(facts: Facts, use: Use) -> int:
 def _moments(facts: Facts, resources: Resources, phase: str, use: Use) -> list[Mapping[str, int]]:
     """What comes and goes at each moment that may be the fullest."""
     work, rows = facts.work, facts.work.batch
+    if use.workspace:
+        return [{"loading": use.loading}, {"workspace": use.workspace, "logits": rows * facts.vocabulary * 20}]
     passing = rows * work.longest_prompt
     moments: list[Mapping[str, int]] = [
         {"loading": use.loading},
@@ -179,21 +191,26 @@ def passes(facts: Facts, resources: Resources, use: Use, rows: int, tokens: floa
 def one_pass(facts: Facts, resources: Resources, use: Use, rows: int, tokens: float, seen: float) -> float:
     """Seconds of one pass over ``rows`` of so many ``tokens`` each through a whole replica."""
     machine, experts = resources.machine, facts.experts
-    reach, number = SHARE_OF_PEAK[machine.device], rows * tokens
-    head = facts.head
-    active, touched = float(facts.dense - head), float(facts.dense)
-    parts = 0.0
+    reach, number, head = SHARE_OF_PEAK[machine.device], rows * tokens, facts.head
+    active, touched = float(facts.dense - head), facts.dense * use.share
+    looped = 0.0
     if experts is not None:
+        part = experts.touched(number * use.sharers) / experts.number
         active += experts.bytes * experts.per_token / experts.number
-        parts = experts.touched(number) / experts.number
-        touched += parts * experts.bytes
+        touched += part * experts.bytes * use.share / use.sharers
+        looped = part * experts.number * experts.blocks / use.sharers if resources.on_cpu else 0.0
     multiplied = 2 * (active * number + head * rows) / facts.dtype.itemsize * use.share
     computed = multiplied / (machine.flops(facts.dtype) * reach)
-    moved = (touched * use.share + rows * seen * facts.cached * use.share) / machine.memory_bandwidth
-    launched = 0.0 if use.graphs else OPERATIONS_A_MODULE * facts.modules * machine.launch_seconds
-    if experts is not None and resources.on_cpu:
-        launched += OPERATIONS_AN_EXPERT * parts * experts.number * experts.blocks * machine.launch_seconds
-    bandwidth, latency = resources.link(use.exchange.members)
-    sent = (use.exchange.pass_bytes + use.exchange.token_bytes * number) / bandwidth + use.exchange.messages * latency
-    fetched = use.fetched / machine.host_bandwidth
-    return max(computed + launched, moved, fetched) + sent
+    moved = (touched + rows * seen * facts.cached * use.share) / machine.memory_bandwidth
+    operations = OPERATIONS_A_MODULE * facts.modules if use.operations is None else use.operations
+    launched = machine.launch_seconds * (0.0 if use.graphs else operations + OPERATIONS_AN_EXPERT * looped)
+    exchange, (bandwidth, latency) = use.exchange, resources.link(use.exchange.members)
+    sent = exchange.pass_bytes + exchange.token_bytes * number + exchange.row_bytes * rows
+    sending = sent / bandwidth + exchange.messages * latency
+    working = max(computed + launched, moved, use.fetched / machine.host_bandwidth)
+    return max(working, sending) if exchange.hidden else working + sending
+
+
+def largest_streamed(facts: Facts) -> int:
+    """Bytes of what the unsplit model has in memory at one time where it runs block by block."""
+    return max(*facts.blocks, facts.embedding, facts.head) + READ_BUFFER

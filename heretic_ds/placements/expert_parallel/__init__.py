@@ -15,8 +15,11 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
+from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed
+from heretic_ds.placements.costs import Cost, Facts, Resources
+from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, settle_accelerator
+from heretic_ds.placements.estimates import DEEPSPEED, READ_BUFFER, Exchange, Use, estimate, largest_streamed
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
@@ -34,6 +37,7 @@ class ExpertParallel(Placement):
     own prompts."""
 
     name, phases = "expert_parallel", frozenset({"capture", "evaluate"})
+    burden = 4
 
     @dataclass
     class Options(Placement.Options):
@@ -51,6 +55,35 @@ class ExpertParallel(Placement):
         check_accelerator(job.opened.device)
         degree = job.world.degree(self.options.degree, f"{self.phase}.degree")
         ExpertLayers(job.opened.skeleton(), job.anatomy, degree, self.phase, job.opened.device)
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """Some of the experts and all else; tokens travel to their experts and back. The comparison with the unsplit
+        model reads a whole block."""
+        degree = self.options.degree or resources.ranks
+        facts.refuse_quantised(self.phase)
+        device = torch.device(resources.machine.device)
+        facts.once((self.name, degree, device), lambda: self._refuse(facts, degree, device))
+        experts = facts.experts
+        assert experts is not None
+        travels = 2 * experts.per_token * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
+        use = Use(
+            degree=degree,
+            held=facts.weights - experts.bytes + experts.bytes // degree,
+            replicas=resources.ranks,
+            sharers=degree,
+            loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
+            read_parts=(facts.weights - experts.bytes + experts.bytes / degree) / facts.weights,
+            exchange=Exchange(members=degree, token_bytes=travels * experts.blocks, messages=4 * experts.blocks),
+            extra=DEEPSPEED,
+        )
+        return estimate(facts, resources, self.phase, use)
+
+    def _refuse(self, facts: Facts, degree: int, device: torch.device) -> None:
+        if facts.experts is None:
+            kind = facts.model.config.model_type
+            raise UserError(f"{self.phase}=expert_parallel: a {kind} model has no experts to share out")
+        settle_accelerator(facts.here)
+        ExpertLayers(facts.model, facts.anatomy, degree, self.phase, device)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose experts are shared out over the ranks of a replica.

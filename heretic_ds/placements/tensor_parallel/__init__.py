@@ -23,7 +23,9 @@ from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding
+from heretic_ds.placements.costs import Cost, Facts, Resources
+from heretic_ds.placements.estimates import DEEPSPEED, READ_BUFFER, Exchange, Use, estimate, largest_streamed
+from heretic_ds.placements.tensor_parallel import autotp, hf_plan, planned, sharding
 from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
@@ -40,6 +42,7 @@ class TensorParallel(Placement):
     """Every weight split over the ranks of a replica, which run the same passes; replicas share the prompts."""
 
     name, phases = "tensor_parallel", frozenset({"capture", "evaluate"})
+    burden = 1
 
     @dataclass
     class Options(Placement.Options):
@@ -66,6 +69,39 @@ class TensorParallel(Placement):
             sharding.expert_shards(model, job.anatomy, 0, degree)
             backend = sharding.choose_backend(model, model.config.model_type, options.backend)
             _plan(model, job.anatomy, backend, degree, phase)
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """A part of everything; two sums over the replica a block, and a gathering of logits."""
+        degree = self.options.degree or resources.ranks
+        facts.refuse_quantised(self.phase)
+        with _advising(self.phase):
+            held = facts.once((self.name, self.options.backend, degree), lambda: self._held(facts, degree))
+        sums = 2 * facts.anatomy.n_blocks + 1
+        sent = 2 * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
+        exchange = Exchange(
+            members=degree,
+            token_bytes=sums * sent,
+            row_bytes=(degree - 1) / degree * facts.vocabulary * facts.dtype.itemsize,
+            messages=sums + 1,
+        )
+        use = Use(
+            degree=degree,
+            held=held,
+            replicas=resources.ranks // degree,
+            share=1 / degree,
+            loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
+            read_parts=1 / degree,
+            exchange=exchange,
+            extra=DEEPSPEED,
+        )
+        return estimate(facts, resources, self.phase, use)
+
+    def _held(self, facts: Facts, degree: int) -> int:
+        model = facts.model
+        backend = sharding.choose_backend(model, model.config.model_type, self.options.backend)
+        layout = _plan(model, facts.anatomy, backend, degree, self.phase)
+        shards = planned.shards_of(model, facts.anatomy, layout or planned.automatic(model, facts.anatomy), degree)
+        return planned.bytes_held(model, shards)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
