@@ -21,7 +21,14 @@ from heretic_ds.world import Replicas, World
 
 T = TypeVar("T")
 
-_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+_COLLECTIVES = tuple(
+    name
+    for name in (
+        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_to_all_single", "broadcast",
+    )
+    if hasattr(dist, name)
+)  # fmt: skip
+"""Those that a pass may take; versions of PyTorch call some by other names."""
 _sum_up = dist.all_reduce if dist.is_available() else None
 """The function itself, whatever is put in its place while passes are guarded."""
 
