@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit, Reduce
 from heretic_ds.anatomy import Anatomy, Writer
@@ -59,7 +59,7 @@ class GatheredOutputEdits(OutputEdits):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         anatomy: Anatomy,
         ablation: Ablation,
         reduce: Reduce | None = None,

@@ -101,7 +101,7 @@ class Units:
                     continue
                 fsdp_parameter = managed.get((id(module), attribute))
                 if fsdp_parameter is None:
-                    whole = self._checkpoint.read(name, self._checkpoint.whole(name), self._device)
+                    whole = self._read_whole(name)
                     module._parameters[attribute] = nn.Parameter(whole, requires_grad=False)
                     self._whole.append(whole)
                 else:
@@ -109,11 +109,12 @@ class Units:
             for attribute, buffer in module._buffers.items():
                 name = f"{path}.{attribute}" if path else attribute
                 if buffer is not None and name in self._checkpoint.shapes:
-                    module._buffers[attribute] = self._checkpoint.read(
-                        name, self._checkpoint.whole(name), self._device
-                    )
+                    module._buffers[attribute] = self._read_whole(name)
                 elif buffer is not None:
                     module._buffers[attribute] = buffer.to(self._device)
+
+    def _read_whole(self, name: str) -> Tensor:
+        return self._checkpoint.read(name, self._checkpoint.whole(name), self._device)
 
     def _put(self, name: str, parameter: Any) -> None:
         """Give one of FSDP2's parameters its numbers, in memory that others tied to it have, too."""
@@ -130,11 +131,9 @@ class Units:
         dim = _dim(shape, ranks)
         size, each = shape[dim], -(-shape[dim] // ranks)
         start, stop = (min(place * each, size) for place in (self._world.rank, self._world.rank + 1))
-        room, kept = (*shape[:dim], each, *shape[dim + 1 :]), {"dtype": self._checkpoint.dtypes[name]}
-        if on_host:
-            padded = torch.empty(room, **kept, device="cpu", pin_memory=self._pinned)
-        else:
-            padded = torch.empty(room, **kept, device=self._device)
+        room, dtype = (*shape[:dim], each, *shape[dim + 1 :]), self._checkpoint.dtypes[name]
+        where = torch.device("cpu") if on_host else self._device
+        padded = torch.empty(room, dtype=dtype, device=where, pin_memory=on_host and self._pinned)
         part = Part(Shard(shape, dim, ((start, stop),)), padded)
         if start < stop:
             self._checkpoint.read_into(name, part.shard, part.own)
@@ -234,8 +233,8 @@ def _dim(shape: tuple[int, ...], ranks: int) -> int:
 
 def _units_beside_blocks(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """What is gathered by itself beside the blocks: large tables, the head, and towers that no text passes through."""
-    decoder, found = model.get_submodule(anatomy.decoder), []
-    found += [child for child in decoder.children() if isinstance(child, nn.Embedding)]
+    decoder = model.get_submodule(anatomy.decoder)
+    found: list[nn.Module] = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
     steps = anatomy.decoder.split(".") if anatomy.decoder else []
     for depth, step in enumerate(steps):
         parent = model.get_submodule(".".join(steps[:depth]))
