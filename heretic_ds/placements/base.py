@@ -140,7 +140,7 @@ class Placement(ABC):
         """
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
         """Options, beside the defaults, that the planner tries out: here every number of ranks that divides theirs."""
         return [{}] if cls.whole else [{"degree": degree} for degree in divisors(resources.ranks) if degree > 1]
 

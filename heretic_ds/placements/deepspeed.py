@@ -23,10 +23,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without messages below warnings: DeepSpeed tries the compiler and logs every command to the root logger."""
+def quietly(level: int = logging.INFO) -> Iterator[None]:
+    """Without messages up to a level: DeepSpeed tries the compiler and logs every command to the root logger."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(level)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import MERGING, READ_BUFFER, Cost, Facts, Resources, Use, estimate
+from heretic_ds.placements.costs import BLOCKS_MERGED, MERGING, READ_BUFFER, Cost, Facts, Resources, Use, estimate
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 
@@ -23,8 +23,11 @@ class Replicated(Placement):
     burden = 0
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
-        """All weights on each rank; transformers reads them, and has its own copy of experts that it puts together."""
-        merging = math.ceil(MERGING * facts.weights) if facts.merges_experts else READ_BUFFER
+        """All weights on each rank, which transformers reads: on a CPU with a copy of experts that it puts together,
+        on another device with some blocks at a time."""
+        merging = READ_BUFFER
+        if facts.merges_experts:
+            merging += math.ceil(MERGING * facts.weights) if resources.on_cpu else BLOCKS_MERGED * max(facts.blocks)
         graphs = self.graphs and not resources.on_cpu and facts.experts is None
         use = Use(facts.weights, resources.ranks, loading=merging, graphs=graphs, reuses=True)
         return estimate(facts, resources, self.phase, use)

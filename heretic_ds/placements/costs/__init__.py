@@ -7,9 +7,19 @@ Constants are measured by ``benchmarks/planner_accuracy.py``; each says of what.
 from heretic_ds.placements.costs.cost import USABLE, Cost, estimate
 from heretic_ds.placements.costs.facts import Experts, Facts, Work, bytes_of
 from heretic_ds.placements.costs.machine import Machine, Resources, divisors
-from heretic_ds.placements.costs.use import DEEPSPEED, LIBRARIES, MERGING, READ_BUFFER, Exchange, Use, largest_streamed
+from heretic_ds.placements.costs.use import (
+    BLOCKS_MERGED,
+    DEEPSPEED,
+    LIBRARIES,
+    MERGING,
+    READ_BUFFER,
+    Exchange,
+    Use,
+    largest_streamed,
+)
 
 __all__ = [
+    "BLOCKS_MERGED",
     "DEEPSPEED",
     "LIBRARIES",
     "MERGING",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint.open import refuse_quantised
+from heretic_ds.errors import UserError
 
 T = TypeVar("T")
 
@@ -63,11 +64,20 @@ class Facts:
         return replace(self, work=replace(self.work, batch=rows))
 
     def once(self, key: Any, find: Callable[[], T]) -> T:
-        """What ``find`` gives, found once for this model whatever the batch: by a ``key`` of the caller's own."""
+        """What ``find`` gives, or the UserError that it raises, found once for this model whatever the batch.
+
+        ``key`` is the caller's own.
+        """
         if key not in self._known:
-            self._known[key] = find()
-        found: T = self._known[key]
-        return found
+            try:
+                self._known[key] = find()
+            except UserError as error:
+                self._known[key] = error
+        found = self._known[key]
+        if isinstance(found, UserError):
+            raise found
+        known: T = found
+        return known
 
     def refuse_quantised(self, phase: str) -> None:
         """Refuse files whose parts mean nothing by themselves. Raises UserError."""

@@ -17,7 +17,12 @@ DEEPSPEED = 45 * MIB
 READ_BUFFER = 8 * MIB
 """Through which goes what cannot be read where it belongs (:mod:`heretic_ds.checkpoint.files`)."""
 MERGING = 1.4
-"""Part of the weights that transformers needs on top of them while it puts experts together."""
+"""Part of the weights that transformers needs on top of them while it puts experts together on a CPU."""
+
+
+BLOCKS_MERGED = 4
+"""Blocks whose experts transformers has twice on a device other than the CPU: as many as it has threads that read ahead
+(read off its sources, not measured)."""
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,11 @@ class Fsdp(Placement):
             )
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
-        """Over all ranks; with blocks on the host where that is another memory."""
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Over all ranks; to capture also with blocks on the host, where that is another memory. Each token of an
+        answer would fetch them all."""
         several = resources.ranks > 1
-        return [{}] * several + [{"offload": "cpu"}] * (several and not resources.on_cpu)
+        return [{}] * several + [{"offload": "cpu"}] * (several and phase == "capture" and not resources.on_cpu)
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """An equal part of everything, and some units that are gathered: that of the running block, of the next, and

@@ -85,7 +85,7 @@ class TensorParallel(Placement):
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
         with _advising(self.phase):
-            held = facts.once((self.name, self.options.backend, degree), lambda: self._held(facts, degree))
+            held = facts.once((self.name, self.phase, self.options.backend, degree), lambda: self._held(facts, degree))
         sums = 2 * facts.anatomy.n_blocks + 1
         sent = 2 * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
         exchange = Exchange(

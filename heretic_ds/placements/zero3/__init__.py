@@ -78,7 +78,7 @@ class Zero3(Placement):
         check_offload(self.options, job.opened.device)
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
         """Weights on the devices, where there are several, and on the host, where that is another memory."""
         return [{}] * (resources.ranks > 1) + [{"offload": "cpu"}] * (not resources.on_cpu)
 
