@@ -190,6 +190,8 @@ def settle(model: nn.Module, failed: bool) -> None:
     all units of a pass that ``failed`` into the state before it."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
     for state in states:
+        if not hasattr(state._comm_ctx, "post_forward_order"):  # no pass has begun yet
+            continue
         state._comm_ctx.post_forward_order.clear()
         group = state._fsdp_param_group
         if group is not None:
