@@ -1,6 +1,6 @@
 """The planner beside the truth: memory a rank and order by speed, predicted and measured, for every placement.
 
-    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--work FOLDER]
+    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--add] [--work FOLDER]
 
 Needs: the package, no GPU and no network, some 8 GB of memory; the models are random ones of 30 to 400 million
 parameters, dense and with experts, made anew in a temporary folder. Takes some 20 minutes: each row is a job of two
@@ -283,16 +283,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--only", default="", help="rows whose model and placement hold this text")
+    parser.add_argument("--add", action="store_true", help="keep the rows that are in the file and not measured now")
     parser.add_argument("--work", type=Path, help="folder for models, which are kept and used again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="planner_accuracy_") as made:
         from_ranks(__file__, RANKS, ["", "", "0"], MARK, seconds=300)
-        rows = []
+        rows: list[dict[str, Any]] = json.loads(options.result.read_text())["rows"] if options.add else []
         for model, placement in wanted(options.only):
             folder = (options.work or Path(made)) / model.replace(" ", "_").replace(",", "")
             if not folder.exists():
                 make_model(folder, *MODELS[model])
             arguments = [str(folder), placement, str(int(PLACEMENTS[placement]))]
+            rows = [each for each in rows if (each["model"], each["placement"]) != (model, placement)]
             rows.append(row(model, placement, from_ranks(__file__, RANKS, arguments, MARK, seconds=900)))
             print(table(rows[-1:], []).splitlines()[2], flush=True)
     taus = orders(rows)

@@ -14,9 +14,11 @@ LIBRARIES = 360 * MIB
 """Host memory of a rank that has imported all and read its prompts (x86, CPU build of PyTorch 2.13)."""
 DEEPSPEED = 45 * MIB
 """What importing and starting DeepSpeed adds."""
+ZERO = 70 * MIB
+"""What DeepSpeed's ZeRO adds to that."""
 READ_BUFFER = 8 * MIB
 """Through which goes what cannot be read where it belongs (:mod:`heretic_ds.checkpoint.files`)."""
-MERGING = 1.4
+MERGING = 1.1
 """Part of the weights that transformers needs on top of them while it puts experts together on a CPU."""
 
 

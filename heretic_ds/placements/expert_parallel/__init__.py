@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MESSAGES = 6
+"""One after another for each block of experts: how many tokens go where, tokens, trials, and answers, each way."""
+
 
 class ExpertParallel(Placement):
     """Experts shared out over the ranks of a replica by DeepSpeed AutoEP, the rest on every rank, each at work on its
@@ -92,7 +95,7 @@ class ExpertParallel(Placement):
             sharers=degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=(facts.weights - experts.bytes + experts.bytes / degree) / facts.weights,
-            exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=4 * experts.blocks),),
+            exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=_MESSAGES * experts.blocks),),
             libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
