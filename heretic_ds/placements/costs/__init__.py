@@ -5,7 +5,7 @@ Constants are measured by ``benchmarks/planner_accuracy.py``; each says of what.
 """
 
 from heretic_ds.placements.costs.cost import USABLE, Cost, estimate
-from heretic_ds.placements.costs.facts import Experts, Facts, Work, bytes_of
+from heretic_ds.placements.costs.facts import Experts, Facts, Work, bytes_of, sum_of
 from heretic_ds.placements.costs.machine import Machine, Resources, divisors
 from heretic_ds.placements.costs.use import (
     BLOCKS_MERGED,
@@ -39,4 +39,5 @@ __all__ = [
     "divisors",
     "estimate",
     "largest_streamed",
+    "sum_of",
 ]

@@ -186,6 +186,11 @@ def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
 
+def sum_of(sizes: Mapping[str, int], beginning: str) -> int:
+    """Of all whose names begin so."""
+    return sum(size for name, size in sizes.items() if name.startswith(beginning))
+
+
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(map(_bytes, module.parameters()))

@@ -84,35 +84,18 @@ class TensorParallel(Placement):
         """A part of everything; two sums over the replica a block, and a gathering of logits."""
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
-        with _advising(self.phase):
-            held = facts.once((self.name, self.phase, self.options.backend, degree), lambda: self._held(facts, degree))
-        sums = 2 * facts.anatomy.n_blocks + 1
-        sent = 2 * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
-        exchange = Exchange(
-            members=degree,
-            token_bytes=sums * sent,
-            row_bytes=(degree - 1) / degree * facts.vocabulary * facts.dtype.itemsize,
-            messages=sums + 1,
-        )
         use = Use(
-            held=held,
+            held=sum(sizes_held(facts, self.options.backend, degree, self.phase).values()),
             replicas=resources.ranks // degree,
             share=1 / degree,
             caches=1 / degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=1 / degree,
-            exchanges=(exchange,),
+            exchanges=(exchange_of(facts, degree),),
             reuses=True,
             libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
-
-    def _held(self, facts: Facts, degree: int) -> int:
-        model = facts.model
-        backend = sharding.choose_backend(model, model.config.model_type, self.options.backend)
-        layout = _plan(model, facts.anatomy, backend, degree, self.phase)
-        shards = planned.shards_of(model, facts.anatomy, layout or planned.automatic(model, facts.anatomy), degree)
-        return planned.bytes_held(model, shards)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
@@ -153,6 +136,29 @@ class TensorParallel(Placement):
         if group is None:
             engine.whole = job.opened.loaded(model)
         return engine
+
+
+def sizes_held(facts: Facts, backend: str, degree: int, phase: str, setting: str = "degree") -> Mapping[str, int]:
+    """Bytes of each parameter on the fullest of ``degree`` ranks, without ranks. Raises UserError."""
+
+    def find() -> Mapping[str, int]:
+        model, anatomy = facts.model, facts.anatomy
+        with _advising(phase):
+            chosen = sharding.choose_backend(model, model.config.model_type, backend)
+            layout = _plan(model, anatomy, chosen, degree, phase)
+            return planned.sizes(
+                model, planned.shards_of(model, anatomy, layout or planned.automatic(model, anatomy), degree)
+            )
+
+    return facts.once((phase, setting, backend, degree), find)
+
+
+def exchange_of(facts: Facts, degree: int, stages: int = 1) -> Exchange:
+    """What the ranks of a replica, or of one of its stages, send one another in a pass."""
+    sums = 2 * facts.anatomy.n_blocks / stages + 1
+    each, apart = facts.dtype.itemsize, (degree - 1) / degree
+    of_token, of_row = 2 * apart * facts.anatomy.width * each, apart * facts.vocabulary * each
+    return Exchange(degree, token_bytes=sums * of_token, row_bytes=of_row / stages, messages=sums + 1)
 
 
 @contextmanager
