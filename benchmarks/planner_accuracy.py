@@ -31,6 +31,14 @@ RESULT = Path(__file__).resolve().parent / "results" / "planner_accuracy.json"
 MARK = "planner figures: "
 RANKS = 2
 TRAIN, EVALUATED, NEW_TOKENS, BATCH, EDITS = 32, 24, 12, 16, 2
+ASKED = {
+    "ranks": RANKS,
+    "train": TRAIN,
+    "evaluated": EVALUATED,
+    "new_tokens": NEW_TOKENS,
+    "batch": BATCH,
+    "edits": EDITS,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 30M": (
         "llama",
@@ -297,17 +305,8 @@ def main() -> int:
             rows = [each for each in rows if (each["model"], each["placement"]) != (model, placement)]
             rows.append(row(model, placement, from_ranks(__file__, RANKS, arguments, MARK, seconds=900)))
             print(table(rows[-1:], []).splitlines()[2], flush=True)
-    taus = orders(rows)
-    print(table(rows, taus))
-    asked = {
-        "ranks": RANKS,
-        "train": TRAIN,
-        "evaluated": EVALUATED,
-        "new_tokens": NEW_TOKENS,
-        "batch": BATCH,
-        "edits": EDITS,
-    }
-    keep(options.result, {"asked": asked, "rows": rows, "orders": taus, "threads_a_rank": 1})
+            keep(options.result, {"asked": ASKED, "rows": rows, "orders": orders(rows), "threads_a_rank": 1})
+    print(table(rows, orders(rows)))
     return 0
 
 

@@ -23,6 +23,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256},
     ),
+    "14B": (  # Qwen3 14B
+        "qwen3",
+        {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 40, "num_attention_heads": 40,
+         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    ),
     "32B": (  # Qwen3 32B
         "qwen3",
         {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,

@@ -204,13 +204,19 @@ def _smallest(
     least = facts.with_batch(1)
     counts = [*range(1, here), *(nodes * here for nodes in range(1, MOST_NODES + 1))]
     for count in counts:
-        if count <= ranks:
+        if count <= ranks or _is_short(facts, machine, count):
             continue
         larger = replace(machine, nodes=max(1, count // here), devices_per_node=min(count, here))
         resources = Resources(larger, count)
         if all(any(c.fits for c in _candidates(least, resources, phase, given)) for phase, given in placements.items()):
             return count
     return None
+
+
+def _is_short(facts: Facts, machine: Machine, count: int) -> bool:
+    """Whether the weights alone are more than so many devices hold: all rest there while answers are given."""
+    everywhere = count / machine.devices_per_node * machine.host_memory if machine.device == "cpu" else math.inf
+    return facts.weights > min(count * machine.device_memory, everywhere)
 
 
 def _sentence(
@@ -220,12 +226,12 @@ def _sentence(
     chosen: Mapping[str, Candidate | None],
     smallest: int | None,
 ) -> str:
-    machine, devices = resources.machine, f"{resources.ranks} of {resources.machine.name}'s devices"
+    machine, devices = resources.machine, _counted(resources)
     size = f"{facts.name} ({facts.weights / 2**30:.1f} GiB of weights)"
     evaluate, capture = chosen.get("evaluate"), chosen.get("capture")
     if evaluate is None or capture is None:
-        advice = f"{smallest} such devices would do" if smallest else f"nor do {MOST_NODES} such computers hold it"
-        return f"nothing holds {size} on {devices}: {advice}"
+        advice = f"{smallest} such devices would" if smallest else f"{MOST_NODES} such computers do not, either"
+        return f"nothing holds {size} on {devices}; {advice}"
     same = (evaluate.placement, evaluate.options) == (capture.placement, capture.options)
     first = (
         f"capture and evaluate={_named(evaluate)}"
@@ -233,6 +239,10 @@ def _sentence(
         else f"capture={_named(capture)}, evaluate={_named(evaluate)}"
     )
     return f"{first} for {size} on {devices}: {_reason(machine, tried, evaluate)}"
+
+
+def _counted(resources: Resources) -> str:
+    return f"{resources.ranks} device{'' if resources.ranks == 1 else 's'} of {resources.machine.name}"
 
 
 def _named(candidate: Candidate) -> str:
@@ -248,9 +258,12 @@ def _reason(machine: Machine, tried: Sequence[Candidate], best: Candidate) -> st
     if best.made is not None and best.made.whole:
         return "it fits on one device, and every rank works on prompts of its own"
     second = min((c for c in others if c.fits and c.placement != best.placement), key=lambda c: c.seconds, default=None)
-    faster = "" if second is None else f", {second.seconds / best.seconds:.1f} times as fast as {_named(second)}"
-    short = "" if whole is None or whole.fits else f"{whole.placement} {whole.why}"
-    return (short or "the fastest that fits") + faster
+    short = f"{whole.placement} {whole.why}" if whole is not None and not whole.fits else "the fastest that fits"
+    if second is None:
+        return f"{short}, and nothing else fits"
+    ratio = second.seconds / best.seconds
+    beside = "about as fast as" if ratio < ALIKE else f"{ratio:.1f} times as fast as"
+    return f"{short}; {beside} {_named(second)}"
 
 
 def _told(candidate: Candidate) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from heretic_ds.placements.costs.machine import Machine, Resources, divisors
 from heretic_ds.placements.costs.use import (
     BLOCKS_MERGED,
     DEEPSPEED,
+    FSDP,
     LIBRARIES,
     MERGING,
     READ_BUFFER,
@@ -22,6 +23,7 @@ from heretic_ds.placements.costs.use import (
 __all__ = [
     "BLOCKS_MERGED",
     "DEEPSPEED",
+    "FSDP",
     "LIBRARIES",
     "MERGING",
     "READ_BUFFER",

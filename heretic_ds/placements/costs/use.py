@@ -14,6 +14,8 @@ LIBRARIES = 360 * MIB
 """Host memory of a rank that has imported all and read its prompts (x86, CPU build of PyTorch 2.13)."""
 DEEPSPEED = 45 * MIB
 """What importing and starting DeepSpeed adds."""
+FSDP = 60 * MIB
+"""What PyTorch's FSDP2 and its distributed tensors add."""
 ZERO = 70 * MIB
 """What DeepSpeed's ZeRO adds to that."""
 READ_BUFFER = 8 * MIB
