@@ -13,7 +13,7 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.checkpoint import export_model
-from heretic_ds.export.streaming import weight_writer
+from heretic_ds.export.streaming import EditedFiles
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -43,8 +43,8 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     anatomy = find_anatomy(loaded.model)
     ablation = random_ablation(anatomy, row_norm)
 
-    described, write_weights = weight_writer(opened, anatomy, ablation, EDIT, loaded.dtype)
-    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, write_weights=write_weights)
+    described, weights = EditedFiles.plan(opened, anatomy, ablation, EDIT, loaded.dtype)
+    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, weights=weights)
 
     original = tensors_of(tmp_path / "original")
     editor = WeightEditor(loaded.model, anatomy)
@@ -73,9 +73,8 @@ def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
     opened = open_model(ModelChoice(path=str(tmp_path / "original")))
     anatomy = find_anatomy(opened.skeleton())
 
-    _, write_weights = weight_writer(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
-    (tmp_path / "streamed").mkdir()
-    write_weights(tmp_path / "streamed")
+    described, weights = EditedFiles.plan(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
+    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, weights=weights)
 
     before, after = (
         json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
