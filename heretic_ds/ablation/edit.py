@@ -36,8 +36,8 @@ ROW_NORMS = ("none", "pre", "full")
 """``none``: plain projection. ``pre``: the projection of the row-normalised matrix, rows scaled back. ``full``: that,
 with every row brought back to its old norm."""
 
-_NUMBERS_AT_ONCE = 2**22
-"""Of a matrix that is edited, so many are computed before they are written: 16 MiB in float32."""
+_NUMBERS_AT_ONCE = 2**21
+"""Of a matrix that is edited, so many are computed before they are written: 8 MiB in float32."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds up a tensor over the ranks that hold parts of a writer."""
@@ -201,7 +201,8 @@ def _write_edited(
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, per_row))
     for first in range(0, rows, at_once):
         some = slice(first, first + at_once)
-        edited_DK = matrix_DK[..., some, :] - step_D[..., some, None] * overlap_K.unsqueeze(-2)
+        edited_DK = step_D[..., some, None] * overlap_K.unsqueeze(-2)
+        torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
         if scale_D is not None:
             edited_DK *= scale_D[..., some, None]
         target_DK[..., some, :].copy_(edited_DK)

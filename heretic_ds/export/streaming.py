@@ -33,7 +33,7 @@ from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
-_COPIED_AT_ONCE = 2**22
+_COPIED_AT_ONCE = 2**21
 """Numbers of a tensor that is copied."""
 
 
