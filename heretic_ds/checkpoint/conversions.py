@@ -109,7 +109,9 @@ def _overlaps(piece: Piece, shard: Shard) -> Iterator[tuple[tuple[slice, ...], i
 def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Source], list[str]]:
     """The source of every tensor of `model`'s state that the checkpoint has, and the checkpoint's names that fit none.
 
-    `shapes` are those of the checkpoint's tensors. Raises UserError where a tensor has another shape than the model.
+    `shapes` are those of the checkpoint's tensors. `model` learns by which conversions they fit it, as loading by
+    transformers would tell it, so that it is saved under the same names again. Raises UserError where a tensor has
+    another shape than the model.
     """
     state = model.state_dict()
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -154,6 +156,7 @@ def _grouped(
             continue
         _, tensors = groups.setdefault(renamed, (by_pattern[pattern] if pattern else None, {}))
         tensors.setdefault(pattern or name, []).append(name)
+    model._weight_conversions = [entry for entry in conversions if entry.was_used()]  # type: ignore[assignment]
     return groups, unused
 
 

@@ -104,6 +104,15 @@ def _check_replaceable(target: Path) -> None:
 
 
 @contextmanager
+def failures_named(target: Path) -> Iterator[None]:
+    """Errors of the system inside, while an export to ``target`` is written, become a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"export.dir={target} could not be written ({error}); the folder is as it was.") from error
+
+
+@contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an error.
 

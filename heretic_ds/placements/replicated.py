@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from heretic_ds.checkpoint.open import load_weights
-from heretic_ds.placements.base import Placement, runner_of
+from heretic_ds.placements.base import Placement, load_whole, runner_of
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 
@@ -22,7 +21,7 @@ class Replicated(Placement):
     def build(self, job: Job) -> Runner:
         """The engine over a model that is loaded whole onto its device."""
         comm = Comm.of_replicas(job.world, 1, f"{self.phase}.degree")
-        loaded = job.world.agree(lambda: load_weights(job.opened), "reading the weights")
+        loaded = load_whole(job)
         engine = runner_of(job, loaded.model, comm, Traits(self.name, graphs=self.graphs))
         engine.whole = loaded
         return engine
