@@ -230,11 +230,10 @@ def rows_that_fit(run: Callable[[int], object], most: int, device: torch.device)
     if more == few:
         return most
     low, high = peak_of(lambda: run(few), device), peak_of(lambda: run(more), device)
-    free = free_bytes(device)
-    if low is None or high is None or free is None or high <= low:
+    if low is None or high is None or high <= low:
         return most
     row = (high - low) / (more - few)
-    return max(1, min(most, int(few + (_SAFE_SHARE * free - low) / row)))
+    return max(1, min(most, int(few + (_SAFE_SHARE * free_bytes(device) - low) / row)))
 
 
 def measure_batch_size(
