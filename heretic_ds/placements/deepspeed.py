@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -155,20 +156,12 @@ def _locks() -> Iterator[Path]:
 def _is_open(file: Path) -> bool:
     """Whether a process of this machine has the file open, as far as this user can see."""
     path = str(file.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == path:
-                return True
-        except OSError:  # closed, ended, or another user's
-            continue
-    return False
+    opened = (process.info["open_files"] or () for process in psutil.process_iter(["open_files"]))
+    return any(each.path == path for files in opened for each in files)
 
 
 def _last_change(folder: Path) -> float:
-    changes = [folder.stat().st_mtime]
-    for file in folder.iterdir():
-        try:
-            changes.append(file.stat().st_mtime)
-        except FileNotFoundError:  # a build that goes on renames and deletes
-            continue
-    return max(changes)
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # a build that goes on renames and deletes
+        return time.time()
