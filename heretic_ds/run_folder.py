@@ -107,20 +107,12 @@ class RunFolder:
 
     def load_results(self) -> dict[str, Any] | None:
         """The results of the latest run in this folder; None where there are none yet."""
-        if not self.results.exists():
-            return None
-        try:
-            return json.loads(self.results.read_text(encoding="utf-8"))
-        except ValueError as error:
-            message = f"{self.results} is not valid JSON; remove it, or give another run.dir"
-            raise UserError(message) from error
+        return _read_json(self.results, "remove it, or give another run.dir")
 
     @property
     def measured(self) -> dict[str, Any]:
         """What earlier runs found by measuring (batch sizes, response prefix, ...), to be used again."""
-        if not self._measured.exists():
-            return {}
-        return json.loads(self._measured.read_text(encoding="utf-8"))
+        return _read_json(self._measured, "remove it") or {}
 
     def remember(self, **values: Any) -> None:
         """Add to :attr:`measured`, or replace in it; the file is written only where that changes it."""
@@ -167,17 +159,23 @@ class RunFolder:
 
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
-    results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
+    try:
+        results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
+    except (OSError, UserError):  # opening the folder will say it
+        return None
     # The fingerprint lacks here what is found out only by reading the inputs.
     same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in fingerprint.items())
     return results if same and results is not None and results.get("finished") == request else None
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, advice: str = "give another run.dir") -> Any:
+    """What a file of the folder holds; None where there is no such file. Raises UserError."""
+    if not file.is_file():
+        return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: opening the folder will say which
-        return None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; {advice}") from error
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -201,14 +199,8 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    file = path / _FINGERPRINT
-    if not file.exists():
-        return
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON; give another run.dir") from error
-    if stored != fingerprint:
+    stored = _read_json(path / _FINGERPRINT)
+    if stored not in (None, fingerprint):
         raise UserError(
             f"{path} holds a run with other settings: {'; '.join(differences(stored, fingerprint))}. "
             "Give another run.dir, or the same settings as before"
