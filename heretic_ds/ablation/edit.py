@@ -69,13 +69,9 @@ class Edit:
         return cls(direction_index=data["direction_index"], profiles=profiles)
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def row_norms(weight_DK: Tensor, row_norm: str, reduce: Reduce | None = None) -> Tensor:
     """n [..., D] of the formulas, at least float32: the rows' norms, or ones in mode ``none``."""
-    dtype = _accumulation_dtype(weight_DK.dtype)
+    dtype = torch.promote_types(weight_DK.dtype, torch.float32)
     if row_norm == "none":
         return torch.ones(weight_DK.shape[:-1], dtype=dtype, device=weight_DK.device)
     norms_D = torch.linalg.vector_norm(weight_DK, dim=-1, dtype=dtype)

@@ -55,12 +55,11 @@ class Assembled:
         """Copy this rank's part into `into`, converting dtype and device."""
         for piece in self.pieces:
             for where, start, stop in _overlaps(piece, shard):
-                if not piece.stacked:
-                    files.read_into(piece.tensor, into[where], shard.dim, start, stop)
-                elif shard.dim == 0:  # a member of the stack, as a whole
-                    files.read_into(piece.tensor, into[where][0])
+                target = into[where][0] if piece.stacked else into[where]
+                if piece.stacked and shard.dim == 0:  # a member of the stack, as a whole
+                    files.read_into(piece.tensor, target)
                 else:
-                    files.read_into(piece.tensor, into[where][0], shard.dim - 1, start, stop)
+                    files.read_into(piece.tensor, target, shard.dim - piece.stacked, start, stop)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,8 @@ def report_front(run: Run) -> None:
     records, results = run.records, run.results
     front = pareto_front(records)
     results["trials"], results["pareto"] = [record.to_dict() for record in records], front
-    original, prompts, selected = (
-        results["baseline"]["refusals"],
-        results["prompts"]["target_eval"],
-        results["selected"],
-    )
+    original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
+    selected = results["selected"]
     if front:
         run.console.print(pareto_table(records, front, original, prompts, selected, run.scorer))
     if run.folder is not None:
