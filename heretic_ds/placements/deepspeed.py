@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -84,25 +85,23 @@ class Originals:
     """The functions of PyTorch as they are when this is made, to be put back after a library replaced some."""
 
     def __init__(self, owners: Sequence[Any] = _OWNERS) -> None:
-        self._functions = [(owner, name, value) for owner in owners for name, value in _functions(owner).items()]
+        self._functions = [
+            (owner, name, value) for owner in owners for name, value in vars(owner).items() if _is_function(value)
+        ]
 
     def replaced(self) -> list[str]:
         """Names of the functions that are others now."""
-        return [f"{_name(owner)}.{name}" for owner, name, _ in self._changes()]
+        return [_name(owner, name) for owner, name, _ in self._changes()]
 
     def restore(self) -> list[str]:
         """Put back every function that was replaced, and return their names."""
-        names = self.replaced()
-        for owner, name, value in self._changes():
+        changes = self._changes()
+        for owner, name, value in changes:
             setattr(owner, name, value)
-        return names
+        return [_name(owner, name) for owner, name, _ in changes]
 
     def _changes(self) -> list[tuple[Any, str, Any]]:
         return [(owner, name, value) for owner, name, value in self._functions if vars(owner).get(name) is not value]
-
-
-def _functions(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if _is_function(value)}
 
 
 def _is_function(value: Any) -> bool:
@@ -110,8 +109,9 @@ def _is_function(value: Any) -> bool:
     return issubclass(kind, staticmethod | classmethod) or (callable(value) and not issubclass(kind, type | ModuleType))
 
 
-def _name(owner: Any) -> str:
-    return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+def _name(owner: Any, function: str) -> str:
+    path = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+    return f"{path}.{function}"
 
 
 _QUIET = 600.0
@@ -161,20 +161,12 @@ def _locks() -> Iterator[Path]:
 def _is_open(file: Path) -> bool:
     """Whether a process of this machine has the file open, as far as this user can see."""
     path = str(file.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == path:
-                return True
-        except OSError:  # closed, ended, or another user's
-            continue
-    return False
+    opened = (process.info["open_files"] or () for process in psutil.process_iter(["open_files"]))
+    return any(each.path == path for files in opened for each in files)
 
 
 def _last_change(folder: Path) -> float:
-    changes = [folder.stat().st_mtime]
-    for file in folder.iterdir():
-        try:
-            changes.append(file.stat().st_mtime)
-        except FileNotFoundError:  # a build that goes on renames and deletes
-            continue
-    return max(changes)
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # a build that goes on renames and deletes
+        return time.time()

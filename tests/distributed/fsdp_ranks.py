@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from heretic_ds.ablation import ROW_NORMS
+from heretic_ds.edits.tables import WriterTables
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.memory import give_back_memory
@@ -231,3 +232,28 @@ def _use(world: World, folder: str) -> None:
     engine = engine_of(world, folder)
     engine.capture(prompts(2))
     engine.close()
+
+
+def tables_that_do_not_fit(world: World, folder: str) -> tuple[str, Tensor]:
+    """What ranks say where the last one has no memory for the tables of the second writer; and what they capture
+    afterwards."""
+    engine, made = engine_of(world, folder), WriterTables.__init__
+    engine.prepare(ablation_for(engine, "full"))
+    reference = Divergence().begin(engine, prompts())
+    calls: list[None] = []
+
+    def make(self: WriterTables, *args: Any) -> None:
+        calls.append(None)
+        if world.rank == world.size - 1 and len(calls) == 2:
+            raise torch.OutOfMemoryError("pretended")
+        made(self, *args)
+
+    said = "nothing"
+    with mock.patch.object(WriterTables, "__init__", make):
+        try:
+            reference.of([EDIT, None])
+        except UserError as error:
+            said = str(error)
+    means = engine.capture(prompts())
+    engine.close()
+    return said, means

@@ -145,6 +145,14 @@ def test_a_parameter_is_cut_where_little_is_padding(shape, number, dim):
     assert _dim(shape, number) == dim
 
 
+def test_tables_that_do_not_fit_on_one_rank_are_told_by_both(ranks, folder_of):
+    folder = folder_of("llama")
+    expected = work.measure_replicated(folder)["means"]
+    for said, means in ranks(2).run(work.tables_that_do_not_fit, folder=str(folder)):
+        assert said.endswith("set search.trials_per_pass below 2")
+        torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_passes_leave_no_notes(ranks, folder_of):
     assert ranks(2).run(work.noted_after_passes, folder=str(folder_of("llama"))) == [0, 0]
 

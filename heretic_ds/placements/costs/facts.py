@@ -55,6 +55,8 @@ class Facts:
     """Method by which the files are quantised, whose parts mean nothing by themselves."""
     merges_experts: bool = False
     """Whether the files hold each expert by itself, so that transformers puts them together while it loads."""
+    shares_files: bool = False
+    """Whether ranks of a computer that hold the whole model each read a part of the files (``load.share``)."""
     here: torch.device = field(default=torch.device("cpu"), compare=False)
     """The device of this process, whatever machine is asked about."""
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)

@@ -41,6 +41,7 @@ from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.runner.parity import check_split_model, streamed_logits
 from heretic_ds.settings import within
+from heretic_ds.world import Replicas
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -104,16 +105,16 @@ class TensorParallel(Placement):
         """
         world, phase, options = job.world, self.phase, self.options
         comm = Comm.of_replicas(world, options.degree, f"{phase}.degree")
-        group = comm.partners
-        compared = options.parity_check and group is not None
+        ranks = comm.shares
+        compared = options.parity_check and ranks.degree > 1
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             backend, shards = "none", {}
             with _advising(phase):
-                if group is not None:
+                if ranks.degree > 1:
                     backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-                    shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+                    shards = _lay_out(model, job.anatomy, checkpoint, ranks, backend, phase)
                 world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
@@ -131,9 +132,9 @@ class TensorParallel(Placement):
                 what=f"{phase}.backend={backend}",
                 otherwise=f"choose another {phase}.backend, or {phase}=replicated",
             )
-        editor = WeightEditor(model, job.anatomy, sum_over(group))
+        editor = WeightEditor(model, job.anatomy, sum_over(ranks.inside))
         engine = runner_of(job, model, comm, Traits(self.name), editor=editor)
-        if group is None:
+        if ranks.degree == 1:
             engine.whole = job.opened.loaded(model)
         return engine
 
@@ -197,51 +198,38 @@ def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, p
 
 
 def _lay_out(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    checkpoint: Checkpoint,
-    group: dist.ProcessGroup,
-    backend: str,
-    phase: str,
+    model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, ranks: Replicas, backend: str, phase: str
 ) -> dict[str, Shard]:
     """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
-    member, degree = dist.get_rank(group), dist.get_world_size(group)
-    layout = _plan(model, anatomy, backend, degree, phase)
-    shards = sharding.expert_shards(model, anatomy, member, degree)
+    layout = _plan(model, anatomy, backend, ranks.degree, phase)
+    shards = sharding.expert_shards(model, anatomy, ranks.member, ranks.degree)
     _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
     if layout is None:
-        shards |= autotp.lay_out(model, checkpoint.shapes, group, degree)
+        shards |= autotp.lay_out(model, checkpoint.shapes, ranks)
     else:
-        shards |= hf_plan.lay_out(model, layout, group, member, degree)
-    shards |= _split_embedding(model, anatomy, group, member, degree)
-    shards |= _split_head(model, checkpoint, shards, group, degree)
+        shards |= hf_plan.lay_out(model, layout, ranks)
+    shards |= _split_embedding(model, anatomy, ranks)
+    shards |= _split_head(model, checkpoint, shards, ranks)
     _shrink(model, shards)
-    sum_experts_over_ranks(model, anatomy, group)
-    widths: list[Any] = [None] * degree
-    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=group)
-    sharding.check_degree(anatomy, shards, degree, widths)
+    sum_experts_over_ranks(model, anatomy, ranks.inside)
+    widths: list[Any] = [None] * ranks.degree
+    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=ranks.inside)
+    sharding.check_degree(anatomy, shards, ranks.degree, widths)
     return shards
 
 
-def _split_embedding(
-    model: nn.Module, anatomy: Anatomy, group: dist.ProcessGroup, member: int, degree: int
-) -> dict[str, Shard]:
+def _split_embedding(model: nn.Module, anatomy: Anatomy, ranks: Replicas) -> dict[str, Shard]:
     """Rows of the token embedding for this rank: no plan splits it, and it is a tenth of many models."""
     embedding = model.get_submodule(anatomy.embedding)
     if not isinstance(embedding, nn.Embedding):
         return {}
-    shard = split(embedding.weight.shape, 0, member, degree)
-    start, stop = (shard.ranges or ((0, 0),))[0]
-    split_vocabulary(embedding, group, start, stop)
+    split_vocabulary(embedding, ranks)
+    shard = split(embedding.weight.shape, 0, ranks.member, ranks.degree)
     return {f"{anatomy.embedding}.weight": shard}
 
 
 def _split_head(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    shards: Mapping[str, Shard],
-    group: dist.ProcessGroup,
-    degree: int,
+    model: PreTrainedModel, checkpoint: Checkpoint, shards: Mapping[str, Shard], ranks: Replicas
 ) -> dict[str, Shard]:
     """Rows of the output head for this rank, where it is tied to the embedding, or nobody has split it yet.
 
@@ -255,9 +243,8 @@ def _split_head(
     outputs, inputs = checkpoint.shapes[name]
     bias = f"{path}.bias" in checkpoint.shapes
     whole = nn.Linear(inputs, outputs, bias, device="meta", dtype=checkpoint.dtypes[name])
-    member = dist.get_rank(group)
-    model.set_submodule(path, SplitByOutputs(whole, group, member, degree, gathered=True).requires_grad_(False))
-    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], member, degree)
+    model.set_submodule(path, SplitByOutputs(whole, ranks, gathered=True).requires_grad_(False))
+    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], ranks.member, ranks.degree)
 
 
 def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:
