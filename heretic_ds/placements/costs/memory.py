@@ -13,7 +13,7 @@ from heretic_ds.placements.costs.facts import Facts
 from heretic_ds.placements.costs.machine import Resources
 from heretic_ds.placements.costs.use import MIB, Use, rows_of, together
 
-ALLOCATOR = 16 * MIB
+ALLOCATOR = 36 * MIB
 """What the C library's allocator holds beside what is in use, while models of 30 to 400 million parameters run."""
 CUDA_CONTEXT = 600 * MIB
 """Device memory of a process before it holds anything: context, kernels, workspace of cuBLAS. Vendors state no number;
