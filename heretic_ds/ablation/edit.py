@@ -113,7 +113,7 @@ def edit_weight(
 
     ``direction_D`` is a unit vector, ``strength`` is λ, ``row_norm`` one of :data:`ROW_NORMS`.
     """
-    edited_DK = torch.empty_like(weight_DK, dtype=_accumulation_dtype(weight_DK.dtype))
+    edited_DK = torch.empty_like(weight_DK, dtype=torch.promote_types(weight_DK.dtype, torch.float32))
     _edit_into(edited_DK, weight_DK, direction_D, strength, row_norm, reduce)
     return edited_DK
 
