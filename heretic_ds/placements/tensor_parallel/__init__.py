@@ -85,14 +85,16 @@ class TensorParallel(Placement):
         """A part of everything; two sums over the replica a block, and a gathering of logits."""
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
+        with _advising(self.phase):
+            sizes = planned.sizes_held(facts, self.options.backend, degree, f"{self.phase}.degree")
         use = Use(
-            held=sum(sizes_held(facts, self.options.backend, degree, self.phase).values()),
+            held=sum(sizes.values()),
             replicas=resources.ranks // degree,
             share=1 / degree,
             caches=1 / degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=1 / degree,
-            exchanges=(exchange_of(facts, degree),),
+            exchanges=(planned.exchange_of(facts, degree),),
             reuses=True,
             libraries=LIBRARIES + DEEPSPEED,
         )
@@ -137,29 +139,6 @@ class TensorParallel(Placement):
         if ranks.degree == 1:
             engine.whole = job.opened.loaded(model)
         return engine
-
-
-def sizes_held(facts: Facts, backend: str, degree: int, phase: str, setting: str = "degree") -> Mapping[str, int]:
-    """Bytes of each parameter on the fullest of ``degree`` ranks, without ranks. Raises UserError."""
-
-    def find() -> Mapping[str, int]:
-        model, anatomy = facts.model, facts.anatomy
-        with _advising(phase):
-            chosen = sharding.choose_backend(model, model.config.model_type, backend)
-            layout = _plan(model, anatomy, chosen, degree, phase)
-            return planned.sizes(
-                model, planned.shards_of(model, anatomy, layout or planned.automatic(model, anatomy), degree)
-            )
-
-    return facts.once((phase, setting, backend, degree), find)
-
-
-def exchange_of(facts: Facts, degree: int, stages: int = 1) -> Exchange:
-    """What the ranks of a replica, or of one of its stages, send one another in a pass."""
-    sums = 2 * facts.anatomy.n_blocks / stages + 1
-    each, apart = facts.dtype.itemsize, (degree - 1) / degree
-    of_token, of_row = 2 * apart * facts.anatomy.width * each, apart * facts.vocabulary * each
-    return Exchange(degree, token_bytes=sums * of_token, row_bytes=of_row / stages, messages=sums + 1)
 
 
 @contextmanager

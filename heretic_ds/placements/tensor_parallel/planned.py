@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Shard, split
+from heretic_ds.placements.costs import Exchange, Facts
 from heretic_ds.placements.tensor_parallel import sharding
 
 _LEFT_WHOLE = ("mlp.gate", "block_sparse_moe.gate", "q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")
@@ -47,9 +48,29 @@ def shards_of(model: PreTrainedModel, anatomy: Anatomy, layout: sharding.Layout,
     return shards
 
 
-def sizes(model: nn.Module, shards: Mapping[str, Shard]) -> dict[str, int]:
-    """Bytes of each parameter of a model of which some are in parts; tied ones once."""
-    return {
-        name: math.prod(shards[name].local_shape if name in shards else each.shape) * each.element_size()
-        for name, each in model.named_parameters()
-    }
+def sizes_held(facts: Facts, backend: str, degree: int, setting: str) -> Mapping[str, int]:
+    """Bytes of each parameter on the fullest of ``degree`` ranks; tied ones once. Raises CannotSplit."""
+
+    def find() -> Mapping[str, int]:
+        model, anatomy, kind = facts.model, facts.anatomy, facts.model.config.model_type
+        layout = automatic(model, anatomy)
+        if sharding.choose_backend(model, kind, backend) == "hf_plan":
+            layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, kind))
+        if sharding.splits_heads(anatomy, layout):
+            sharding.check_heads(kind, facts.config, degree, setting)
+        shards = shards_of(model, anatomy, layout, degree)
+        return {
+            name: math.prod(shards[name].local_shape if name in shards else each.shape) * each.element_size()
+            for name, each in model.named_parameters()
+        }
+
+    return facts.once(("tensor_parallel", setting, backend, degree), find)
+
+
+def exchange_of(facts: Facts, degree: int, stages: int = 1) -> Exchange:
+    """What the ranks of a replica, or of one of its stages, send one another in a pass: two sums a block, one for the
+    embedding, and the parts of logits."""
+    sums = 2 * facts.anatomy.n_blocks / stages + 1
+    each, apart = facts.dtype.itemsize, (degree - 1) / degree
+    of_token, of_row = 2 * apart * facts.anatomy.width * each, apart * facts.vocabulary * each
+    return Exchange(degree, token_bytes=sums * of_token, row_bytes=of_row / stages, messages=sums + 1)
