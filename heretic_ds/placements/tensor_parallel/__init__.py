@@ -28,7 +28,6 @@ from heretic_ds.placements.costs import (
     LIBRARIES,
     READ_BUFFER,
     Cost,
-    Exchange,
     Facts,
     Resources,
     Use,
