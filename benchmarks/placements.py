@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds
     """What rank 0 of a job of ``script --rank arguments`` prints behind ``mark``, one thread a rank, on the CPU."""
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--no_local_rank",
+        "--master_port", str(_free_port()),
         str(Path(script).resolve()), "--rank", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -151,6 +153,13 @@ def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds
             f"{ranks} ranks failed with {' '.join(arguments)}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         )
     return json.loads(lines[0])
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, so that benchmarks can run side by side."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def launch(folder: Path, row: tuple[str, str, int, bool, tuple[str, ...]], tokens: int) -> dict[str, Any]:

@@ -291,18 +291,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--only", default="", help="rows whose model and placement hold this text")
-    parser.add_argument("--add", action="store_true", help="keep the rows that are in the file and not measured now")
+    parser.add_argument("--add", action="store_true", help="go on: measure only rows that are not in the file")
     parser.add_argument("--work", type=Path, help="folder for models, which are kept and used again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="planner_accuracy_") as made:
         from_ranks(__file__, RANKS, ["", "", "0"], MARK, seconds=300)
         rows: list[dict[str, Any]] = json.loads(options.result.read_text())["rows"] if options.add else []
         for model, placement in wanted(options.only):
+            if any((each["model"], each["placement"]) == (model, placement) for each in rows):
+                continue
             folder = (options.work or Path(made)) / model.replace(" ", "_").replace(",", "")
             if not folder.exists():
                 make_model(folder, *MODELS[model])
             arguments = [str(folder), placement, str(int(PLACEMENTS[placement]))]
-            rows = [each for each in rows if (each["model"], each["placement"]) != (model, placement)]
             rows.append(row(model, placement, from_ranks(__file__, RANKS, arguments, MARK, seconds=900)))
             print(table(rows[-1:], []).splitlines()[2], flush=True)
             keep(options.result, {"asked": ASKED, "rows": rows, "orders": orders(rows), "threads_a_rank": 1})

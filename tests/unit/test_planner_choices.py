@@ -64,7 +64,7 @@ CASES = [
     ("671B", "rtx4090", None, "64 such computers do not, either"),
     ("671B", "h100x8", None, "32 such devices would"),
     ("671B", "h100x8x4", "tensor_pipeline tensor_degree=8 pipeline_degree=4", "as fast as tensor_parallel"),
-    ("671B", "cpu_server", None, "4 such devices would"),
+    ("671B", "cpu_server", None, "6 such devices would"),
     ("1T", "h100x8x4", None, "nothing holds 1T .* on 32 devices of h100x8x4; 56 such devices would"),
     ("1T", "cpu_server", None, "8 such devices would"),
 ]
