@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.skeleton import parameters_on_meta
@@ -82,8 +82,9 @@ def planned(name: str, dtype: torch.dtype = torch.bfloat16) -> Facts:
 
 def facts_for(name: str, config: Any, dtype: torch.dtype = torch.bfloat16, work: Work | None = None) -> Facts:
     """The facts of a model of some configuration."""
+    kinds = AutoModelForCausalLM, AutoModelForImageTextToText
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = next(kind for kind in kinds if type(config) in kind._model_mapping).from_config(config, dtype=dtype)
     anatomy = find_anatomy(model)
     experts = any(writer.experts is not None for writer in anatomy.writers)
     return Facts(name, model, anatomy, dtype, work or Work(), merges_experts=experts)

@@ -215,7 +215,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     _wait(device)
     found: list[float] = []
-    while sum(found) < _LEAST_SECONDS or (len(found) < 3 and sum(found) < _MOST_SECONDS):
+    while not found or sum(found) < _LEAST_SECONDS or (len(found) < 3 and sum(found) < _MOST_SECONDS):
         started = time.perf_counter()
         work()
         _wait(device)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from heretic_ds.placements.tensor_parallel.planned import sizes_held
 from heretic_ds.world import World
 from tests import families
 from tests.distributed import engines
+from tests.planned_models import facts_for
 
 pytestmark = pytest.mark.distributed
 
@@ -64,8 +67,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 )
 def test_two_ranks_say_what_one_says(ranks, saved, family, backend):
     folder, expected = saved(family)
-    for found in ranks(2).run(engines.measure_tensor_parallel, folder=str(folder), degree=2, backend=backend):
+    told = ranks(2).run(engines.measure_tensor_parallel, folder=str(folder), degree=2, backend=backend)
+    for found in told:
         assert_same(found, expected)
+    facts = facts_for(family, AutoConfig.from_pretrained(folder), torch.float32)
+    planned = sizes_held(facts, backend, 2, "evaluate.degree")
+    assert sum(planned.values()) == max(found["bytes"] for found in told), "the planner counts otherwise"
 
 
 @pytest.mark.parametrize("count", [2, 4])

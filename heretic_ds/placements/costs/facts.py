@@ -160,6 +160,11 @@ class Facts:
         return self.once("cached", lambda: _cached_bytes(self))
 
     @cached_property
+    def caches_heads(self) -> bool:
+        """Whether keys and values are kept head by head; else one latent vector a token, of which heads make theirs."""
+        return not getattr(self.config, "kv_lora_rank", None)
+
+    @cached_property
     def modules(self) -> int:
         """Modules without parts of their own in all blocks, of which each is called once a pass, experts left out."""
         return self.once("modules", lambda: _leaves(self))
@@ -230,8 +235,8 @@ def _cached_bytes(facts: Facts) -> int:
     heads = int(getattr(config, "num_attention_heads", 1))
     width = int(getattr(config, "head_dim", None) or facts.anatomy.width // heads)
     each = 2 * width * int(getattr(config, "num_key_value_heads", None) or heads)
-    if getattr(config, "kv_lora_rank", None):  # its keys and values are kept as they are attended to
-        each = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    if not facts.caches_heads:
+        each = config.kv_lora_rank + config.qk_rope_head_dim
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * facts.anatomy.n_blocks
     attending = sum("attention" in kind and "linear" not in kind for kind in kinds)
     return each * attending * facts.dtype.itemsize

@@ -90,7 +90,7 @@ class TensorParallel(Placement):
             held=sum(sizes.values()),
             replicas=resources.ranks // degree,
             share=1 / degree,
-            caches=1 / degree,
+            caches=1 / degree if facts.caches_heads else 1.0,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=1 / degree,
             exchanges=(planned.exchange_of(facts, degree),),
