@@ -144,11 +144,7 @@ class OpenedModel:
 
     def refuse_quantised(self, phase: str) -> None:
         """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
-        if self.quantization is not None:
-            raise UserError(
-                f"model.path={self.choice.path} is quantised with {self.quantization}, and its parts cannot be read "
-                f"by themselves; use the unquantised original, or set {phase}=replicated"
-            )
+        refuse_quantised(self.choice.path, self.quantization, phase)
 
     def too_large(self, dtype: torch.dtype, error: Exception) -> UserError:
         """What to say where the device has no memory for the whole model."""
@@ -207,6 +203,15 @@ def open_model(choice: ModelChoice) -> OpenedModel:
         processor=load_processor(source.folder, choice.trust_remote_code),
         quantization=_quantization(raw),
     )
+
+
+def refuse_quantised(path: str, method: str | None, phase: str) -> None:
+    """Refuse files that are quantised by some ``method``: their parts mean nothing by themselves. Raises UserError."""
+    if method is not None:
+        raise UserError(
+            f"model.path={path} is quantised with {method}, and its parts cannot be read "
+            f"by themselves; use the unquantised original, or set {phase}=replicated"
+        )
 
 
 def load_weights(opened: OpenedModel) -> LoadedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
 
@@ -18,6 +18,7 @@ from heretic_ds.checkpoint.open import LoadedModel, load_weights
 from heretic_ds.checkpoint.sharing import read_part
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.placements.costs import Cost, Facts, Resources, divisors
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
@@ -98,16 +99,6 @@ class Evaluating(Engine, GivesDistributions, Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a placement takes on each rank."""
-
-    bytes: Mapping[str, int]
-    """Memory, by what lies in it."""
-    seconds: Mapping[str, float]
-    """Time, by phase."""
-
-
 class Placement(ABC):
     """How one replica of the model lies on ranks during one phase: ``conf/<phase>/*.yaml`` name one of these classes.
 
@@ -120,6 +111,8 @@ class Placement(ABC):
     """Those that it serves: ``capture``, whose engine is a :class:`Capturing`, ``evaluate``, an :class:`Evaluating`."""
     whole: ClassVar[bool] = False
     """Whether every rank holds the whole model, so that a replica is one rank."""
+    burden: ClassVar[int] = 10
+    """How much can go wrong with it: of two that take about the same time the planner takes the lower."""
     graphs: ClassVar[bool] = False
     """Whether steps of decoding may be captured as CUDA graphs: no rank waits for another within them."""
 
@@ -150,8 +143,16 @@ class Placement(ABC):
         Raises UserError that says what to set instead.
         """
 
-    def cost(self, facts: Any, resources: Any) -> Cost | None:
-        """What a model of these facts takes on these resources, without weights and ranks; None where unknown."""
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Options, beside the defaults, that the planner tries out: here every number of ranks that divides theirs."""
+        return [{}] if cls.whole else [{"degree": degree} for degree in divisors(resources.ranks) if degree > 1]
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost | None:
+        """What a model of these facts takes on these resources, without weights and ranks; None where unknown.
+
+        Raises UserError for a model that :meth:`check` would refuse.
+        """
         return None
 
     @abstractmethod

@@ -24,19 +24,24 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without messages below warnings: DeepSpeed tries the compiler and logs every command to the root logger."""
+def quietly(level: int = logging.INFO) -> Iterator[None]:
+    """Without messages up to a level: DeepSpeed tries the compiler and logs every command to the root logger."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(level)
     try:
         yield
     finally:
         logging.disable(before)
 
 
-def check_accelerator(device: torch.device) -> None:
-    """Raise UserError where DeepSpeed, which settles at its import on one kind of device, took another than this."""
+def settle_accelerator(device: torch.device) -> None:
+    """Let DeepSpeed, which settles at its import on one kind of device, take this one where nobody has chosen."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+
+
+def check_accelerator(device: torch.device) -> None:
+    """Raise UserError where DeepSpeed has settled on another kind of device than this."""
+    settle_accelerator(device)
     with quietly():
         from deepspeed.accelerator import get_accelerator
 

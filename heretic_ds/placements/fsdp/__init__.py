@@ -6,15 +6,18 @@ Each rank works on prompts of its own, in step with the others, since every one 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
+from heretic_ds.placements.costs import FSDP, LIBRARIES, Cost, Exchange, Facts, Resources, Use, estimate
 from heretic_ds.placements.fsdp.edits import GatheredOutputEdits, GatheringEditor
-from heretic_ds.placements.fsdp.units import Units
+from heretic_ds.placements.fsdp.units import Units, bytes_cut
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.settings import within
@@ -24,12 +27,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UNITS_GATHERED = 3
+"""Of the largest unit's size: that which runs, the next one, and the memory that ranks' parts arrive in."""
+
 
 class Fsdp(Placement):
     """Every parameter cut over all ranks by PyTorch FSDP2 and gathered block by block, each rank at work on its own
     prompts."""
 
     name, phases = "fsdp", frozenset({"capture", "evaluate"})
+    burden = 3
 
     @dataclass
     class Options(Placement.Options):
@@ -63,6 +70,34 @@ class Fsdp(Placement):
                 f"{phase}.offload=cpu keeps weights in host memory, where they lie anyway when the model runs on the "
                 f"CPU; set {phase}.offload=none"
             )
+
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Over all ranks; to capture also with blocks on the host, where that is another memory. Each token of an
+        answer would fetch them all."""
+        several = resources.ranks > 1
+        return [{}] * several + [{"offload": "cpu"}] * (several and phase == "capture" and not resources.on_cpu)
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """An equal part of everything, and some units that are gathered: that of the running block, of the next, and
+        what they are gathered into."""
+        ranks, on_host = resources.ranks, self.options.offload == "cpu"
+        facts.refuse_quantised(self.phase)
+        cut = facts.once((self.name, ranks), lambda: bytes_cut(facts.model, ranks))
+        of_blocks = math.ceil(cut * sum(facts.blocks) / facts.weights) if on_host else 0
+        travels = facts.weights * (ranks - 1) / ranks
+        units = facts.anatomy.n_blocks + 3
+        use = Use(
+            held=cut - of_blocks,
+            replicas=ranks,
+            gathered=_UNITS_GATHERED * max(*facts.blocks, facts.embedding, facts.head),
+            resting=of_blocks,
+            read_parts=1 / ranks,
+            exchanges=(Exchange(ranks, pass_bytes=travels, messages=units, hidden=not resources.on_cpu),),
+            fetched=of_blocks,
+            libraries=LIBRARIES + FSDP,
+        )
+        return estimate(facts, resources, self.phase, use)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model that no rank reads or holds whole.

@@ -234,6 +234,19 @@ def _dim(shape: tuple[int, ...], ranks: int) -> int:
     return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
 
 
+def bytes_cut(model: nn.Module, ranks: int) -> int:
+    """Bytes of one rank's parts of a model on the meta device, with what pads them; tied parameters once."""
+    size = 0
+    for parameter in model.parameters():
+        shape = tuple(parameter.shape)
+        if not shape:  # whole everywhere
+            size += parameter.nbytes
+            continue
+        dim = _dim(shape, ranks)
+        size += parameter.nbytes // shape[dim] * -(-shape[dim] // ranks)
+    return size
+
+
 def _units_beside_blocks(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """What is gathered by itself beside the blocks: large tables, the head, and towers that no text passes through."""
     decoder, found = model.get_submodule(anatomy.decoder), [model.get_submodule(anatomy.embedding)]

@@ -13,9 +13,11 @@ import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, load_whole, runner_of
+from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Facts, Resources, Use, estimate
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
+from heretic_ds.placements.kernel_inject.workspace import Shape
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 
@@ -27,12 +29,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LAUNCHES_A_BLOCK = 16
+"""Kernels of one block: some ten of DeepSpeed's and what the adapter adds (read off the sources, not measured)."""
+
 
 class KernelInject(Placement):
     """DeepSpeed-Inference's fused CUDA kernels in the place of the model's blocks, the whole model on each rank."""
 
     name, phases = "kernel_inject", frozenset({"evaluate"})
     whole = True
+    burden = 8
 
     def check(self, job: Job) -> None:
         """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
@@ -41,6 +47,24 @@ class KernelInject(Placement):
         find_family(config, job.opened.dtypes[0], name)
         longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
         refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """All weights on each rank, and a workspace; trials one at a time, a launch or so for each part of a block."""
+        work, config = facts.work, facts.model.config
+        op.refuse_other_devices(resources.machine.device)
+        family = find_family(config, facts.dtype, f"model.path={facts.name}")
+        refuse_long(work.longest_prompt + work.new_tokens, most_tokens(config))
+        shape = Shape.of(config, facts.anatomy.n_blocks, facts.dtype, family.gated)
+        tokens = shape.tokens_for(work.longest_prompt, work.new_tokens)
+        use = Use(
+            held=facts.weights,
+            replicas=resources.ranks,
+            workspace=shape.bytes_for(work.batch, tokens),
+            operations=_LAUNCHES_A_BLOCK * facts.anatomy.n_blocks,
+            together=False,
+            libraries=LIBRARIES + DEEPSPEED,
+        )
+        return estimate(facts, resources, self.phase, use)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose blocks are injected kernels, checked against the model as it was before.

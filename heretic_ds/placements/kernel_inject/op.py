@@ -52,8 +52,13 @@ def _module(file: Path) -> object:
 
 def refuse_without_cuda(device: torch.device) -> None:
     """Raise UserError where the kernels have nothing to run on."""
-    if device.type != "cuda" or torch.version.cuda is None:
+    refuse_other_devices(device.type if torch.version.cuda is not None else "cpu")
+
+
+def refuse_other_devices(kind: str) -> None:
+    """Raise UserError for devices of another kind than CUDA's."""
+    if kind != "cuda":
         raise UserError(
-            f"evaluate=kernel_inject runs on CUDA devices only, and the model's device is {device.type}; "
+            f"evaluate=kernel_inject runs on CUDA devices only, and the model's device is {kind}; "
             "set evaluate=tensor_parallel"
         )

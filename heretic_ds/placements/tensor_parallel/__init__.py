@@ -23,7 +23,18 @@ from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.tensor_parallel import autotp, hf_plan, sharding
+from heretic_ds.placements.costs import (
+    DEEPSPEED,
+    LIBRARIES,
+    READ_BUFFER,
+    Cost,
+    Facts,
+    Resources,
+    Use,
+    estimate,
+    largest_streamed,
+)
+from heretic_ds.placements.tensor_parallel import autotp, hf_plan, planned, sharding
 from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
@@ -41,6 +52,7 @@ class TensorParallel(Placement):
     """Every weight split over the ranks of a replica, which run the same passes; replicas share the prompts."""
 
     name, phases = "tensor_parallel", frozenset({"capture", "evaluate"})
+    burden = 1
 
     @dataclass
     class Options(Placement.Options):
@@ -67,6 +79,25 @@ class TensorParallel(Placement):
             sharding.expert_shards(model, job.anatomy, 0, degree)
             backend = sharding.choose_backend(model, model.config.model_type, options.backend)
             _plan(model, job.anatomy, backend, degree, phase)
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """A part of everything; two sums over the replica a block, and a gathering of logits."""
+        degree = self.options.degree or resources.ranks
+        facts.refuse_quantised(self.phase)
+        with _advising(self.phase):
+            sizes = planned.sizes_held(facts, self.options.backend, degree, f"{self.phase}.degree")
+        use = Use(
+            held=sum(sizes.values()),
+            replicas=resources.ranks // degree,
+            share=1 / degree,
+            caches=1 / degree,
+            loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
+            read_parts=1 / degree,
+            exchanges=(planned.exchange_of(facts, degree),),
+            reuses=True,
+            libraries=LIBRARIES + DEEPSPEED,
+        )
+        return estimate(facts, resources, self.phase, use)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
