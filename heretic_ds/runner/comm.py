@@ -51,11 +51,11 @@ class Comm:
     lockstep: bool = False
     """Whether partners work on prompts of their own, and so have to run equally many passes."""
     world: World = _ONE_RANK
+    owners: tuple[Any, ...] = ()
+    """Objects that keep collective functions of their own: a library's."""
     near: dist.ProcessGroup | None = None
     """Those of the partners with whom this one has collectives in the middle of a pass, where the others meanwhile do
     other work and only meet it in between (:meth:`meet`); None: all partners."""
-    owners: tuple[Any, ...] = ()
-    """Objects that keep collective functions of their own: a library's."""
     _gone_well: set[Hashable] = field(default_factory=set)
     """Sizes of passes that no rank failed."""
     _guarded: list[bool] = field(default_factory=lambda: [False])

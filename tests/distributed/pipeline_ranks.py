@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from typing import Any
 
+from heretic_ds.errors import UserError
 from heretic_ds.placements import build_engine
 from heretic_ds.world import World
 from tests.distributed.engines import LENGTHS, job_for, measure, target
+from tests.distributed.output_edits_ranks import score
 
 
 def engine_of(world: World, folder: str, batch_size: int = 3, placement: str = "pipeline", **options: Any) -> Any:
@@ -28,3 +31,18 @@ def measured(world: World, folder: str, count: int = len(LENGTHS), **options: An
     gc.collect()
     found["released"] = all(weight() is None for weight in weights)
     return found
+
+
+def scores_of_trials(world: World, folder: str, tables: bool = True, **options: Any) -> dict[str, Any]:
+    """KL and answers of several edits in one pass, in every mode."""
+    with contextlib.closing(engine_of(world, folder, **options)) as engine:
+        return score(engine, True, tables, collectives=False)
+
+
+def refusal(world: World, folder: str, placement: str = "pipeline", **options: Any) -> str:
+    """The message with which a placement refuses a model or options; "accepted" where it does not."""
+    try:
+        engine_of(world, folder, placement=placement, **options).close()
+    except UserError as error:
+        return str(error)
+    return "accepted"

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests import families
-from tests.distributed import engines
+from tests.distributed import engines, output_edits_ranks
 from tests.distributed import pipeline_ranks as work
+from tests.distributed.test_output_edits import assert_same as assert_same_scores
 
 pytestmark = pytest.mark.distributed
 
@@ -47,3 +48,55 @@ def test_two_stages_say_what_one_process_says(ranks, saved, microbatches):
     folder, expected = saved("llama")
     for found in ranks(2).run(work.measured, folder=folder, microbatches=microbatches):
         assert_same(found, expected, alike=microbatches == 1)
+
+
+SERVED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "phi3", "gpt2", "gpt_neox", "opt", "mixtral",
+    "qwen3_moe", "gpt_oss", "deepseek_v3", "gemma3_vl", "qwen2_vl", "llava",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_families(ranks, saved, family):
+    folder, expected = saved(family, 3)
+    for found in ranks(2).run(work.measured, folder=folder, microbatches=1):
+        assert_same(found, expected, alike=True)
+
+
+@pytest.mark.parametrize(("count", "microbatches"), [(7, None), (1, 4), (2, 3)])
+def test_batches_of_fewer_rows_than_microbatches(ranks, saved, count, microbatches):
+    folder, _ = saved("llama")
+    expected = engines.measure_replicated(Path(folder), count)
+    for found in ranks(2).run(work.measured, folder=folder, count=count, microbatches=microbatches, batch_size=7):
+        assert_same(found, expected, alike=False)
+
+
+def test_three_stages(ranks, saved):
+    folder, expected = saved("gemma3", 5)
+    held = ranks(3).run(work.measured, folder=folder, microbatches=1)
+    for found in held:
+        assert_same(found, expected, alike=True)
+    assert sum(found["bytes"] for found in held) <= 1.01 * expected["bytes"]
+
+
+@pytest.mark.parametrize(("count", "microbatches"), [(7, 1), (7, 2), (1, 2)])
+def test_two_replicas_of_two_stages(ranks, saved, count, microbatches):
+    folder, _ = saved("llama")
+    expected = engines.measure_replicated(Path(folder), count)
+    for found in ranks(4).run(work.measured, folder=folder, count=count, degree=2, microbatches=microbatches):
+        assert_same(found, expected, alike=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "gpt2"])
+def test_trials_share_a_pass(ranks, saved, family):
+    folder, _ = saved(family, 3)
+    expected = output_edits_ranks.score_one_by_one(Path(folder))
+    for found in ranks(2).run(work.scores_of_trials, folder=folder, microbatches=2):
+        assert_same_scores(found, expected)
+
+
+def test_trials_share_a_pass_without_tables_of_experts(ranks, saved):
+    folder, _ = saved("gpt_oss", 3)
+    expected = output_edits_ranks.score_one_by_one(Path(folder))
+    for found in ranks(2).run(work.scores_of_trials, folder=folder, tables=False):
+        assert_same_scores(found, expected)
