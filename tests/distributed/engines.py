@@ -36,6 +36,7 @@ CLASSES = {
     "tensor_parallel": "tensor_parallel.TensorParallel",
     "expert_parallel": "expert_parallel.ExpertParallel",
     "pipeline": "pipeline.Pipeline",
+    "tensor_pipeline": "tensor_pipeline.TensorPipeline",
 }
 
 

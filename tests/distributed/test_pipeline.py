@@ -100,3 +100,18 @@ def test_trials_share_a_pass_without_tables_of_experts(ranks, saved):
     expected = output_edits_ranks.score_one_by_one(Path(folder))
     for found in ranks(2).run(work.scores_of_trials, folder=folder, tables=False):
         assert_same_scores(found, expected)
+
+
+SPLIT = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe", "gpt_oss",
+    "deepseek_v3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SPLIT)
+def test_stages_that_are_split(ranks, saved, family):
+    folder, expected = saved(family, 3)
+    found = ranks(4).run(work.measured, folder=folder, placement="tensor_pipeline")
+    for each in found:
+        assert_same(each, expected, alike=False)
+    assert sum(each["bytes"] for each in found) <= 1.15 * expected["bytes"]

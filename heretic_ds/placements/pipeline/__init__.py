@@ -7,7 +7,7 @@ for each boundary, and the tokens that were chosen.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from transformers import PreTrainedModel
 
+from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.checkpoint import Checkpoint, fill
+from heretic_ds.checkpoint import Checkpoint, Shard, fill
+from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.pipeline import structure
@@ -33,6 +35,13 @@ if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
+
+Split = Callable[[PreTrainedModel, Anatomy, Checkpoint], Mapping[str, Shard]]
+"""Lays out what is here of an empty model once more, over some ranks, and says which parts are this rank's."""
+
+
+def _whole(model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint) -> Mapping[str, Shard]:
+    return {}
 
 
 class Pipeline(Placement):
@@ -61,29 +70,42 @@ class Pipeline(Placement):
 
     def build(self, job: Job) -> Runner:
         """The engine over this rank's blocks. Raises UserError, on every rank, where the model does not allow it."""
-        world, phase, options = job.world, self.phase, self.options
-        comm = Comm.of_replicas(world, options.degree, f"{phase}.degree")
+        comm = Comm.of_replicas(job.world, self.options.degree, f"{self.phase}.degree")
         line = None if comm.partners is None else Line(comm.partners, comm)
+        return self._engine(job, comm, line)
+
+    def _engine(
+        self, job: Job, comm: Comm, line: Line | None, split: Split = _whole, reduce: Reduce | None = None
+    ) -> Runner:
+        """The engine over the blocks that are here: all of them without a ``line``.
+
+        ``split`` lays these out over ranks that hold them together, ``reduce`` adds up over those.
+        """
+        world, phase, options = job.world, self.phase, self.options
         tuples = line is not None and world.agree(lambda: tuples_of(job, phase))
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Stage]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
-            stage, here = lay_out(model, job.anatomy, checkpoint, line, tuples)
-            world.agree(lambda: fill(model, here, {}, job.opened.device), "reading the weights")
+            stage, here = _keep(model, job.anatomy, checkpoint, line, tuples)
+            shards = world.agree(lambda: split(model, stage.anatomy(job.anatomy), here))
+            world.agree(lambda: fill(model, here, shards, job.opened.device), "reading the weights")
             world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, stage
 
         model, checkpoint, stage = job.opened.in_some_dtype(load)
-        say_what_is_held(model, stage)
+        held = sum(parameter.nbytes for parameter in model.parameters())
+        told = "this rank holds %.1f MiB of weights, of the blocks %d to %d of %d"
+        log.info(told, held / 2**20, stage.blocks.start, stage.blocks.stop - 1, stage.total)
         if line is None:
             engine = runner_of(job, model, comm, Traits(self.name))
             engine.whole = job.opened.loaded(model)
             return engine
-        make = staged(stage, line, options.microbatches)
+        anatomy, count = stage.anatomy(job.anatomy), options.microbatches or line.stages
+        make = partial(StagedForward, stage=stage, line=line, microbatches=count)
         if options.parity_check:
-            check_stages(job, make(model, job.anatomy, 0, False, comm), checkpoint, f"{phase}={self.name}", phase)
+            check_stages(job, make(model, anatomy, 0, False, comm), checkpoint, f"{phase}={self.name}", phase)
         traits = Traits(self.name, slots=False, forward=make, close=line.settle)
-        return runner_of(job, model, comm, traits, stage.anatomy(job.anatomy))
+        return runner_of(job, model, comm, traits, anatomy, WeightEditor(model, anatomy, reduce))
 
 
 def check_blocks(job: Job, stages: int, setting: str, phase: str) -> None:
@@ -113,7 +135,7 @@ def _advising(job: Job, phase: str) -> Iterator[None]:
         ) from error
 
 
-def lay_out(
+def _keep(
     model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, line: Line | None, tuples: bool
 ) -> tuple[Stage, Checkpoint]:
     """Leave of an empty model this rank's stage, connected to its neighbours; also what of its state is here."""
@@ -125,15 +147,3 @@ def lay_out(
     connect(model, anatomy, stage, line)
     shapes = {name: checkpoint.shapes[name] for name in model.state_dict()}
     return stage, replace(checkpoint, shapes=shapes)
-
-
-def staged(stage: Stage, line: Line, microbatches: int | None) -> partial[StagedForward]:
-    """What makes the passes of a stage."""
-    return partial(StagedForward, stage=stage, line=line, microbatches=microbatches or line.stages)
-
-
-def say_what_is_held(model: PreTrainedModel, stage: Stage) -> None:
-    """Log this rank's share."""
-    held = sum(parameter.nbytes for parameter in model.parameters())
-    first, last = stage.blocks.start, stage.blocks.stop - 1
-    log.info("this rank holds blocks %d to %d of %d, %.1f MiB of weights", first, last, stage.total, held / 2**20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
@@ -26,13 +27,7 @@ def stages_of(anatomy: Anatomy, checkpoint: Checkpoint, head: str | None, count:
 
 
 def _bytes(checkpoint: Checkpoint) -> Mapping[str, int]:
-    sizes = {}
-    for name, shape in checkpoint.shapes.items():
-        numbers = 1
-        for size in shape:
-            numbers *= size
-        sizes[name] = numbers * checkpoint.dtypes[name].itemsize
-    return sizes
+    return {name: prod(shape) * checkpoint.dtypes[name].itemsize for name, shape in checkpoint.shapes.items()}
 
 
 def balanced(weights: Sequence[int], count: int) -> list[range]:
@@ -52,7 +47,8 @@ def balanced(weights: Sequence[int], count: int) -> list[range]:
 
 def _filled(weights: Sequence[int], most: int, count: int) -> list[range]:
     """Groups of at most so much weight, each as long as may be, but for items that groups to come have to have."""
-    groups, start, weight = [], 0, 0
+    groups: list[range] = []
+    start, weight = 0, 0
     for at, each in enumerate(weights):
         needed = count - len(groups) - 1  # groups after this one
         if at > start and (weight + each > most or len(weights) - at <= needed):

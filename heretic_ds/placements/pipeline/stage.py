@@ -125,15 +125,16 @@ def connect(model: PreTrainedModel, anatomy: Anatomy, stage: Stage, line: Line) 
         blocks[stage.blocks.stop - 1].register_forward_hook(send)
 
 
-def fill_elsewhere(cache: DynamicCache, stage: Stage, rows: int, columns: int, like: Tensor) -> None:
-    """Let the layers of a cache whose blocks are elsewhere know how many columns a pass had, and of how many rows.
+def fill_elsewhere(cache: DynamicCache, stage: Stage, ids_BS: Tensor, dtype: torch.dtype) -> None:
+    """Let the layers of a cache whose blocks are elsewhere know of how many rows and columns a pass was.
 
     Of models that ask the cache how long it is most ask its first layer. One number a column, not none: a layer without
     numbers says that it is empty, and keeps rows that leave.
     """
-    column_B1S1 = like.new_zeros(rows, 1, columns, 1)
+    column_B1S1 = torch.zeros(len(ids_BS), 1, ids_BS.shape[1], 1, dtype=dtype, device=ids_BS.device)
+    layers: list[Any] = cache.layers
     for block in stage.elsewhere:
-        cache.layers[block].update(column_B1S1, column_B1S1)
+        layers[block].update(column_B1S1, column_B1S1)
 
 
 class StagedForward(Reuse):
@@ -161,7 +162,7 @@ class StagedForward(Reuse):
     ) -> Tensor:
         logits = super().logits(input_ids_BS, mask_BS, position_ids_BS, cache, last)
         if cache is not None:
-            fill_elsewhere(cache, self._stage, *input_ids_BS.shape, logits)
+            fill_elsewhere(cache, self._stage, input_ids_BS, logits.dtype)
         return logits
 
     def parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:

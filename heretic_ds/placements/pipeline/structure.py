@@ -103,7 +103,7 @@ def _hands_on(model: PreTrainedModel, anatomy: Anatomy, tuples: bool) -> bool:
 def _prompts_and_a_step(forward: Forward, stage: Stage) -> None:
     rows, cache = [Row([1, 2, 3]), Row([4])], forward.own_cache()
     begun = forward(rows, cache)
-    fill_elsewhere(cache, stage, *begun.mask_BS.shape, begun.logits_BV.detach())
+    fill_elsewhere(cache, stage, begun.mask_BS, begun.logits_BV.dtype)
     forward.step(begun, torch.tensor([1, 2]), cache)
 
 

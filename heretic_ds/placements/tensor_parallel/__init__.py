@@ -62,10 +62,7 @@ class TensorParallel(Placement):
         if degree == 1:
             return
         model = job.opened.skeleton()
-        with _advising(phase):
-            sharding.expert_shards(model, job.anatomy, 0, degree)
-            backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-            _plan(model, job.anatomy, backend, degree, phase)
+        check_split(model, job.anatomy, options.backend, degree, phase)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
@@ -79,12 +76,10 @@ class TensorParallel(Placement):
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
-            backend, shards = "none", {}
-            with _advising(phase):
-                if group is not None:
-                    backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-                    shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
-                world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
+            backend, shards = "none", dict[str, Shard]()
+            if group is not None:
+                backend, shards = lay_out(model, job.anatomy, checkpoint, group, options.backend, phase)
+            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, backend
@@ -108,14 +103,43 @@ class TensorParallel(Placement):
         return engine
 
 
+def check_split(
+    model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str, setting: str = "degree"
+) -> None:
+    """Refuse an empty model that cannot be split over as many ranks. Raises UserError; ``setting`` of the phase names
+    their number."""
+    with _advising(phase, setting):
+        sharding.expert_shards(model, anatomy, 0, degree)
+        chosen = sharding.choose_backend(model, model.config.model_type, backend)
+        _plan(model, anatomy, chosen, degree, f"{phase}.{setting}")
+
+
+def lay_out(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup,
+    backend: str,
+    phase: str,
+    setting: str = "degree",
+) -> tuple[str, dict[str, Shard]]:
+    """Split an empty model over the ranks of a group; the backend that did it, and which parts are this rank's.
+
+    Raises UserError as :func:`check_split` does.
+    """
+    with _advising(phase, setting):
+        chosen = sharding.choose_backend(model, model.config.model_type, backend)
+        return chosen, _lay_out(model, anatomy, checkpoint, group, chosen, f"{phase}.{setting}")
+
+
 @contextmanager
-def _advising(phase: str) -> Iterator[None]:
+def _advising(phase: str, setting: str) -> Iterator[None]:
     """Add to a reason why the model cannot be split what to set instead."""
     try:
         yield
     except sharding.CannotSplit as error:
         raise UserError(
-            f"{error}; choose another {phase}.backend or {phase}.degree, or set {phase}=replicated"
+            f"{error}; choose another {phase}.backend or {phase}.{setting}, or set {phase}=replicated"
         ) from error
 
 
@@ -132,14 +156,14 @@ def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
     return add_up
 
 
-def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str) -> sharding.Layout | None:
+def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, setting: str) -> sharding.Layout | None:
     """The family's plan where it is to be carried out here; UserError where the model's heads do not divide."""
     model_type = model.config.model_type
     layout = None
     if backend == "hf_plan":
         layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
     if layout is None or sharding.splits_heads(anatomy, layout):
-        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, f"{phase}.degree")
+        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
     return layout
 
 
@@ -149,11 +173,11 @@ def _lay_out(
     checkpoint: Checkpoint,
     group: dist.ProcessGroup,
     backend: str,
-    phase: str,
+    setting: str,
 ) -> dict[str, Shard]:
     """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
     member, degree = dist.get_rank(group), dist.get_world_size(group)
-    layout = _plan(model, anatomy, backend, degree, phase)
+    layout = _plan(model, anatomy, backend, degree, setting)
     shards = sharding.expert_shards(model, anatomy, member, degree)
     _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
     if layout is None:
