@@ -1,5 +1,5 @@
-"""The placement ``tensor_pipeline``: blocks in stages, as under ``pipeline``, each stage's weights split over ranks of its
-own, as under ``tensor_parallel`` with transformers' plan of the family.
+"""The placement ``tensor_pipeline``: blocks in stages, as under ``pipeline``, and a stage's weights split over ranks of
+its own, as under ``tensor_parallel`` with transformers' plan of the family.
 
 Ranks of a stage are consecutive ones, which a node has: between them the outputs of every writer are added up. From
 stage to stage goes one hidden state a boundary.
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 _BACKEND = "hf_plan"
-"""Who splits the layers. DeepSpeed's AutoTP does not serve a stage without the first blocks, and has collectives over the
-whole world, in which the other stages then wait."""
+"""Who splits the layers. DeepSpeed's AutoTP does not serve a stage without the first blocks, and has collectives over
+the whole world, in which the other stages then wait."""
 
 
 class TensorPipeline(Pipeline):
@@ -54,7 +54,7 @@ class TensorPipeline(Pipeline):
         job.world.degree(width * self.options.pipeline_degree, self._product)
         job.opened.refuse_quantised(phase)
         check_blocks(job, self.options.pipeline_degree, f"{phase}.pipeline_degree", phase)
-        tensor_parallel.check_split(job.opened.skeleton(), job.anatomy, _BACKEND, width, phase, "tensor_degree")
+        tensor_parallel.check_split(job.opened.skeleton(), job.anatomy, _BACKEND, width, *self._words)
 
     def layout(self, ranks: int) -> tuple[type[Pipeline], Pipeline.Options]:
         """As it is, with all degrees as numbers."""
@@ -63,7 +63,7 @@ class TensorPipeline(Pipeline):
 
     def build(self, job: Job) -> Runner:
         """The engine over this rank's parts of the blocks of its stage."""
-        width, phase, options = self._width(job.world.size), self.phase, self.options
+        width, words, options = self._width(job.world.size), self._words, self.options
         mesh = job.world.mesh(width, options.pipeline_degree, self._product)
         comm = Comm(mesh.replicas, mesh.replicas.degree, mesh.replicas.inside, world=job.world, near=mesh.near)
         near, line = mesh.near, mesh.line
@@ -71,9 +71,14 @@ class TensorPipeline(Pipeline):
             raise RuntimeError(f"{width} x {options.pipeline_degree} ranks are no grid")
 
         def split(model: PreTrainedModel, anatomy: Anatomy, here: Checkpoint) -> Mapping[str, Shard]:
-            return tensor_parallel.lay_out(model, anatomy, here, near, _BACKEND, phase, "tensor_degree")[1]
+            return tensor_parallel.lay_out(model, anatomy, here, near, _BACKEND, *words)[1]
 
         return self._engine(job, comm, Line(line, comm), split, tensor_parallel.sum_over(near))
+
+    @property
+    def _words(self) -> tuple[str, str]:
+        """The setting that splits weights, and what to set where it cannot."""
+        return f"{self.phase}.tensor_degree", f"set another {self.phase}.tensor_degree, or {self.phase}=pipeline"
 
     @property
     def _product(self) -> str:

@@ -28,16 +28,16 @@ def engine_of(world: World, folder: str, placement: str, batch_size: int) -> Any
 
 
 @contextlib.contextmanager
-def starved(engine: Any, most_tokens: int = MOST_TOKENS) -> Iterator[None]:
-    """Memory runs out within the second block, between two collectives, where a pass has too many tokens."""
+def starved(engine: Any, most_tokens: int = MOST_TOKENS, block: int = 1) -> Iterator[None]:
+    """Memory runs out within a block, between two collectives, where a pass has too many tokens."""
 
     def full(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         if hidden_BSD.shape[:-1].numel() > most_tokens:
             raise torch.OutOfMemoryError("pretended")
 
-    block = engine.model.get_submodule(f"{engine.anatomy.blocks}.1.self_attn")
-    handle = block.register_forward_pre_hook(full, with_kwargs=True)
+    attention = engine.model.get_submodule(f"{engine.anatomy.blocks}.{block}.self_attn")
+    handle = attention.register_forward_pre_hook(full, with_kwargs=True)
     try:
         yield
     finally:

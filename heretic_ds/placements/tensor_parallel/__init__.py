@@ -54,6 +54,10 @@ class TensorParallel(Placement):
 
     options: Options
 
+    @property
+    def _otherwise(self) -> str:
+        return f"choose another {self.phase}.backend or {self.phase}.degree, or set {self.phase}=replicated"
+
     def check(self, job: Job) -> None:
         """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
         phase, options = self.phase, self.options
@@ -62,7 +66,7 @@ class TensorParallel(Placement):
         if degree == 1:
             return
         model = job.opened.skeleton()
-        check_split(model, job.anatomy, options.backend, degree, phase)
+        check_split(model, job.anatomy, options.backend, degree, f"{phase}.degree", self._otherwise)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
@@ -78,7 +82,9 @@ class TensorParallel(Placement):
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             backend, shards = "none", dict[str, Shard]()
             if group is not None:
-                backend, shards = lay_out(model, job.anatomy, checkpoint, group, options.backend, phase)
+                backend, shards = lay_out(
+                    model, job.anatomy, checkpoint, group, options.backend, f"{phase}.degree", self._otherwise
+                )
             world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
@@ -104,14 +110,16 @@ class TensorParallel(Placement):
 
 
 def check_split(
-    model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str, setting: str = "degree"
+    model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, setting: str, otherwise: str
 ) -> None:
-    """Refuse an empty model that cannot be split over as many ranks. Raises UserError; ``setting`` of the phase names
-    their number."""
-    with _advising(phase, setting):
+    """Refuse an empty model that cannot be split over as many ranks.
+
+    Raises UserError; ``setting`` names their number, and ``otherwise`` says what to choose instead.
+    """
+    with _advising(otherwise):
         sharding.expert_shards(model, anatomy, 0, degree)
         chosen = sharding.choose_backend(model, model.config.model_type, backend)
-        _plan(model, anatomy, chosen, degree, f"{phase}.{setting}")
+        _plan(model, anatomy, chosen, degree, setting)
 
 
 def lay_out(
@@ -120,27 +128,25 @@ def lay_out(
     checkpoint: Checkpoint,
     group: dist.ProcessGroup,
     backend: str,
-    phase: str,
-    setting: str = "degree",
+    setting: str,
+    otherwise: str,
 ) -> tuple[str, dict[str, Shard]]:
     """Split an empty model over the ranks of a group; the backend that did it, and which parts are this rank's.
 
     Raises UserError as :func:`check_split` does.
     """
-    with _advising(phase, setting):
+    with _advising(otherwise):
         chosen = sharding.choose_backend(model, model.config.model_type, backend)
-        return chosen, _lay_out(model, anatomy, checkpoint, group, chosen, f"{phase}.{setting}")
+        return chosen, _lay_out(model, anatomy, checkpoint, group, chosen, setting)
 
 
 @contextmanager
-def _advising(phase: str, setting: str) -> Iterator[None]:
-    """Add to a reason why the model cannot be split what to set instead."""
+def _advising(otherwise: str) -> Iterator[None]:
+    """Add to a reason why the model cannot be split what to choose instead."""
     try:
         yield
     except sharding.CannotSplit as error:
-        raise UserError(
-            f"{error}; choose another {phase}.backend or {phase}.{setting}, or set {phase}=replicated"
-        ) from error
+        raise UserError(f"{error}; {otherwise}") from error
 
 
 def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
