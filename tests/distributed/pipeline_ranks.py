@@ -84,6 +84,7 @@ def killed(world: World, folder: str, rank: int, heard: str, **options: Any) -> 
     except Exception:
         at = float(Path(heard).with_suffix(".killed").read_text())
         Path(heard).with_suffix(f".{world.rank}").write_text(str(time.monotonic() - at))
+        os._exit(1)  # as a command would: others may wait for this rank
 
 
 def memory_of_loading(world: World, folder: str, parity_check: bool) -> dict[str, int]:

@@ -64,6 +64,22 @@ def test_families(ranks, saved, family):
         assert_same(found, expected, alike=True)
 
 
+OTHERS = (
+    "falcon", "falcon_new", "bloom", "mpt", "gptj", "gpt_neo", "codegen", "gpt_bigcode", "gemma", "gemma4_moe",
+    "llama4", "opt_projected", "opt_post_norm", "gpt_neox_serial", "phi", "phimoe", "stablelm", "cohere", "cohere2",
+    "granite", "granitemoe", "glm4_moe", "starcoder2", "olmoe", "smollm3", "exaone4", "nemotron", "apertus",
+    "ernie4_5_moe", "hunyuan_moe", "deepseek_v2", "minimax_m2", "dots1", "afmoe", "persimmon", "vaultgemma",
+)  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(ranks, saved, family):
+    folder, expected = saved(family, 3)
+    for found in ranks(2).run(work.measured, folder=folder, microbatches=2):
+        assert_same(found, expected, alike=False)
+
+
 @pytest.mark.parametrize(("count", "microbatches"), [(7, None), (1, 4), (2, 3)])
 def test_batches_of_fewer_rows_than_microbatches(ranks, saved, count, microbatches):
     folder, _ = saved("llama")
@@ -104,8 +120,8 @@ def test_trials_share_a_pass_without_tables_of_experts(ranks, saved):
 
 
 SPLIT = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "mixtral", "qwen3_moe", "gpt_oss",
-    "deepseek_v3",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "phi3", "olmo2", "mixtral", "qwen3_moe",
+    "gpt_oss", "deepseek_v3", "gemma3_vl", "qwen2_vl", "llava",
 )  # fmt: skip
 
 

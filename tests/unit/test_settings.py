@@ -160,7 +160,7 @@ def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
             ["capture.backend=autotp"],
             "capture.backend=autotp is for capture=tensor_parallel alone, but capture is",
         ),
-        (["evaluate.parity_check=false"], "is for evaluate=expert_parallel or tensor_parallel alone, but evaluate is"),
+        (["evaluate.parity_check=false"], "is for evaluate=expert_parallel or "),
         (["evaluate.nvme_path=x"], "there is no setting evaluate.nvme_path; evaluate=replicated has degree"),
         (["evaluate.offload=cpu"], "evaluate.offload=cpu is for evaluate=fsdp alone, but evaluate is replicated"),
         (["capture=zero3", "capture.ofload=cpu"], "there is no setting capture.ofload; did you mean capture.offload?"),

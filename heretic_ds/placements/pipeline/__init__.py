@@ -94,8 +94,8 @@ class Pipeline(Placement):
 
         model, checkpoint, stage = job.opened.in_some_dtype(load)
         held = sum(parameter.nbytes for parameter in model.parameters())
-        told = "this rank holds %.1f MiB of weights, of the blocks %d to %d of %d"
-        log.info(told, held / 2**20, stage.blocks.start, stage.blocks.stop - 1, stage.total)
+        told = "this rank holds the blocks %d to %d of %d: %.1f MiB of weights, with all that is beside them"
+        log.info(told, stage.blocks.start, stage.blocks.stop - 1, stage.total, held / 2**20)
         if line is None:
             engine = runner_of(job, model, comm, Traits(self.name))
             engine.whole = job.opened.loaded(model)
