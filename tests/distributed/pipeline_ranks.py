@@ -12,6 +12,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from heretic_ds.errors import UserError
 from heretic_ds.placements import build_engine, placements_of
 from heretic_ds.world import World
@@ -98,3 +100,12 @@ def memory_of_loading(world: World, folder: str, parity_check: bool) -> dict[str
     with contextlib.closing(engine_of(world, folder, parity_check=parity_check)) as engine:
         peak, sizes = status("VmHWM") - before, [parameter.nbytes for parameter in engine.model.parameters()]
     return {"peak": peak, "held": sum(sizes), "largest": max(sizes)}
+
+
+def mesh(world: World, width: int, stages: int) -> tuple[list[int] | None, list[int] | None]:
+    """The ranks of this rank's stage, and those of its line."""
+    found = world.mesh(width, stages, "degrees")
+    assert world.mesh(width, stages, "degrees") is found, "groups are made once"
+    groups = (found.near, found.line)
+    near, line = (None if group is None else dist.get_process_group_ranks(group) for group in groups)
+    return near, line
