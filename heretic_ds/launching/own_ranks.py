@@ -34,8 +34,8 @@ def ranks_to_start(settings: Settings) -> int:
         return len(devices) if len(devices) > 1 else 0
     if devices and int(wanted) > len(devices):
         raise UserError(
-            f"run.launch={wanted}, but {len(devices)} GPUs can be used here; set run.launch={AUTO}, or model.device=cpu "
-            "for ranks without GPUs"
+            f"run.launch={wanted}, but {len(devices)} GPUs can be used here; set run.launch={AUTO}, or "
+            "model.device=cpu for ranks without GPUs"
         )
     return int(wanted)
 

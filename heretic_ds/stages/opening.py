@@ -28,6 +28,7 @@ from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, buil
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.placing import settle_placements
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -239,12 +240,15 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     with ExitStack() as stack:
         job = Job.check(settings, world)
         world.decide(lambda: _refuse_impossible_export(job))
+        placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
         world.decide(lambda: _take_folder(run, stack))
         run.use_measured(world.decide(lambda: run.folder.measured if run.folder is not None else {}))
+        if placed:
+            run.remember(**placed)
         _add_earlier_timings(run)
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
         try:
