@@ -40,6 +40,8 @@ def settle_accelerator(device: torch.device) -> None:
 
 def check_accelerator(device: torch.device) -> None:
     """Raise UserError where DeepSpeed has settled on another kind of device than this."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return  # another machine's, for which a plan is made
     settle_accelerator(device)
     with quietly():
         from deepspeed.accelerator import get_accelerator

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,44 +16,47 @@ from heretic_ds.planner import Candidate, Plan
 
 _GIB = 2**30
 _WIDE = 120
-"""Columns from which on what lies in memory has a column of its own."""
-_MEANINGS = {"capture": "residuals of all training prompts", "evaluate": "one trial, of many"}
+"""Columns from which on what lies in memory, and why something does not fit, have columns of their own."""
+_TITLES = {
+    "capture": "capture: the residuals of all training prompts",
+    "evaluate": "evaluate: trials of edits, each with its answers and distributions",
+}
+_SECONDS = {"capture": ("load", "capture"), "evaluate": ("load", "a trial", "all trials")}
 
 
 def machine_line(plan: Plan) -> str:
-    """What the plan is for: ``llama on h100x8: 8 cuda devices of 79.6 GiB, 1 node``."""
+    """What the plan is for: ``llama with hardware=h100x8: 8 ranks, each on a GPU of 79.2 GiB``."""
     machine = plan.machine
     nodes = "" if machine.nodes == 1 else f" on {machine.nodes} computers"
-    kind = {"cuda": "GPU", "cpu": "part of a CPU"}[machine.device]
-    counted = f"{plan.ranks} ranks" if plan.ranks > 1 else "1 rank"
-    return f"{plan.model} with hardware={machine.name}: {counted}{nodes}, each a {kind} with {gib(machine.device_memory)}"
+    kind = {"cuda": "a GPU", "cpu": "a share of the cores"}[machine.device]
+    counted = f"{plan.ranks} ranks{nodes}, each" if plan.ranks > 1 else "1 rank"
+    memory = f"{_in_gib(machine.device_memory)} GiB"
+    return f"{plan.model} with hardware={machine.name}: {counted} on {kind} with {memory}"
 
 
-def phase_table(plan: Plan, phase: str, width: int) -> Table:
-    """All placements of a phase, the fastest that fit first, in a table that a console of so many columns can show."""
-    wide = width >= _WIDE
-    title = f"{phase}: {_MEANINGS[phase]}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, expand=False)
-    table.add_column("placement", no_wrap=True)
-    for name in ("GiB a rank", "load", "phase"):
-        table.add_column(name, justify="right", no_wrap=not wide)
-    if wide:
-        table.add_column("of which GiB", ratio=2)
-    table.add_column("fits", ratio=2, overflow="fold")
-    chosen = plan.chosen.get(phase)
-    for candidate in best_of_each(plan, phase):
-        cost, taken = candidate.cost, candidate == chosen
-        figures = ["-"] * 3 if cost is None else _figures(cost, phase)
-        kinds = "" if cost is None else _kinds(cost)
-        verdict = _verdict(candidate, taken)
-        last = [kinds, verdict] if wide else [f"{verdict}\n{kinds}" if kinds else verdict]
-        table.add_row(Text(_name(candidate, taken)), *figures, *map(Text, last), style="bold" if taken else None)
-    return table
+def phase_table(plan: Plan, phase: str, width: int) -> Group:
+    """All placements of a phase, what is chosen first, for a console of so many columns."""
+    wide, rows = width >= _WIDE, best_of_each(plan, phase)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("placement", overflow="fold")
+    for name in ("GiB a rank", *_SECONDS[phase]):
+        table.add_column(name, justify="right")
+    for name in ("of which GiB", "fits") if wide else ("fits",):
+        table.add_column(name, overflow="fold")
+    for candidate in rows:
+        taken = candidate == plan.chosen.get(phase)
+        verdict = "chosen" if taken else "yes" if candidate.fits else "no"
+        reason = f"{verdict}: {candidate.why}" if verdict == "no" else verdict
+        last = [_kinds(candidate.cost), reason] if wide else [verdict]
+        cells = [_name(candidate, taken), *_figures(candidate), *last]
+        table.add_row(*map(Text, cells), style="bold" if taken else None)
+    notes = [] if wide else list(_notes(rows))
+    return Group(Text(_TITLES[phase], style="bold"), table, *notes, Text())
 
 
 def best_of_each(plan: Plan, phase: str) -> Sequence[Candidate]:
     """A phase's candidates, the best of each placement: the one that is chosen, else the fastest that fits, else the
-    one that needs the least memory. The fastest come first."""
+    one that needs the least memory. They are in that order, too."""
 
     def order(candidate: Candidate) -> tuple[bool, bool, bool, float, int]:
         cost = candidate.cost
@@ -68,11 +74,6 @@ def best_of_each(plan: Plan, phase: str) -> Sequence[Candidate]:
     return list(best.values())
 
 
-def gib(number: float) -> str:
-    """``79.6 GiB``."""
-    return f"{_in_gib(number)} GiB"
-
-
 def duration(seconds: float) -> str:
     """``0.031 s``, ``12 s``, ``5.0 min``, ``3.1 h``."""
     if seconds < 120:
@@ -80,19 +81,35 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _figures(cost: Cost, phase: str) -> list[str]:
-    passed = cost.seconds["capture" if phase == "capture" else "trial"]
-    return [_in_gib(sum(cost.bytes.values())), duration(cost.seconds["load"]), duration(passed)]
+def _notes(rows: Sequence[Candidate]) -> Iterator[Padding]:
+    """Below a narrow table: what lies in memory, and why something does not fit."""
+    for candidate in rows:
+        told = [candidate.why] if not candidate.fits else []
+        if candidate.cost is not None:
+            told.insert(0, f"{_kinds(candidate.cost)} (GiB)")
+        yield Padding(Text(f"{candidate.placement}: {'; '.join(told)}"), (0, 0, 0, 2))
 
 
-def _kinds(cost: Cost) -> str:
-    told = _listed(cost.bytes)
-    on_host = {name: size for name, size in cost.host.items() if size}
-    return f"{told}; host: {_listed(on_host)}" if on_host else told
+def _figures(candidate: Candidate) -> list[str]:
+    cost, names = candidate.cost, _SECONDS[candidate.phase]
+    if cost is None:
+        return ["-"] * (1 + len(names))
+    each = cost.seconds["capture" if candidate.phase == "capture" else "trial"]
+    in_all = "-" if math.isinf(candidate.seconds) else duration(candidate.seconds)
+    shown = [duration(cost.seconds["load"]), duration(each), in_all]
+    return [_in_gib(sum(cost.bytes.values())), *shown[: len(names)]]
+
+
+def _kinds(cost: Cost | None) -> str:
+    if cost is None:
+        return "-"
+    on_host = _listed(cost.host)
+    return f"{_listed(cost.bytes)}; on the host {on_host}" if on_host else _listed(cost.bytes)
 
 
 def _listed(sizes: Mapping[str, int]) -> str:
-    ordered = sorted(((size, name) for name, size in sizes.items() if size), reverse=True)
+    """The largest first, without what is next to nothing."""
+    ordered = sorted(((size, name) for name, size in sizes.items() if size > _GIB / 1000), reverse=True)
     return ", ".join(f"{name} {_in_gib(size)}" for size, name in ordered)
 
 
@@ -102,11 +119,5 @@ def _in_gib(number: float) -> str:
 
 
 def _name(candidate: Candidate, taken: bool) -> str:
-    options = ", ".join(f"{name} {value}" for name, value in candidate.options.items())
-    return f"{'* ' if taken else '  '}{candidate.placement}{f' ({options})' if options else ''}"
-
-
-def _verdict(candidate: Candidate, taken: bool) -> str:
-    if taken:
-        return "yes, chosen"
-    return f"yes: {candidate.why}" if candidate.fits else f"no: {candidate.why}"
+    options = "".join(f" {name} {value}" for name, value in candidate.options.items())
+    return f"{'* ' if taken else '  '}{candidate.placement}{options}"

@@ -1,9 +1,9 @@
-"""Settling ``capture=auto`` and ``evaluate=auto``: once, when a run is opened, and the same again when it is resumed."""
+"""Settling ``capture=auto`` and ``evaluate=auto`` when a run is opened; a run that is resumed keeps what it had."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,19 @@ def plan_of(job: Job, machine: Machine, ranks: int, lengths: Mapping[str, Sequen
         placement.check(asked_about)
 
     choice = {phase: _choices(job.settings, phase) for phase in PHASES}
-    return make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
+    plan = make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
+    return replace(plan, candidates=[_checked(candidate, check) for candidate in plan.candidates])
+
+
+def _checked(candidate: Candidate, check: Callable[[Placement], None]) -> Candidate:
+    """A candidate that fits and that the job cannot have says so; the planner asks only for those it would choose."""
+    if not candidate.fits or candidate.made is None:
+        return candidate
+    try:
+        check(candidate.made)
+    except UserError as error:
+        return replace(candidate, fits=False, why=str(error))
+    return candidate
 
 
 def _choices(settings: Settings, phase: str) -> Sequence[type[Placement] | Placement]:

@@ -17,7 +17,7 @@ from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.checkpoint.tokens import has_tokenizer, load_tokenizer
 from heretic_ds.errors import UserError
 from heretic_ds.job import KINDS, PARTS, Job
-from heretic_ds.placements.costs import Machine
+from heretic_ds.placements.costs import Machine, Work
 from heretic_ds.planner import Plan
 from heretic_ds.prompts import ChatFormat, load_prompts
 from heretic_ds.prompts.sources import PACKAGE_SCHEME
@@ -29,8 +29,6 @@ from heretic_ds.world import World
 
 USUAL_PROMPTS = {"train": 400, "eval": 100}
 """Prompts of each kind where reading them would take a network: as many as the default data sets are cut to."""
-USUAL_TOKENS = 200
-"""Tokens of a prompt in its chat format where they cannot be counted, for want of the prompt or of a tokenizer."""
 
 
 def make_and_show_plan(settings: Settings, world: World, console: Console) -> None:
@@ -62,17 +60,19 @@ def prompt_lengths(settings: Settings, outline: Outline) -> dict[str, list[int]]
     """Lengths in tokens of the prompts, by kind and part (``target.train``), as far as they can be told offline.
 
     Prompts in files are counted, and their tokens where the model's folder has a tokenizer; of data sets on the hub the
-    rows that ``slice`` names. For all else :data:`USUAL_PROMPTS` and :data:`USUAL_TOKENS` stand.
+    rows that ``slice`` names. For all else stand :data:`USUAL_PROMPTS`, and the lengths that ``Work`` has.
     """
     sources = {(kind, part): getattr(getattr(settings.prompts, kind), part) for kind in KINDS for part in PARTS}
-    texts = {key: load_prompts(source, f"prompts.{'.'.join(key)}") for key, source in sources.items() if _is_here(source)}
+    texts = {
+        key: load_prompts(source, f"prompts.{'.'.join(key)}") for key, source in sources.items() if _is_here(source)
+    }
     encode = _encoder(settings, outline) if texts else None
     lengths = {}
     for (kind, part), source in sources.items():
         found = texts.get((kind, part))
         if found is None or encode is None:
             count = _rows(source, USUAL_PROMPTS[part]) if found is None else len(found)
-            lengths[f"{kind}.{part}"] = [USUAL_TOKENS] * count
+            lengths[f"{kind}.{part}"] = [Work.longest_prompt] + [round(Work.prompt_tokens)] * (count - 1)
         else:
             lengths[f"{kind}.{part}"] = [len(encode(text)) for text in found]
     return lengths
