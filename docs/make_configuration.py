@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
 
+from heretic_ds.placements.costs import Machine  # noqa: E402
 from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
 from heretic_ds.settings_checks import limits_in_words, type_name  # noqa: E402
 
@@ -50,6 +52,9 @@ def render() -> str:
         parts.append(f"\n## {name}\n")
         if name in PHASES:
             parts += [f"{texts[name]}\n", *_placements(name)]
+        elif name == "hardware":
+            measured = OmegaConf.create(dict.fromkeys(get_type_hints(Machine)))
+            parts += [f"{texts[name]}\n", _keys_table(Machine, measured, name)]
         else:
             parts += [f"{_markdown(inspect.getdoc(hint) or '')}\n", _keys_table(hint, config[name], name)]
     return "\n".join(parts)
@@ -73,8 +78,10 @@ def _groups_table() -> str:
         for choice in sorted(folder.glob("[!_]*.yaml")):
             comments = [
                 line.removeprefix("#").strip()
-                for line in choice.read_text(encoding="utf-8").splitlines()
-                if line.startswith("#") and "@package" not in line
+                for line in takewhile(
+                    lambda line: line.startswith("#"), choice.read_text(encoding="utf-8").splitlines()
+                )
+                if "@package" not in line
             ]
             rows.append(f"| `{folder.name}={choice.stem}` | {' '.join(comments)} |")
     return "\n".join(["| choice | what it is |", "|---|---|", *rows])

@@ -274,7 +274,8 @@ class Settings:
     evaluate: dict[str, Any] = field(default_factory=dict)
     """The same while edits are evaluated."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """The machine that ``task=plan`` and ``auto`` reckon with; nothing: this one, measured."""
+    """The machine that ``task=plan`` and ``auto`` reckon with, one of ``conf/hardware/``; of ``hardware=local`` what is
+    not given is measured."""
     plan: PlanSettings = field(default_factory=PlanSettings)
     direction: DirectionSettings = field(default_factory=DirectionSettings)
     ablation: AblationSettings = field(default_factory=AblationSettings)

@@ -44,7 +44,7 @@ def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     kept = world.decide(lambda: _kept(measured, circumstances))
     choice = kept or {**circumstances, **_choose(job)}
     job.settings = settled(job.settings, choice["chosen"])
-    log.info("%s: %s", _named(job), "as when this run began" if kept else choice["why"])
+    log.info("%s", f"{_named(job)}, as when this run began" if kept else choice["why"])
     return {KEPT_AS: choice}
 
 
