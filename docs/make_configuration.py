@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,15 +76,15 @@ def _groups_table() -> str:
         path for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")
     ):
         for choice in sorted(folder.glob("[!_]*.yaml")):
-            comments = [
-                line.removeprefix("#").strip()
-                for line in takewhile(
-                    lambda line: line.startswith("#"), choice.read_text(encoding="utf-8").splitlines()
-                )
-                if "@package" not in line
-            ]
+            comments = [line.removeprefix("#").strip() for line in _first_comment(choice) if "@package" not in line]
             rows.append(f"| `{folder.name}={choice.stem}` | {' '.join(comments)} |")
     return "\n".join(["| choice | what it is |", "|---|---|", *rows])
+
+
+def _first_comment(file: Path) -> Iterator[str]:
+    """Lines of the first comment: later ones are about single keys."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return takewhile(lambda line: line.startswith("#"), dropwhile(lambda line: not line.startswith("#"), lines))
 
 
 def _keys_table(section: type, config: DictConfig, prefix: str) -> str:
