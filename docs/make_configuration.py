@@ -53,8 +53,9 @@ def render() -> str:
         if name in PHASES:
             parts += [f"{texts[name]}\n", *_placements(name)]
         elif name == "hardware":
-            measured = OmegaConf.create(dict.fromkeys(get_type_hints(Machine)))
-            parts += [f"{texts[name]}\n", _keys_table(Machine, measured, name)]
+            given = OmegaConf.merge(dict.fromkeys(get_type_hints(Machine)), config[name])
+            assert isinstance(given, DictConfig)
+            parts += [f"{texts[name]}\n", _keys_table(Machine, given, name)]
         else:
             parts += [f"{_markdown(inspect.getdoc(hint) or '')}\n", _keys_table(hint, config[name], name)]
     return "\n".join(parts)

@@ -96,8 +96,10 @@ def to_settings(config: DictConfig) -> Settings:
         )
     validate(settings)
     from heretic_ds.placements import placements_of  # their classes import torch
+    from heretic_ds.stages.placing import described_machine
 
     placements_of(settings)
+    described_machine(settings)
     return settings
 
 

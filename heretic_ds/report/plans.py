@@ -58,13 +58,14 @@ def best_of_each(plan: Plan, phase: str) -> Sequence[Candidate]:
     """A phase's candidates, the best of each placement: the one that is chosen, else the fastest that fits, else the
     one that needs the least memory. They are in that order, too."""
 
-    def order(candidate: Candidate) -> tuple[bool, bool, bool, float, int]:
+    def order(candidate: Candidate) -> tuple[bool, bool, bool, float, int, int]:
         cost = candidate.cost
         return (
             candidate != plan.chosen.get(phase),
             not candidate.fits,
             cost is None,
             candidate.seconds if candidate.fits else 0.0,
+            len(candidate.options) if candidate.fits else 0,
             0 if cost is None else sum(cost.bytes.values()),
         )
 
@@ -119,5 +120,6 @@ def _in_gib(number: float) -> str:
 
 
 def _name(candidate: Candidate, taken: bool) -> str:
-    options = "".join(f" {name} {value}" for name, value in candidate.options.items())
+    given = candidate.options.items() if candidate.cost is not None else ()
+    options = "".join(f" {name} {value}" for name, value in given)
     return f"{'* ' if taken else '  '}{candidate.placement}{options}"

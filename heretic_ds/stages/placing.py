@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
+LOCAL = "local"
+"""Name of the machine that this process runs on."""
 KEPT_AS = "placements"
 """Where a choice stands among what a run folder remembers."""
 
@@ -132,11 +134,23 @@ def mapping_of(candidate: Candidate) -> dict[str, Any]:
 
 
 def machine_for(settings: Settings, device: torch.device, world: World) -> Machine:
-    """The machine that ``hardware`` describes; what its keys leave out is measured here. Every rank takes part."""
-    given = dict(settings.hardware)
-    if given.get("name") is not None:
+    """The machine that ``hardware`` describes; of this one, what is not given is measured. Every rank takes part."""
+    described = described_machine(settings)
+    return described or machine_of({**asdict(machine_here(device, world)), **_given(settings)})
+
+
+def described_machine(settings: Settings) -> Machine | None:
+    """The machine that ``hardware`` describes, None for this one. Raises UserError for a description with mistakes."""
+    given = _given(settings)
+    if given.get("name", LOCAL) != LOCAL or (given and "name" not in given):
         return machine_of(given)
-    return machine_of({**asdict(machine_here(device, world)), **given})
+    anything = {entry.name: 1 for entry in fields(Machine)}
+    machine_of({**anything, "device": "cpu", "name": LOCAL, **given})
+    return None
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in settings.hardware.items() if value is not None}
 
 
 def _lengths(job: Job, name: str) -> list[int]:

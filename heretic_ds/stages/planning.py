@@ -24,7 +24,7 @@ from heretic_ds.prompts.sources import PACKAGE_SCHEME
 from heretic_ds.report.plans import machine_line, phase_table
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import PHASES, PromptSource, Settings
-from heretic_ds.stages.placing import chosen_of, machine_for, plan_of
+from heretic_ds.stages.placing import chosen_of, described_machine, machine_for, plan_of
 from heretic_ds.world import World
 
 USUAL_PROMPTS = {"train": 400, "eval": 100}
@@ -38,7 +38,7 @@ def make_and_show_plan(settings: Settings, world: World, console: Console) -> No
     tables are printed, where the machine cannot hold the model.
     """
     world.agree(lambda: _refuse_unwritable(settings))
-    elsewhere = settings.hardware.get("name") is not None
+    elsewhere = described_machine(settings) is not None
     device = torch.device("cpu") if elsewhere else world.agree(lambda: choose_device(settings.model.device))
     world.agree(lambda: local_folder(settings.model.path))
     machine = machine_for(settings, device, world)
