@@ -24,7 +24,7 @@ from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
-from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of
+from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of, settled_alone
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
@@ -238,6 +238,8 @@ def may_replace(settings: Settings) -> bool:
 def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
     with ExitStack() as stack:
+        settings = settled_alone(settings) if world.size == 1 else settings
+        world.agree(lambda: placements_of(settings))
         job = Job.check(settings, world)
         world.decide(lambda: _refuse_impossible_export(job))
         placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)

@@ -15,7 +15,7 @@ from heretic_ds.checkpoint.outline import Outline
 from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
-from heretic_ds.placements import Placement, left_open, placements_of, settled, settled_alone
+from heretic_ds.placements import Placement, left_open, placements_of, settled
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner import Candidate, Plan, facts_of, machine_here, machine_of, make_plan, placements_for
 from heretic_ds.settings import PHASES, Settings
@@ -32,14 +32,11 @@ KEPT_AS = "placements"
 def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     """Name the placements that the job's settings leave open; every rank takes part, before any weight is read.
 
-    One process takes ``replicated`` without asking anything. Several take what the run folder's file ``measured`` says
-    that they had taken before, where as many ranks on such devices were asked the same, else what the planner chooses.
-    Returns what the folder has to remember. Raises UserError where nothing fits.
+    They are what the run folder's file ``measured`` says that an earlier command took, where as many ranks on such
+    devices were asked the same, else what the planner chooses. Returns what the folder has to remember. Raises
+    UserError where nothing fits.
     """
     world, asked = job.world, {phase: dict(getattr(job.settings, phase)) for phase in PHASES}
-    if world.size == 1:
-        job.settings = settled_alone(job.settings)
-        return {}
     if not left_open(job.settings):
         return {}
     circumstances = {"ranks": world.size, "device": _device_name(job.opened.device), "asked": asked}
@@ -72,6 +69,8 @@ def _choose(job: Job) -> dict[str, Any]:
 
     def choose() -> dict[str, Any]:
         plan = plan_of(job, machine, world.size, {name: _lengths(job, name) for name in job.texts})
+        if not all(plan.chosen.values()):
+            raise UserError(f"{plan.sentence}; to try all the same, name placements for capture and evaluate")
         return {"chosen": {phase: mapping_of(chosen_of(plan, phase)) for phase in PHASES}, "why": plan.sentence}
 
     return world.decide(choose, "choosing placements")
@@ -90,6 +89,8 @@ def plan_of(job: Job, machine: Machine, ranks: int, lengths: Mapping[str, Sequen
             TensorFiles(outline.source.folder, outline.headers)
         placement.check(asked_about)
 
+    for phase in left_open(job.settings):
+        job.world.degree(placements_of(job.settings)[phase].options.degree, f"{phase}.degree")
     choice = {phase: _choices(job.settings, phase) for phase in PHASES}
     plan = make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
     return replace(plan, candidates=[_checked(candidate, check) for candidate in plan.candidates])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.fitness import choose_device
 from heretic_ds.checkpoint.open import ModelChoice
 from heretic_ds.checkpoint.outline import Outline, outline_model
-from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.checkpoint.tokens import has_tokenizer, load_tokenizer
 from heretic_ds.errors import UserError
 from heretic_ds.job import KINDS, PARTS, Job
@@ -38,20 +38,16 @@ def make_and_show_plan(settings: Settings, world: World, console: Console) -> No
     tables are printed, where the machine cannot hold the model.
     """
     world.agree(lambda: _refuse_unwritable(settings))
-    elsewhere = described_machine(settings) is not None
-    device = torch.device("cpu") if elsewhere else world.agree(lambda: choose_device(settings.model.device))
-    world.agree(lambda: local_folder(settings.model.path))
+    described = described_machine(settings)
+    device = torch.device(described.device) if described else world.agree(lambda: choose_device(settings.model.device))
+    outline = world.agree(lambda: outline_model(ModelChoice(**asdict(settings.model)), device), "reading headers")
     machine = machine_for(settings, device, world)
-    device = torch.device(machine.device) if elsewhere else device
-    ranks = world.size if world.size > 1 and not elsewhere else machine.devices
-    world.decide(lambda: _show(settings, plan_for(settings, machine, device, ranks), console), "planning")
+    ranks = world.size if world.size > 1 and described is None else machine.devices
+    world.decide(lambda: _show(settings, _plan(settings, outline, machine, ranks), console), "planning")
 
 
-def plan_for(settings: Settings, machine: Machine, device: torch.device, ranks: int) -> Plan:
-    """The plan for a model that may lack its weights. Raises UserError for anything wrong with it."""
-    model = {name: value for name, value in vars(settings.model).items()}
-    outline = outline_model(ModelChoice(**model), device)
-    nobody: Any = None  # talks to it
+def _plan(settings: Settings, outline: Outline, machine: Machine, ranks: int) -> Plan:
+    nobody: Any = None  # talks to the model
     job = Job(settings, World(0, ranks), outline, find_anatomy(outline.skeleton()), nobody, [])
     return plan_of(job, machine, ranks, prompt_lengths(settings, outline))
 
