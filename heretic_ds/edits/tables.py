@@ -29,10 +29,11 @@ _Place = tuple[tuple[int, int], tuple[float, float]]
 """Two rows of a table between which a direction lies, and its shares of them."""
 
 
-def table_budget(model: nn.Module) -> int:
-    """Bytes that tables of experts may take beside this process's weights."""
+def table_budget(model: nn.Module, ranks: int = 1) -> int:
+    """Bytes that tables of experts may take beside this process's weights: an equal part of the model's where so many
+    ``ranks`` have cut it, and its parameters count as whole."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return max(_LEAST_BYTES, int(_SHARE_OF_WEIGHTS * weights))
+    return max(_LEAST_BYTES, int(_SHARE_OF_WEIGHTS * weights / ranks))
 
 
 def bytes_of_vectors(model: nn.Module, writers: Sequence[Writer]) -> int:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import Cost, Facts, Resources
-from heretic_ds.placements.estimates import MERGING, READ_BUFFER, Use, estimate
+from heretic_ds.placements.costs import MERGING, READ_BUFFER, Cost, Facts, Resources, Use, estimate
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 
@@ -27,7 +26,7 @@ class Replicated(Placement):
         """All weights on each rank; transformers reads them, and has its own copy of experts that it puts together."""
         merging = math.ceil(MERGING * facts.weights) if facts.merges_experts else READ_BUFFER
         graphs = self.graphs and not resources.on_cpu and facts.experts is None
-        use = Use(degree=1, held=facts.weights, replicas=resources.ranks, loading=merging, graphs=graphs)
+        use = Use(facts.weights, resources.ranks, loading=merging, graphs=graphs, reuses=True)
         return estimate(facts, resources, self.phase, use)
 
     def build(self, job: Job) -> Runner:

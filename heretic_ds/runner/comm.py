@@ -21,7 +21,14 @@ from heretic_ds.world import Replicas, World
 
 T = TypeVar("T")
 
-_COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+_COLLECTIVES = tuple(
+    name
+    for name in (
+        "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "all_to_all_single", "broadcast",
+    )
+    if hasattr(dist, name)
+)  # fmt: skip
+"""Those that a pass may take; versions of PyTorch call some by other names."""
 _sum_up = dist.all_reduce if dist.is_available() else None
 """The function itself, whatever is put in its place while passes are guarded."""
 
@@ -50,6 +57,8 @@ class Comm:
     """Objects that keep collective functions of their own: a library's."""
     _gone_well: set[Hashable] = field(default_factory=set)
     """Sizes of passes that no rank failed."""
+    _guards: list[None] = field(default_factory=list)
+    """One entry while a pass is guarded."""
 
     @classmethod
     def of_replicas(cls, world: World, degree: int | None, setting: str) -> Comm:
@@ -65,8 +74,16 @@ class Comm:
         return cls(world.replicas(1, "degree"), degree, partners, True, world, tuple(owners))
 
     def anyone(self, flag: bool) -> bool:
-        """Whether the flag is set on any partner that works on prompts of its own."""
-        return self.any_partner(flag) if self.lockstep else flag
+        """Whether the flag is set on any partner that works on prompts of its own.
+
+        In a guarded pass the question comes first, as before any collective: the flag of a partner whose memory has run
+        out would be taken for an answer.
+        """
+        if not self.lockstep:
+            return flag
+        if self._guards:
+            self._ask()
+        return self.any_partner(flag)
 
     def alike(self, value: float) -> float:
         """One partner's number on all of them, for what they have to do alike."""
@@ -115,14 +132,18 @@ class Comm:
         _sum_up(count, group=self.partners)
         return count.item() > 0
 
+    def _ask(self) -> None:
+        """Raise where a partner has told that it takes no further part in this pass."""
+        if self.any_partner(False):
+            raise PeerRanOut
+
     @contextmanager
     def _guard(self) -> Iterator[None]:
         """While the context lasts, every collective begins with the question whether all partners take part in it."""
 
         def guarded(collective: Callable[..., Any]) -> Callable[..., Any]:
             def asks_first(*args: Any, **kwargs: Any) -> Any:
-                if self.any_partner(False):
-                    raise PeerRanOut
+                self._ask()
                 return collective(*args, **kwargs)
 
             return asks_first
@@ -134,9 +155,11 @@ class Comm:
         ]
         for owner, name, function in replaced:
             setattr(owner, name, guarded(function))
+        self._guards.append(None)
         try:
             yield
         finally:
+            self._guards.pop()
             for owner, name, function in replaced:
                 setattr(owner, name, function)
 

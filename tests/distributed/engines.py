@@ -35,6 +35,7 @@ CLASSES = {
     "zero3": "zero3.Zero3",
     "tensor_parallel": "tensor_parallel.TensorParallel",
     "expert_parallel": "expert_parallel.ExpertParallel",
+    "fsdp": "fsdp.Fsdp",
 }
 
 

@@ -28,16 +28,17 @@ def engine_of(world: World, folder: str, placement: str, batch_size: int) -> Any
 
 
 @contextlib.contextmanager
-def starved(engine: Any, most_tokens: int = MOST_TOKENS) -> Iterator[None]:
-    """Memory runs out within the second block, between two collectives, where a pass has too many tokens."""
+def starved(engine: Any, most_tokens: int = MOST_TOKENS, where: str = "block") -> Iterator[None]:
+    """Memory runs out within the second block, between two collectives, where a pass has too many tokens; or in the
+    head, after a pass's last collective."""
 
     def full(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         if hidden_BSD.shape[:-1].numel() > most_tokens:
             raise torch.OutOfMemoryError("pretended")
 
-    block = engine.model.get_submodule(f"{engine.anatomy.blocks}.1.self_attn")
-    handle = block.register_forward_pre_hook(full, with_kwargs=True)
+    path = "lm_head" if where == "head" else f"{engine.anatomy.blocks}.1.self_attn"
+    handle = engine.model.get_submodule(path).register_forward_pre_hook(full, with_kwargs=True)
     try:
         yield
     finally:
@@ -68,6 +69,18 @@ def starved_scores(world: World, folder: str, placement: str, batch_size: int) -
         except UserError as error:
             return {"said": str(error)}
         return {"found": found, "expected": expected, "sizes": dict(engine.batch_sizes)}
+
+
+def answers_of_a_starved_head(world: World, folder: str, placement: str) -> list[Any]:
+    """Answers, and the rows of a batch that is left, where the last rank has memory for two rows in the head; and those
+    with memory enough."""
+    with contextlib.closing(engine_of(world, folder, placement, 1)) as engine:
+        expected = engine.generate(prompts(), [None])
+    with contextlib.closing(engine_of(world, folder, placement, 4)) as engine:
+        narrow = starved(engine, 2, "head") if world.rank == world.size - 1 else contextlib.nullcontext()
+        with narrow:
+            found = engine.generate(prompts(), [None])
+        return [found == expected, engine.batch_sizes["generate"]]
 
 
 def never_fits(world: World, folder: str, placement: str) -> str:

@@ -22,7 +22,9 @@ def scaled(folder: Path, name: str, factor: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("phase", "placement"), [("capture", "zero3"), ("evaluate", "tensor_parallel")])
+@pytest.mark.parametrize(
+    ("phase", "placement"), [("capture", "zero3"), ("evaluate", "tensor_parallel"), ("evaluate", "fsdp")]
+)
 @pytest.mark.parametrize(
     ("name", "factor", "reached"),
     [

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [7, 0], ids=["in a pass", "in measuring"])
-@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel"])
+@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp"])
 def test_both_ranks_go_on_with_as_many_rows(ranks, folder, placement, batch_size):
     first, second = ranks(2).run(work.starved_scores, folder=folder, placement=placement, batch_size=batch_size)
     assert first["sizes"] == second["sizes"]
@@ -38,7 +38,13 @@ def test_both_ranks_end_with_one_sentence_where_weights_are_gathered(ranks, fold
     assert said[0] == said[1] and "from which zero3 cannot recover; set generation.batch_size below" in said[0]
 
 
-@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel"])
+@pytest.mark.parametrize("placement", ["expert_parallel", "fsdp"])
+def test_memory_that_runs_out_after_the_last_collective_is_no_answer(ranks, folder, placement):
+    """Ranks in lockstep ask each other who goes on: a failure must not be taken for somebody who does."""
+    assert ranks(2).run(work.answers_of_a_starved_head, folder=folder, placement=placement) == [[True, 2]] * 2
+
+
+@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp"])
 def test_a_row_that_never_fits_on_one_rank_is_told_by_both(ranks, folder, placement):
     for said in ranks(2).run(work.never_fits, folder=folder, placement=placement):
         assert said.startswith("a single prompt does not fit in memory while capture runs")

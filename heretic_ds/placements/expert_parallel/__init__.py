@@ -17,9 +17,19 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import Cost, Facts, Resources
+from heretic_ds.placements.costs import (
+    DEEPSPEED,
+    LIBRARIES,
+    READ_BUFFER,
+    Cost,
+    Exchange,
+    Facts,
+    Resources,
+    Use,
+    estimate,
+    largest_streamed,
+)
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, settle_accelerator
-from heretic_ds.placements.estimates import DEEPSPEED, READ_BUFFER, Exchange, Use, estimate, largest_streamed
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
@@ -67,14 +77,13 @@ class ExpertParallel(Placement):
         assert experts is not None
         travels = 2 * experts.per_token * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
         use = Use(
-            degree=degree,
             held=facts.weights - experts.bytes + experts.bytes // degree,
             replicas=resources.ranks,
             sharers=degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=(facts.weights - experts.bytes + experts.bytes / degree) / facts.weights,
-            exchange=Exchange(members=degree, token_bytes=travels * experts.blocks, messages=4 * experts.blocks),
-            extra=DEEPSPEED,
+            exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=4 * experts.blocks),),
+            libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

@@ -14,8 +14,7 @@ import torch
 from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import Cost, Facts, Resources
-from heretic_ds.placements.estimates import DEEPSPEED, Use, estimate
+from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Facts, Resources, Use, estimate
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
@@ -59,13 +58,12 @@ class KernelInject(Placement):
         shape = Shape.of(config, facts.anatomy.n_blocks, facts.dtype, family.gated)
         tokens = shape.tokens_for(work.longest_prompt, work.new_tokens)
         use = Use(
-            degree=1,
             held=facts.weights,
             replicas=resources.ranks,
             workspace=shape.bytes_for(work.batch, tokens),
             operations=_LAUNCHES_A_BLOCK * facts.anatomy.n_blocks,
             together=False,
-            extra=DEEPSPEED,
+            libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

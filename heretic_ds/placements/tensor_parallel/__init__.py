@@ -23,8 +23,18 @@ from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import Cost, Facts, Resources
-from heretic_ds.placements.estimates import DEEPSPEED, READ_BUFFER, Exchange, Use, estimate, largest_streamed
+from heretic_ds.placements.costs import (
+    DEEPSPEED,
+    LIBRARIES,
+    READ_BUFFER,
+    Cost,
+    Exchange,
+    Facts,
+    Resources,
+    Use,
+    estimate,
+    largest_streamed,
+)
 from heretic_ds.placements.tensor_parallel import autotp, hf_plan, planned, sharding
 from heretic_ds.placements.tensor_parallel.layers import SplitByOutputs, split_vocabulary
 from heretic_ds.runner.comm import Comm
@@ -85,14 +95,15 @@ class TensorParallel(Placement):
             messages=sums + 1,
         )
         use = Use(
-            degree=degree,
             held=held,
             replicas=resources.ranks // degree,
             share=1 / degree,
+            caches=1 / degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=1 / degree,
-            exchange=exchange,
-            extra=DEEPSPEED,
+            exchanges=(exchange,),
+            reuses=True,
+            libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

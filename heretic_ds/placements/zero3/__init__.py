@@ -15,9 +15,8 @@ import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Capturing, Placement, runner_of
-from heretic_ds.placements.costs import Cost, Facts, Resources, bytes_of
+from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Exchange, Facts, Resources, Use, bytes_of, estimate
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, start_deepspeed
-from heretic_ds.placements.estimates import DEEPSPEED, Exchange, Use, estimate
 from heretic_ds.placements.zero3.offload import check_offload, load_reader
 from heretic_ds.placements.zero3.partitions import Partitions, gathered_at_once
 from heretic_ds.runner.comm import Comm
@@ -95,22 +94,18 @@ class Zero3(Placement):
         ahead = options.prefetch_bucket_size * facts.dtype.itemsize
         gathered = max(largest, facts.head) + ahead + (facts.embedding if facts.tied else 0)
         cut = math.ceil(facts.weights / ranks)
+        travels = facts.weights * (ranks - 1) / ranks
+        exchange = Exchange(ranks, pass_bytes=travels, messages=len(parts), hidden=not resources.on_cpu)
         on_host = options.offload == "cpu"
         use = Use(
-            degree=ranks,
             held=stays + (0 if on_host or options.offload == "nvme" else cut),
             replicas=ranks,
             gathered=min(gathered, facts.weights),
             resting=cut if on_host else 0,
             read_parts=1 / ranks,
-            exchange=Exchange(
-                members=ranks,
-                pass_bytes=facts.weights * (ranks - 1) / ranks,
-                messages=len(parts) if ranks > 1 else 0,
-                hidden=True,
-            ),
+            exchanges=(exchange,) if ranks > 1 else (),
             fetched=0 if options.offload == "none" else cut,
-            extra=DEEPSPEED,
+            libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

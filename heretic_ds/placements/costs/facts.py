@@ -1,12 +1,7 @@
-"""What placements tell of themselves before anything is read: facts of a model and a job, machines, bytes and seconds.
-
-A placement says in its ``cost`` how it uses a rank, as a :class:`heretic_ds.placements.estimates.Use`; the arithmetic
-that follows from it is the same for all.
-"""
+"""What a plan knows of a model and a job: configuration, names and shapes, settings; no weights."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,72 +15,6 @@ from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint.open import refuse_quantised
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A description of hardware, as the files of ``conf/hardware/`` give it or as it was measured here."""
-
-    name: str
-    """What messages call it."""
-    device: str
-    """Kind of its devices: ``cpu`` or ``cuda``. A CPU's device is a share of its cores, one rank at work on it."""
-    nodes: int
-    """Computers."""
-    devices_per_node: int
-    """Devices of one computer."""
-    device_memory: float
-    """Bytes of one device; of a CPU's device its share of the host's memory."""
-    host_memory: float
-    """Bytes of host memory of one computer."""
-    flops_16bit: float
-    """Multiplications and additions a second of one device in 16 bits, dense, each counted."""
-    flops_32bit: float
-    """The same in float32."""
-    memory_bandwidth: float
-    """Bytes a second that a device reads of its own memory."""
-    link_bandwidth: float
-    """Bytes a second, in one direction, that a device sends to others of its computer."""
-    link_latency: float
-    """Seconds that the smallest message takes on that way."""
-    network_bandwidth: float
-    """Bytes a second, in one direction, that a device's share of the network between computers carries."""
-    network_latency: float
-    """Seconds that the smallest message takes on that way."""
-    host_bandwidth: float
-    """Bytes a second between a device and host memory."""
-    disk_bandwidth: float
-    """Bytes a second at which a computer reads files."""
-    launch_seconds: float
-    """What one operation costs before it computes anything: calling it, launching its kernel."""
-
-    @property
-    def devices(self) -> int:
-        """Of all computers together."""
-        return self.nodes * self.devices_per_node
-
-    def flops(self, dtype: torch.dtype) -> float:
-        """Multiplications and additions a second of one device."""
-        return self.flops_16bit if dtype.itemsize <= 2 else self.flops_32bit
-
-
-@dataclass(frozen=True)
-class Resources:
-    """The part of a machine that a job has: one device a rank, consecutive ranks on one computer."""
-
-    machine: Machine
-    ranks: int
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.machine.device == "cpu"
-
-    def link(self, members: int) -> tuple[float, float]:
-        """Bytes a second and latency of the slowest way within so many consecutive ranks."""
-        machine = self.machine
-        if members <= machine.devices_per_node:
-            return machine.link_bandwidth, machine.link_latency
-        return machine.network_bandwidth, machine.network_latency
 
 
 @dataclass(frozen=True)
@@ -104,8 +33,8 @@ class Work:
     new_tokens: int = 100
     """Longest answer."""
     trials: int = 200
-    together: int = 4
-    """Trials that share a pass at most."""
+    together: int = 0
+    """Trials that share a pass; 0: up to 4."""
     batch: int = 0
     """Rows a batch; 0: as many as memory holds."""
     row_norm: str = "full"
@@ -243,40 +172,6 @@ class Experts:
         return self.number * (1 - (1 - self.per_token / self.number) ** tokens)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a placement takes: memory on the fullest rank at its fullest moment, and time."""
-
-    bytes: Mapping[str, int]
-    """Memory of a rank's device, by what lies in it. On a CPU it is the host's."""
-    host: Mapping[str, int]
-    """Memory of the host beside it, a rank, by what lies in it."""
-    seconds: Mapping[str, float]
-    """Time by phase: ``load``, ``capture`` of all prompts, one ``trial``."""
-    batch: int
-    """Rows a batch for which that is so."""
-
-    def fits(self, resources: Resources) -> str | None:
-        """None where that much memory is there, a tenth of it left free; else what is short."""
-        machine, device, host = resources.machine, sum(self.bytes.values()), sum(self.host.values())
-        ranks_here = min(resources.ranks, machine.devices_per_node)
-        if resources.on_cpu:
-            device, host = 0, device + host
-        if device > USABLE * machine.device_memory:
-            return f"needs {_gib(device)} of a device's {_gib(machine.device_memory)}"
-        if ranks_here * host > USABLE * machine.host_memory:
-            return f"{ranks_here} ranks need {_gib(ranks_here * host)} of a host's {_gib(machine.host_memory)}"
-        return None
-
-
-USABLE = 0.9
-"""Part of a memory that a plan fills: estimates are off by some percent, and memory is never free to its last byte."""
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
-
-
 def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
 
@@ -334,9 +229,3 @@ def _leaves(facts: Facts) -> int:
         if path.startswith(prefix) and not any(True for _ in module.children())
     ]
     return sum(not any(path.startswith(f"{root}.") for root in experts) for path in inside)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, the smallest first."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
