@@ -1,6 +1,6 @@
 """The planner beside the truth: memory a rank and order by speed, predicted and measured, for every placement.
 
-    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--work FOLDER]
+    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--add] [--work FOLDER]
 
 Needs: the package, no GPU and no network, some 8 GB of memory; the models are random ones of 30 to 400 million
 parameters, dense and with experts, made anew in a temporary folder. Takes some 20 minutes: each row is a job of two
@@ -31,6 +31,14 @@ RESULT = Path(__file__).resolve().parent / "results" / "planner_accuracy.json"
 MARK = "planner figures: "
 RANKS = 2
 TRAIN, EVALUATED, NEW_TOKENS, BATCH, EDITS = 32, 24, 12, 16, 2
+ASKED = {
+    "ranks": RANKS,
+    "train": TRAIN,
+    "evaluated": EVALUATED,
+    "new_tokens": NEW_TOKENS,
+    "batch": BATCH,
+    "edits": EDITS,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 30M": (
         "llama",
@@ -283,29 +291,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--only", default="", help="rows whose model and placement hold this text")
+    parser.add_argument("--add", action="store_true", help="keep the rows that are in the file and not measured now")
     parser.add_argument("--work", type=Path, help="folder for models, which are kept and used again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="planner_accuracy_") as made:
         from_ranks(__file__, RANKS, ["", "", "0"], MARK, seconds=300)
-        rows = []
+        rows: list[dict[str, Any]] = json.loads(options.result.read_text())["rows"] if options.add else []
         for model, placement in wanted(options.only):
             folder = (options.work or Path(made)) / model.replace(" ", "_").replace(",", "")
             if not folder.exists():
                 make_model(folder, *MODELS[model])
             arguments = [str(folder), placement, str(int(PLACEMENTS[placement]))]
+            rows = [each for each in rows if (each["model"], each["placement"]) != (model, placement)]
             rows.append(row(model, placement, from_ranks(__file__, RANKS, arguments, MARK, seconds=900)))
             print(table(rows[-1:], []).splitlines()[2], flush=True)
-    taus = orders(rows)
-    print(table(rows, taus))
-    asked = {
-        "ranks": RANKS,
-        "train": TRAIN,
-        "evaluated": EVALUATED,
-        "new_tokens": NEW_TOKENS,
-        "batch": BATCH,
-        "edits": EDITS,
-    }
-    keep(options.result, {"asked": asked, "rows": rows, "orders": taus, "threads_a_rank": 1})
+            keep(options.result, {"asked": ASKED, "rows": rows, "orders": orders(rows), "threads_a_rank": 1})
+    print(table(rows, orders(rows)))
     return 0
 
 

@@ -52,16 +52,13 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
         flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
-    for key in [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]:
-        source = Path(str(flat[key])).expanduser()
-        if source.is_file():
-            flat[key] = str(source.resolve())
-            digest = hashlib.sha256(source.read_bytes()).hexdigest()
-            flat[key.removesuffix("source") + "content"] = digest[:16]
-    template = Path(str(flat["prompts.template"] or "")).expanduser()
-    if "{" not in template.name and template.is_file():
-        flat["prompts.template"] = str(template.resolve())
-        flat["prompts.template.content"] = hashlib.sha256(template.read_bytes()).hexdigest()[:16]
+    sources = [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]
+    for key in (*sources, "prompts.template"):
+        file = Path(str(flat[key] or "")).expanduser()
+        if (key in sources or "{" not in file.name) and file.is_file():  # a template itself has a brace
+            flat[key] = str(file.resolve())
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            flat[f"{key.removesuffix('.source')}.content"] = digest[:16]
     flat.update(more)
     return json.loads(json.dumps(flat))
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def note_failed_capture() -> None:
 
 def peak_memory() -> dict[str, int]:
     """Peak bytes used so far by this process on the host, and on its device (0 without one)."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    host = _host_peak()
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     _highest["host"], _highest["device"] = max(_highest["host"], host), max(_highest["device"], device)
     return dict(_highest)
@@ -75,23 +76,20 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
     try:
         _call("malloc_trim", 0)  # what was freed and kept would be taken without being seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _number("/proc/self/status", "VmRSS")
+        before = psutil.Process().memory_info().rss
         run()
-        return _number("/proc/self/status", "VmHWM") - before
+        return _host_peak() - before
     except OSError:
         run()
         return None
 
 
-def free_bytes(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int:
     """Memory that this rank may still use; host memory is shared with the other ranks of this machine."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        return _number("/proc/meminfo", "MemAvailable") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    except OSError:
-        return None
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def give_back_memory() -> None:
@@ -123,13 +121,9 @@ def keep_freed_blocks() -> None:
         _call("mallopt", _M_TRIM_THRESHOLD, _KEPT_END)
 
 
-def _number(file: str, field: str) -> int:
-    """A field of a file of ``/proc``, which counts in kilobytes, in bytes."""
-    for line in Path(file).read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return 1024 * int(value.split()[0])
-    raise OSError(f"{file} has no {field}")
+def _host_peak() -> int:
+    """The most bytes of this process so far, or since the system was told to count anew."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _call(name: str, *arguments: int) -> int:

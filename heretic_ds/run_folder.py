@@ -9,8 +9,8 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from heretic_ds.errors import UserError
@@ -47,10 +47,9 @@ class RunFolder:
 
     def __init__(self, path: Path, lock: IO[str], made: Sequence[Path] = (), fresh: bool = False) -> None:
         self.path = path
-        self._lock = lock
         self._made, self._fresh = made, fresh
-        self._handler: logging.Handler | None = None
-        self._logged: logging.Logger | None = None
+        self._open = ExitStack()
+        self._open.callback(lock.close)
         self.results = path / "results.json"
         self.journal = path / "study.journal"
         self.directions = path / _DIRECTIONS
@@ -108,20 +107,12 @@ class RunFolder:
 
     def load_results(self) -> dict[str, Any] | None:
         """The results of the latest run in this folder; None where there are none yet."""
-        if not self.results.exists():
-            return None
-        try:
-            return json.loads(self.results.read_text(encoding="utf-8"))
-        except ValueError as error:
-            message = f"{self.results} is not valid JSON; remove it, or give another run.dir"
-            raise UserError(message) from error
+        return _read_json(self.results, "remove it, or give another run.dir")
 
     @property
     def measured(self) -> dict[str, Any]:
         """What earlier runs found by measuring (batch sizes, response prefix, ...), to be used again."""
-        if not self._measured.exists():
-            return {}
-        return json.loads(self._measured.read_text(encoding="utf-8"))
+        return _read_json(self._measured, "remove it") or {}
 
     def remember(self, **values: Any) -> None:
         """Add to :attr:`measured`, or replace in it; the file is written only where that changes it."""
@@ -130,25 +121,16 @@ class RunFolder:
             write_atomically(self._measured, json.dumps(content, indent=1) + "\n")
 
     def attach_log(self, logger: logging.Logger, level: int = logging.INFO) -> None:
-        """Append what this logger and its children say to ``run.log``, until :meth:`detach_log` or close."""
-        self.detach_log()
-        handler = logging.FileHandler(self.log, encoding="utf-8")
+        """Append what this logger and its children say to ``run.log``, until the folder is closed."""
+        handler = self._open.enter_context(closing(logging.FileHandler(self.log, encoding="utf-8")))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(level)
         logger.addHandler(handler)
-        self._handler, self._logged = handler, logger
-
-    def detach_log(self) -> None:
-        """Stop writing ``run.log``."""
-        if self._handler is not None and self._logged is not None:
-            self._logged.removeHandler(self._handler)
-            self._handler.close()
-        self._handler = self._logged = None
+        self._open.callback(logger.removeHandler, handler)
 
     def close(self) -> None:
-        """Detach the log and let other processes use the folder. Harmless when called again."""
-        self.detach_log()
-        self._lock.close()
+        """Let go of the log, and let other processes use the folder. Harmless when called again."""
+        self._open.close()
 
     def discard(self) -> None:
         """Close the folder, and remove again what this run put there, where it was the first in it, but for directions.
@@ -171,26 +153,29 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
-    results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
-    known = json.loads(json.dumps(dict(fingerprint)))  # without what is found out only by reading the inputs
-    same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in known.items())
-    done = results is not None and results.get("finished") == json.loads(json.dumps(dict(request)))
-    return results if same and done else None
+    try:
+        results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
+    except (OSError, UserError):  # opening the folder will say it
+        return None
+    # The fingerprint lacks here what is found out only by reading the inputs.
+    same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in fingerprint.items())
+    return results if same and results is not None and results.get("finished") == request else None
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, advice: str = "give another run.dir") -> Any:
+    """What a file of the folder holds; None where there is no such file. Raises UserError."""
+    if not file.is_file():
+        return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: opening the folder will say which
-        return None
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON; {advice}") from error
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -214,17 +199,10 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    file = path / _FINGERPRINT
-    if not file.exists():
-        return
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON; give another run.dir") from error
-    current = json.loads(json.dumps(dict(fingerprint)))
-    if stored != current:
+    stored = _read_json(path / _FINGERPRINT)
+    if stored not in (None, fingerprint):
         raise UserError(
-            f"{path} holds a run with other settings: {'; '.join(differences(stored, current))}. "
+            f"{path} holds a run with other settings: {'; '.join(differences(stored, fingerprint))}. "
             "Give another run.dir, or the same settings as before"
         )
 

@@ -69,6 +69,15 @@ class ModelSettings:
 
 
 @dataclass
+class LoadSettings:
+    """How ranks read the weights."""
+
+    share: bool = False
+    """Ranks of one machine that hold the whole model each read their part of the files, and exchange the parts on the
+    device; else each reads everything."""
+
+
+@dataclass
 class PromptSource:
     """Where one list of prompts comes from."""
 
@@ -267,6 +276,7 @@ class Settings:
 
     task: TaskSettings = field(default_factory=TaskSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
+    load: LoadSettings = field(default_factory=LoadSettings)
     prompts: PromptSettings = field(default_factory=PromptSettings)
     capture: dict[str, Any] = field(default_factory=dict)
     """How one replica of the model lies on ranks while residuals are captured: ``_target_``, the class of a placement,

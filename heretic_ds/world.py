@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,18 @@ ALONE = Replicas(count=1, degree=1, index=0, member=0, inside=None, across=None)
 
 
 @dataclass(frozen=True)
+class Machine:
+    """The ranks that run on one machine."""
+
+    ranks: tuple[int, ...]
+    """In ascending order."""
+    group: dist.ProcessGroup | None
+    """None where it is one rank."""
+    most: int
+    """How many ranks the machine with the most of them has."""
+
+
+@dataclass(frozen=True)
 class _Problem:
     """An error as other ranks are told of it: exceptions hold what cannot be pickled, or cannot be made anew of it."""
 
@@ -114,6 +127,8 @@ class World:
     local_rank: int = 0
     _layouts: dict[int, Replicas] = field(default_factory=dict, repr=False, compare=False)
     """By degree: process groups hold connections and buffers, so each is made once."""
+    _machine: list[Machine] = field(default_factory=list, repr=False, compare=False)
+    """This rank's, once it was asked for."""
     _hearts: Heartbeats | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -181,6 +196,24 @@ class World:
             return dist.group.WORLD
         made = [dist.new_group(list(ranks)) for ranks in groups]
         return next(group for group, ranks in zip(made, groups, strict=True) if self.rank in ranks)
+
+    def machine(self) -> Machine:
+        """The ranks that run on this rank's machine, which is known by its name. Every rank has to call it."""
+        if not self._machine:
+            names = self.gather(socket.gethostname())
+            machines = [
+                tuple(rank for rank in range(self.size) if names[rank] == name) for name in dict.fromkeys(names)
+            ]
+            made = {ranks: self._group_of(ranks) for ranks in machines}  # every rank takes part in making every group
+            own = next(ranks for ranks in machines if self.rank in ranks)
+            self._machine.append(Machine(own, made[own], max(map(len, machines))))
+        return self._machine[0]
+
+    def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        """The group of some ranks, which every rank takes part in making; None for one rank."""
+        if len(ranks) == 1:
+            return None
+        return dist.group.WORLD if len(ranks) == self.size else dist.new_group(list(ranks))
 
     def decide(self, make: Callable[[], T], what: str | None = None) -> T:
         """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`.
@@ -250,6 +283,7 @@ class World:
         global _joined
         _joined = None
         self._layouts.clear()
+        self._machine.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

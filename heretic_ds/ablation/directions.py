@@ -102,8 +102,4 @@ class Ablation:
     def writer_direction(self, block: int, gain_D: Tensor | None, direction_index: float | None) -> Tensor:
         """Unit direction [D] along which a writer of ``block`` is edited; ``gain_D`` is that of a norm after it."""
         direction_D = block_direction(self.directions_LD, block, direction_index)
-        return (
-            through_norm(direction_D, gain_D.to(direction_D) if gain_D is not None else None)
-            if self.through_norm
-            else direction_D
-        )
+        return through_norm(direction_D, gain_D) if self.through_norm else direction_D

@@ -36,6 +36,9 @@ ROW_NORMS = ("none", "pre", "full")
 """``none``: plain projection. ``pre``: the projection of the row-normalised matrix, rows scaled back. ``full``: that,
 with every row brought back to its old norm."""
 
+_NUMBERS_AT_ONCE = 2**21
+"""Of a matrix that is edited, so many are computed before they are written: 8 MiB in float32."""
+
 Reduce = Callable[[Tensor], Tensor]
 """Adds up a tensor over the ranks that hold parts of a writer."""
 
@@ -66,13 +69,9 @@ class Edit:
         return cls(direction_index=data["direction_index"], profiles=profiles)
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def row_norms(weight_DK: Tensor, row_norm: str, reduce: Reduce | None = None) -> Tensor:
     """n [..., D] of the formulas, at least float32: the rows' norms, or ones in mode ``none``."""
-    dtype = _accumulation_dtype(weight_DK.dtype)
+    dtype = torch.promote_types(weight_DK.dtype, torch.float32)
     if row_norm == "none":
         return torch.ones(weight_DK.shape[:-1], dtype=dtype, device=weight_DK.device)
     norms_D = torch.linalg.vector_norm(weight_DK, dim=-1, dtype=dtype)
@@ -114,6 +113,33 @@ def edit_weight(
 
     ``direction_D`` is a unit vector, ``strength`` is λ, ``row_norm`` one of :data:`ROW_NORMS`.
     """
+    edited_DK = torch.empty_like(weight_DK, dtype=torch.promote_types(weight_DK.dtype, torch.float32))
+    _edit_into(edited_DK, weight_DK, direction_D, strength, row_norm, reduce)
+    return edited_DK
+
+
+def edit_weight_(
+    weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce | None = None
+) -> None:
+    """Edit a writer's weight in place, rounding once to its own dtype; experts [E, D, K] go one at a time, so that the
+    working copy in float32 stays as small as one matrix. A matrix that is in float32 takes no copy."""
+    if weight_DK.dim() == 3 and reduce is not None:
+        _edit_split_experts_(weight_DK, direction_D, strength, row_norm, reduce)
+        return
+    matrices = weight_DK.unbind(0) if weight_DK.dim() == 3 else (weight_DK,)
+    for matrix_DK in matrices:
+        _edit_into(matrix_DK, matrix_DK, direction_D, strength, row_norm, reduce)
+
+
+def _edit_into(
+    target_DK: Tensor,
+    weight_DK: Tensor,
+    direction_D: Tensor,
+    strength: float,
+    row_norm: str,
+    reduce: Reduce | None,
+) -> None:
+    """Write the edited weight to ``target_DK``, which may be the weight itself."""
     norms_D = row_norms(weight_DK, row_norm, reduce)
     matrix_DK, direction_D = weight_DK.to(norms_D.dtype), direction_D.to(norms_D)
     overlap_K = _overlap_inputs(matrix_DK, norms_D, direction_D)
@@ -121,20 +147,7 @@ def edit_weight(
     if row_norm == "full":
         overlaps_D = _overlap_rows(matrix_DK, norms_D, overlap_K)
         overlaps_D = overlaps_D if reduce is None else reduce(overlaps_D)
-    return _edited(matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength)
-
-
-def edit_weight_(
-    weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce | None = None
-) -> None:
-    """Edit a writer's weight in place, rounding once to its own dtype; experts [E, D, K] go one at a time, so that the
-    working copy in float32 stays as small as one matrix."""
-    if weight_DK.dim() == 3 and reduce is not None:
-        _edit_split_experts_(weight_DK, direction_D, strength, row_norm, reduce)
-        return
-    matrices = weight_DK.unbind(0) if weight_DK.dim() == 3 else (weight_DK,)
-    for matrix_DK in matrices:
-        matrix_DK.copy_(edit_weight(matrix_DK, direction_D, strength, row_norm, reduce))
+    _write_edited(target_DK, matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength)
 
 
 def _edit_split_experts_(
@@ -154,7 +167,7 @@ def _edit_split_experts_(
     for (expert_DK, norms_D), overlaps_D in zip(experts, overlaps, strict=True):
         matrix_DK = expert_DK.to(norms_D.dtype)
         overlap_K = _overlap_inputs(matrix_DK, norms_D, direction_D)
-        expert_DK.copy_(_edited(matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength))
+        _write_edited(expert_DK, matrix_DK, overlap_K, norms_D, overlaps_D, direction_D, strength)
 
 
 def _overlap_inputs(matrix_DK: Tensor, norms_D: Tensor, direction_D: Tensor) -> Tensor:
@@ -167,19 +180,28 @@ def _overlap_rows(matrix_DK: Tensor, norms_D: Tensor, overlap_K: Tensor) -> Tens
     return (matrix_DK @ overlap_K.unsqueeze(-1)).squeeze(-1) * _reciprocal(norms_D)
 
 
-def _edited(
+def _write_edited(
+    target_DK: Tensor,
     matrix_DK: Tensor,
     overlap_K: Tensor,
     norms_D: Tensor,
     overlaps_D: Tensor | None,
     direction_D: Tensor,
     strength: float,
-) -> Tensor:
-    """W' from a, n and, in mode ``full``, b."""
-    edited_DK = matrix_DK - (strength * norms_D * direction_D).unsqueeze(-1) * overlap_K.unsqueeze(-2)
-    if overlaps_D is not None:
-        edited_DK *= _row_scales(norms_D, overlaps_D, direction_D, strength).unsqueeze(-1)
-    return edited_DK
+) -> None:
+    """W' from a, n and, in mode ``full``, b. Rows need nothing of each other any more, and go some at a time, so that
+    they may be written over the matrix itself and take little memory beside it."""
+    step_D = strength * norms_D * direction_D
+    scale_D = None if overlaps_D is None else _row_scales(norms_D, overlaps_D, direction_D, strength)
+    rows, per_row = matrix_DK.shape[-2], matrix_DK.numel() // max(1, matrix_DK.shape[-2])
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, per_row))
+    for first in range(0, rows, at_once):
+        some = slice(first, first + at_once)
+        edited_DK = step_D[..., some, None] * overlap_K.unsqueeze(-2)
+        torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
+        if scale_D is not None:
+            edited_DK *= scale_D[..., some, None]
+        target_DK[..., some, :].copy_(edited_DK)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def _find_decoder(model: nn.Module) -> tuple[str, DecoderRow]:
             "towers cannot be edited; choose another model.path"
         )
     lists = [
-        f"{path} (beside {', '.join(sibling for sibling, _ in _parent(model, path).named_children())})"
+        f"{path} (beside {', '.join(dict(model.get_submodule(path.rpartition('.')[0]).named_children()))})"
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     ]
@@ -246,10 +246,6 @@ def _norm_offset(block: nn.Module, norms: tuple[str, ...], block_path: str) -> f
                 "class to heretic_ds/anatomy/tables.py (NORM_OFFSETS)"
             )
     return NORM_OFFSETS[names[norms[-1]]] if norms else 0.0
-
-
-def _parent(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _join(parent: str, child: str) -> str:

@@ -108,16 +108,7 @@ _ATTENTION_NORMS = (
     "q_norm", "k_norm", "q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm", "q_a_layernorm",
     "kv_a_layernorm", "norm",
 )  # fmt: skip
-_MAMBA_READERS = (
-    "in_proj",
-    "x_proj",
-    "dt_proj",
-    "conv1d",
-    "norm",
-    "dt_layernorm",
-    "b_layernorm",
-    "c_layernorm",
-)
+_MAMBA_READERS = ("in_proj", "x_proj", "dt_proj", "conv1d", "norm", "dt_layernorm", "b_layernorm", "c_layernorm")
 _MLP_READERS = ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "fc_in", "dense_h_to_4h")
 _ROUTERS = ("gate", "gate.wg", "router", "router.gate", "shared_expert_gate", "gate.moe_statics")
 
@@ -193,11 +184,7 @@ NORM_LAYOUTS = (
         attention="post_attention_layernorm",
         mlp="post_feedforward_layernorm",
     ),
-    _layout(
-        _SANDWICH,
-        attention="post_attention_layernorm",
-        mlp="post_feedforward_layernorm",
-    ),
+    _layout(_SANDWICH, attention="post_attention_layernorm", mlp="post_feedforward_layernorm"),
     _layout(
         f"{_SANDWICH} post_per_layer_input_norm",
         attention="post_attention_layernorm",

@@ -55,12 +55,11 @@ class Assembled:
         """Copy this rank's part into `into`, converting dtype and device."""
         for piece in self.pieces:
             for where, start, stop in _overlaps(piece, shard):
-                if not piece.stacked:
-                    files.read_into(piece.tensor, into[where], shard.dim, start, stop)
-                elif shard.dim == 0:  # a member of the stack, as a whole
-                    files.read_into(piece.tensor, into[where][0])
+                target = into[where][0] if piece.stacked else into[where]
+                if piece.stacked and shard.dim == 0:  # a member of the stack, as a whole
+                    files.read_into(piece.tensor, target)
                 else:
-                    files.read_into(piece.tensor, into[where][0], shard.dim - 1, start, stop)
+                    files.read_into(piece.tensor, target, shard.dim - piece.stacked, start, stop)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,9 @@ def _overlaps(piece: Piece, shard: Shard) -> Iterator[tuple[tuple[slice, ...], i
 def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Source], list[str]]:
     """The source of every tensor of `model`'s state that the checkpoint has, and the checkpoint's names that fit none.
 
-    `shapes` are those of the checkpoint's tensors. Raises UserError where a tensor has another shape than the model.
+    `shapes` are those of the checkpoint's tensors. `model` learns by which conversions they fit it, as loading by
+    transformers would tell it, so that it is saved under the same names again. Raises UserError where a tensor has
+    another shape than the model.
     """
     state = model.state_dict()
     empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
@@ -154,6 +155,7 @@ def _grouped(
             continue
         _, tensors = groups.setdefault(renamed, (by_pattern[pattern] if pattern else None, {}))
         tensors.setdefault(pattern or name, []).append(name)
+    model._weight_conversions = [entry for entry in conversions if entry.was_used()]  # type: ignore[assignment]
     return groups, unused
 
 

@@ -57,6 +57,14 @@ class TensorFiles:
         with (self._folder / info.file).open("rb") as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], shape, dim, wanted, target)
 
+    def read_numbers_into(self, name: str, target: Tensor, start: int = 0) -> None:
+        """Copy numbers of one tensor, as one row from its number ``start`` on, to the row ``target``, as
+        :meth:`read_into` does."""
+        info = self._headers[name]
+        wanted = range(start, start + len(target))
+        with (self._folder / info.file).open("rb") as file:
+            self._copy(file, info.begin, STORED_DTYPES[info.dtype], (math.prod(info.shape),), 0, wanted, target)
+
     def _copy(
         self,
         file: IO[bytes],

@@ -146,6 +146,13 @@ class OpenedModel:
         """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
         refuse_quantised(self.choice.path, self.quantization, phase)
 
+    def too_large(self, dtype: torch.dtype, error: Exception) -> UserError:
+        """What to say where the device has no memory for the whole model."""
+        return UserError(
+            f"model.path={self.choice.path} in {dtype_name(dtype)} does not fit on {self.device} "
+            f"({first_line(error)}); set model.device=cpu, or a smaller model.dtype."
+        )
+
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model in eval mode, without gradients, decoding greedily."""
         model.requires_grad_(False).eval()
@@ -289,10 +296,7 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
             _forget_quantization(model)
         return model.to(device)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"model.path={choice.path} in {dtype_name(dtype)} does not fit on {device} "
-            f"({first_line(error)}); set model.device=cpu, or a smaller model.dtype."
-        ) from error
+        raise opened.too_large(dtype, error) from error
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
 

@@ -6,13 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.checkpoint.source import GENERATION_NAME, PROCESSOR_FILES, TOKENIZER_FILES, read_json

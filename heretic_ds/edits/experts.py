@@ -74,7 +74,7 @@ def edit_experts(model: PreTrainedModel, path: str, edit: EditSlots) -> Callable
     return lambda: delattr(experts, _EDIT)
 
 
-def sum_experts_over_ranks(model: PreTrainedModel, anatomy: Anatomy, group: dist.ProcessGroup) -> None:
+def sum_experts_over_ranks(model: PreTrainedModel, anatomy: Anatomy, group: dist.ProcessGroup | None) -> None:
     """Let every module of fused experts, of whose inner width each rank of ``group`` holds a part, add up its outputs.
 
     The computation itself stays the one that the model had chosen.

@@ -16,8 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES
-from heretic_ds.export.manifest import package_versions
-from heretic_ds.export.names import public_data_name, public_model_name
+from heretic_ds.export.manifest import package_versions, public_data_name, public_model_name
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from heretic_ds.checkpoint.source import (
     read_headers,
     read_json,
 )
-from heretic_ds.errors import UserError
-from heretic_ds.export.target import MANIFEST_NAME, check_export_target, replaced_folder
+from heretic_ds.export.streaming import EditedFiles
+from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = "5GB"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_ONE_RANK = World()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ def export_model(
     card: str,
     manifest: Mapping[str, Any],
     overwrite: bool = False,
-    write_weights: Callable[[Path], None] | None = None,
+    weights: EditedFiles | None = None,
+    world: World = _ONE_RANK,
 ) -> ExportResult:
     """Write `loaded.model` with its tokenizer, configurations, `card` and `manifest` to the folder `target`.
 
@@ -68,30 +72,51 @@ def export_model(
     of it appears at once: until the last file is on disk, `target` stays as it was. Raises UserError as
     `check_export_target` does.
 
-    `write_weights` writes the weight files to a folder instead, for a model whose weights are not in memory.
+    `weights` are written instead, by all ranks, for a model whose weights are not in memory; all else is rank 0's work.
+    Every rank of `world` calls this, and an error on one of them is raised on all.
     """
     size = model_bytes(loaded.model)
-    target = check_export_target(target, overwrite, source=loaded.source, needed_bytes=size)
-    try:
-        with replaced_folder(target) as folder:
-            if write_weights is None:
+    target = Path(target).expanduser().resolve()
+    with ExitStack() as unfinished:
+
+        def begin() -> str:
+            check_export_target(target, overwrite, source=loaded.source, needed_bytes=size)
+            with failures_named(target):
+                return str(unfinished.enter_context(replaced_folder(target)))
+
+        def save() -> None:
+            with failures_named(target):
                 loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-            else:
-                write_weights(folder)
-                loaded.model.config.save_pretrained(folder)
-            _write_configs(loaded, folder)
-            _copy_companions(loaded, folder)
-            written = read_headers(folder)
-            if write_weights is None:
-                _check_complete(loaded.model, written)
-            left_behind = _left_behind(loaded, set(written))
-            (folder / CARD_NAME).write_text(card, encoding="utf-8")
-            _write_json(folder / MANIFEST_NAME, {**manifest, "left_behind": list(left_behind)})
-    except OSError as error:
-        raise UserError(f"export.dir={target} could not be written ({error}); the folder is as it was.") from error
-    if left_behind:
-        log.warning("%d tensors of the original are not part of the model and were not copied", len(left_behind))
-    return ExportResult(target, len(written), size, left_behind)
+                _check_complete(loaded.model, read_headers(folder))
+
+        def finish() -> ExportResult:
+            with failures_named(target):
+                tensors, left_behind = _complete(loaded, folder, card, manifest)
+                unfinished.close()  # here, for the other ranks to learn of an error of it
+            return ExportResult(target, tensors, size, left_behind)
+
+        folder = Path(world.decide(begin))
+        if weights is None:
+            world.decide(save, "writing the model")
+        else:
+            weights.write(world, folder, target)
+        result = world.decide(finish, "finishing the model")
+    if result.left_behind:
+        log.warning("%d tensors of the original are not part of the model and were not copied", len(result.left_behind))
+    return result
+
+
+def _complete(loaded: LoadedModel, folder: Path, card: str, manifest: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    """Write all that goes with weights. Returns their number, and what of the original is not among them."""
+    if not (folder / CONFIG_NAME).exists():
+        loaded.model.config.save_pretrained(folder)
+    _write_configs(loaded, folder)
+    _copy_companions(loaded, folder)
+    written = read_headers(folder)
+    left_behind = _left_behind(loaded, set(written))
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    _write_json(folder / MANIFEST_NAME, {**manifest, "left_behind": list(left_behind)})
+    return len(written), left_behind
 
 
 def _write_configs(loaded: LoadedModel, folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""The machine-readable record of an export: what was done to which model, with which versions and numbers."""
+"""The machine-readable record of an export: what was done to which model, with which versions and numbers.
+
+Names in it, and in the card, are for others to read: without paths of this machine.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.export.names import public_model_name
+from heretic_ds.checkpoint.source import CONFIG_NAME, is_hub_id, read_json
 
 SCHEMA = 1
 _PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")
@@ -57,3 +61,20 @@ def build_manifest(
         "tensors_edited": list(tensors_edited),
         "versions": package_versions(),
     }
+
+
+def public_model_name(loaded: LoadedModel) -> str:
+    """Hub id of the base model, where its files tell it, else its folder's name."""
+    if loaded.is_hub:
+        return loaded.model_name
+    config = loaded.source / CONFIG_NAME
+    origin = str(read_json(config).get("_name_or_path") or "") if config.is_file() else ""
+    if "/" in origin and is_hub_id(origin) and not Path(origin).exists():
+        return origin
+    return Path(loaded.model_name).name
+
+
+def public_data_name(source: str) -> str:
+    """A prompt source as it may be published: a hub data set's id, but only the last part of a path."""
+    path = Path(source).expanduser()
+    return source if is_hub_id(source) and not path.exists() else path.name

@@ -1,27 +1,40 @@
-"""Edits a checkpoint from file to file, one weight file at a time: for models that no single process holds whole.
+"""Edits a checkpoint from file to file, one tensor at a time: for models that no single process holds whole.
 
-Every tensor is copied but those of writers, which go through the same edit as weights in memory.
+Every tensor is copied but those of writers, which go through the same edit as weights in memory. Ranks share out the
+files, and each file is the same, byte for byte, whichever rank writes it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint import Checkpoint, Shard
+from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
 from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
-from heretic_ds.checkpoint.source import WEIGHT_FILES, TensorInfo
+from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
 from heretic_ds.errors import UserError
+from heretic_ds.export.target import failures_named
+from heretic_ds.export.tensor_file import TensorForm, write_tensors
+from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
+
+_COPIED_AT_ONCE = 2**21
+"""Numbers of a tensor that is copied."""
 
 
 @dataclass(frozen=True)
@@ -70,32 +83,126 @@ def _gain(checkpoint: Checkpoint, writer: Writer) -> Tensor | None:
     return gain_D
 
 
-@torch.no_grad()
-def edited_tensor(tensor: Tensor, change: TensorEdit, row_norm: str) -> Tensor:
-    """One tensor of the checkpoint after its edit, in its own dtype. A fused one [E, ...] holds E matrices."""
-    edited = tensor.clone()
-    across = change.writer.layout in ("KD", "EKD")
-    edit_weight_(edited.transpose(-1, -2) if across else edited, change.direction_D, change.strength, row_norm)
-    return edited
+@dataclass(frozen=True)
+class EditedFiles:
+    """The weight files of an edited model, each under the name of the one it is made from, and their index."""
+
+    source: Path
+    """Folder of the original checkpoint."""
+    headers: Mapping[str, TensorInfo]
+    """What the original's files hold, by tensor name."""
+    forms: Mapping[str, TensorForm]
+    """What is written, by tensor name."""
+    edits: Mapping[str, TensorEdit]
+    """By tensor name; all others are copied."""
+    row_norm: str
+
+    @classmethod
+    def plan(
+        cls, opened: OpenedModel, anatomy: Anatomy, ablation: Ablation, edit: Edit, dtype: torch.dtype
+    ) -> tuple[LoadedModel, EditedFiles]:
+        """The model without its weights, as the card and the manifest describe it, and its weight files.
+
+        Weights are cast to ``dtype``, in which the edit was verified, as loading would. Raises UserError for
+        checkpoints that are quantised or not safetensors.
+        """
+        if opened.quantization is not None or not opened.headers:
+            kind = "quantised" if opened.quantization is not None else "pickled"
+            raise UserError(f"{opened.source.name} is {kind}, and can only be written whole; set evaluate=replicated")
+        skeleton, checkpoint = opened.empty_model(dtype)
+        edits, kept = plan_edits(checkpoint, anatomy, ablation, edit), _kept_dtypes(checkpoint, dtype)
+        forms = {}
+        for name, info in opened.headers.items():
+            stored = STORED_DTYPES[info.dtype]
+            forms[name] = TensorForm(info.shape, kept.get(name, dtype) if stored.is_floating_point else stored)
+        loaded = opened.loaded(skeleton, dtype)
+        return loaded, cls(opened.source.folder, opened.headers, forms, edits, ablation.row_norm)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file's tensors as they are written, by the file's name."""
+        sizes: dict[str, int] = {}
+        for name in sorted(self.headers):
+            file = self.headers[name].file
+            sizes[file] = sizes.get(file, 0) + self.forms[name].size
+        return sizes
+
+    def write(self, world: World, folder: Path, target: Path) -> None:
+        """Write all files to ``folder``, which rank 0 has made; every rank takes part, with files of its own.
+
+        A rank that does not see the folder, since its machine shares no disk with rank 0's, leaves the work to the
+        others. In memory is one matrix at a time. An error on any rank is raised on all of them; ``target`` is what
+        it calls the folder.
+        """
+        mark = Path(world.decide(lambda: str(_marked(folder))))
+        seen = world.gather(os.path.isfile(mark))  # no also where the disk answers with an error
+        writers = [rank for rank, sees in enumerate(seen) if sees]
+        mine = shared_out(self.sizes, len(writers))[writers.index(world.rank)] if world.rank in writers else []
+        if len(writers) < world.size:
+            log.info("%d of %d ranks see the export folder, and write the model", len(writers), world.size)
+
+        def write_mine() -> None:
+            with failures_named(target):
+                for file in mine:
+                    self.write_file(folder, file)
+
+        def end() -> None:
+            mark.unlink()
+            self._write_index(folder)
+
+        world.agree(write_mine, "writing the model")
+        world.decide(end)
+
+    @torch.no_grad()
+    def write_file(self, folder: Path, file: str) -> None:
+        """Write one file, with the other metadata that the original's has."""
+        forms = {name: self.forms[name] for name, info in self.headers.items() if info.file == file}
+        with safe_open(self.source / file, framework="pt") as original:
+            metadata = {**(original.metadata() or {}), "format": "pt"}
+        tensors = TensorFiles(self.source, self.headers)
+
+        def parts(name: str) -> Iterator[Tensor]:
+            return self._edited(tensors, name) if name in self.edits else self._copied(tensors, name)
+
+        write_tensors(folder / file, forms, parts, metadata)
+
+    def _copied(self, tensors: TensorFiles, name: str) -> Iterator[Tensor]:
+        """Some numbers of a tensor at a time, in memory that the next overwrite."""
+        form = self.forms[name]
+        count = math.prod(form.shape)
+        buffer = torch.empty(min(count, _COPIED_AT_ONCE), dtype=form.dtype)
+        for start in range(0, count, _COPIED_AT_ONCE):
+            part = buffer[: count - start]
+            tensors.read_numbers_into(name, part, start)
+            yield part
+
+    def _edited(self, tensors: TensorFiles, name: str) -> Iterator[Tensor]:
+        """One matrix at a time, of which a fused writer [E, ...] has many, in memory that the next overwrites."""
+        form, change = self.forms[name], self.edits[name]
+        matrix = torch.empty(form.shape[-2:], dtype=form.dtype)
+        across = change.writer.layout in ("KD", "EKD")
+        for start in range(0, math.prod(form.shape), matrix.numel()):
+            tensors.read_numbers_into(name, matrix.view(-1), start)
+            weight_DK = matrix.T if across else matrix
+            edit_weight_(weight_DK, change.direction_D, change.strength, self.row_norm)
+            yield matrix
+
+    def _write_index(self, folder: Path) -> None:
+        """The index of several files; one alone has none."""
+        if list(self.sizes) == [WEIGHT_FILES[0]]:
+            return
+        content = {
+            "metadata": {"total_size": sum(self.sizes.values())},
+            "weight_map": {name: self.headers[name].file for name in sorted(self.headers)},
+        }
+        (folder / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def weight_writer(
-    opened: OpenedModel, anatomy: Anatomy, ablation: Ablation, edit: Edit, dtype: torch.dtype
-) -> tuple[LoadedModel, Callable[[Path], None]]:
-    """The model without its weights, as the card and the manifest describe it, and what writes its edited weights.
-
-    Weights are cast to ``dtype``, in which the edit was verified, as loading would. Raises UserError for checkpoints
-    that are quantised or not safetensors.
-    """
-    if opened.quantization is not None or not opened.headers:
-        kind = "quantised" if opened.quantization is not None else "pickled"
-        raise UserError(f"{opened.source.name} is {kind}, and can only be written whole; set evaluate=replicated")
-    source = opened.source
-    skeleton, checkpoint = opened.empty_model(dtype)
-    plan = plan_edits(checkpoint, anatomy, ablation, edit)
-    kept = _kept_dtypes(checkpoint, dtype)
-    loaded = opened.loaded(skeleton, dtype)
-    return loaded, lambda folder: _write(folder, source.folder, opened.headers, plan, ablation.row_norm, dtype, kept)
+def _marked(folder: Path) -> Path:
+    """A new file in the folder, by which ranks of other machines know that theirs is the same."""
+    mark = folder / f".{uuid4().hex}"
+    mark.touch()
+    return mark
 
 
 def _kept_dtypes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -107,30 +214,12 @@ def _kept_dtypes(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.
     return kept
 
 
-def _write(
-    folder: Path,
-    source: Path,
-    headers: Mapping[str, TensorInfo],
-    plan: Mapping[str, TensorEdit],
-    row_norm: str,
-    dtype: torch.dtype,
-    kept: Mapping[str, torch.dtype],
-) -> None:
-    """Write every weight file of ``source`` to ``folder``, and their index; in memory is one file's tensors."""
-    files, size = sorted({info.file for info in headers.values()}), 0
-    for file in files:
-        tensors: dict[str, Tensor] = {}
-        with safe_open(source / file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dict
-                tensor = shard.get_tensor(name)
-                if tensor.is_floating_point():
-                    tensor = tensor.to(kept.get(name, dtype))
-                tensors[name] = edited_tensor(tensor, plan[name], row_norm) if name in plan else tensor
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if files != [WEIGHT_FILES[0]]:
-        content = {
-            "metadata": {"total_size": size},
-            "weight_map": {name: headers[name].file for name in sorted(headers)},
-        }
-        (folder / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def shared_out(sizes: Mapping[str, int], writers: int) -> list[list[str]]:
+    """Files by writer: the largest first, each to whoever has the fewest bytes so far."""
+    shares: list[list[str]] = [[] for _ in range(writers)]
+    totals = [0] * writers
+    for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
+        least = totals.index(min(totals))
+        shares[least].append(file)
+        totals[least] += sizes[file]
+    return shares

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+import psutil
+
 from heretic_ds.checkpoint.source import (
     CARD_NAME,
     CODE_FILES,
@@ -104,6 +106,15 @@ def _check_replaceable(target: Path) -> None:
 
 
 @contextmanager
+def failures_named(target: Path) -> Iterator[None]:
+    """Errors of the system inside, while an export to ``target`` is written, become a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"export.dir={target} could not be written ({error}); the folder is as it was.") from error
+
+
+@contextmanager
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an error.
 
@@ -141,8 +152,8 @@ def recover_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
-        if match is None or _runs(int(match[2])):
-            continue
+        if match is None or (psutil.pid_exists(pid := int(match[2])) and pid != os.getpid()):
+            continue  # of this process no other export is under way
         if match[1] == "old" and not target.exists():
             entry.rename(target)
         else:
@@ -155,16 +166,6 @@ def _sibling(target: Path, kind: str) -> Path:
 
 def _host() -> str:
     return re.sub(r"[^\w.]", "_", socket.gethostname())
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid != os.getpid()  # this process has no other export under way
 
 
 def _sync(path: Path) -> None:

@@ -83,7 +83,11 @@ class Cluster(Supervised):
         try:
             self._watch(nodes)
         finally:
-            _part(nodes)
+            for node in nodes:
+                node.part()
+            deadline = time.monotonic() + _PARTING_SECONDS
+            for node in nodes:
+                node.wait(max(deadline - time.monotonic(), 0.0))
         if self._ending_signal is not None:
             return ended_by(self._ending_signal)
         failed = [node for node in nodes if node.outcome.status != 0]
@@ -185,14 +189,6 @@ class _Node:
                 self.failed_at = min(self.failed_at, time.monotonic())
             if not report["failing"]:
                 self._outcome = Outcome(report["status"], report["error"])
-
-
-def _part(nodes: Sequence[_Node]) -> None:
-    for node in nodes:
-        node.part()
-    deadline = time.monotonic() + _PARTING_SECONDS
-    for node in nodes:
-        node.wait(max(deadline - time.monotonic(), 0.0))
 
 
 def _is_here(host: str) -> bool:

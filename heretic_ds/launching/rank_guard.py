@@ -50,11 +50,12 @@ def enter() -> None:
     _entered = True
     die_with_parent()
     threading.Thread(target=_watch, args=(_ancestors(),), name="rank guard", daemon=True).start()
-    if folder := _folder():
-        _write({"pid": os.getpid()})
-    if _rank() != 0:
+    file = _words_file()
+    if file is not None:
+        _write(file, {"pid": os.getpid()})
+    if os.environ["RANK"] != "0":
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides what Ctrl-C means
-        _redirect(folder / f"rank-{_rank()}.log" if folder else Path(os.devnull), also_errors=folder is not None)
+        _redirect(file.with_suffix(".log") if file else Path(os.devnull), also_errors=file is not None)
 
 
 def leave_word(text: str, status: int, shared: bool = True) -> bool:
@@ -63,13 +64,14 @@ def leave_word(text: str, status: int, shared: bool = True) -> bool:
     ``text`` is what the user has to see; ``shared`` says that rank 0 mostly comes to the same. The first word counts:
     later ones are consequences.
     """
+    above_0, file = os.environ.get("RANK", "0") != "0", _words_file()
     if not _entered:
-        return shared and os.environ.get("RANK", "0") != "0"
-    if _folder() is not None:
-        if not _words_file().is_file() or "status" not in json.loads(_words_file().read_text(encoding="utf-8")):
-            _write({"pid": os.getpid(), "status": status, "text": text, "time": time.time()})
+        return shared and above_0
+    if file is not None:
+        if not file.is_file() or "status" not in json.loads(file.read_text(encoding="utf-8")):
+            _write(file, {"pid": os.getpid(), "status": status, "text": text, "time": time.time()})
         return True
-    if _rank() != 0 and shared:
+    if above_0 and shared:
         # Where rank 0 says the same, the launcher ends this rank meanwhile. What this rank alone found, it says.
         time.sleep(_SECONDS_FOR_RANK_0)
     return False
@@ -128,21 +130,13 @@ def _redirect(file: Path, also_errors: bool) -> None:
     os.close(handle)
 
 
-def _rank() -> int:
-    return int(os.environ["RANK"])
-
-
-def _folder() -> Path | None:
+def _words_file() -> Path | None:
+    """Where this rank leaves word, beside its log; None under a bare launcher."""
     folder = os.environ.get(FOLDER)
-    return Path(folder) if folder else None
+    return Path(folder) / f"rank-{os.environ['RANK']}.json" if folder and _entered else None
 
 
-def _words_file() -> Path:
-    return Path(os.environ[FOLDER]) / f"rank-{_rank()}.json"
-
-
-def _write(words: dict[str, object]) -> None:
-    file = _words_file()
+def _write(file: Path, words: dict[str, object]) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(words), encoding="utf-8")
     part.replace(file)

@@ -13,7 +13,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -99,10 +99,9 @@ class Supervisor(Supervised):
         folder = Path(tempfile.mkdtemp(prefix="heretic_ds_ranks_"))
         try:
             plan = make_plan(self._launch, folder)
-            environment = plan.environment | {rank_guard.FOLDER: str(folder)}
             process = subprocess.Popen(
                 plan.command,
-                env=environment,
+                env=plan.environment | {rank_guard.FOLDER: str(folder)},
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C would make the launcher end everything
                 preexec_fn=rank_guard.die_with_parent,
@@ -112,13 +111,10 @@ class Supervisor(Supervised):
             finally:
                 _end_group(process)
             self._look(folder)
-            outcome = self._outcome(process.returncode, folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        if not self._logs_matter:
-            shutil.rmtree(folder, ignore_errors=True)
-        return outcome
+            return self._outcome(process.returncode, folder)
+        finally:
+            if not self._logs_matter:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(self, process: subprocess.Popen[bytes], folder: Path) -> None:
         """Until the launcher has ended, or somebody has to end it."""
@@ -137,11 +133,10 @@ class Supervisor(Supervised):
 
     def _forward_interrupt(self) -> None:
         decider = self._ranks.get(0)
-        alive = decider is not None and decider.ended is None and decider.process is not None
-        if self._interrupts > 1 or not alive:
-            self.end(signal.SIGINT)
+        if self._interrupts == 1 and decider is not None and decider.ended is None and decider.process is not None:
+            decider.process.send_signal(signal.SIGINT)
         else:
-            decider.process.send_signal(signal.SIGINT)  # type: ignore[union-attr]
+            self.end(signal.SIGINT)
 
     def _look(self, folder: Path) -> None:
         """Take in which ranks live, and what they have left word of."""
@@ -186,17 +181,14 @@ class Supervisor(Supervised):
         launcher, unless a word from another rank is so much older that this one may have died of that rank's leaving.
         """
         failed = [rank for rank in self._ranks.values() if rank.failed]
-        if not failed:
-            return None
         spoken = min((rank for rank in failed if rank.status is not None), key=lambda rank: rank.time, default=None)
-        first_end = min((rank.ended for rank in failed if rank.ended is not None), default=None)
-        silent = [rank for rank in failed if rank.status is None and rank.ended == first_end]
-        if spoken is None:
-            wordless = [rank for rank in failed if rank.status is None]
-            return min(wordless, key=lambda rank: (rank.ended or 0.0, rank.number))
-        if silent and first_end is not None and spoken.time > first_end - _CAUSE_SECONDS:
-            return silent[0]
-        return spoken
+        gone = min(
+            (rank for rank in failed if rank.ended is not None), key=lambda rank: rank.ended or 0.0, default=None
+        )
+        if spoken is None or gone is None:
+            return spoken or gone
+        died_alone = gone.status is None and spoken.time > (gone.ended or 0.0) - _CAUSE_SECONDS
+        return gone if died_alone else spoken
 
 
 @contextmanager
@@ -280,25 +272,21 @@ def _tail(log: Path) -> list[str]:
 
 def _end_group(leader: subprocess.Popen[bytes]) -> None:
     """End whatever is left of the process group that `leader` was started to lead."""
-    for number, seconds in ((signal.SIGTERM, _TERM_SECONDS), (signal.SIGKILL, _TERM_SECONDS)):
-        deadline = time.monotonic() + seconds
-        if leader.poll() is not None and not _members(leader.pid):
-            return
-        try:
-            os.killpg(leader.pid, number)
-        except ProcessLookupError:
-            return
-        while time.monotonic() < deadline and (leader.poll() is None or _members(leader.pid)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + _TERM_SECONDS
+        with suppress(ProcessLookupError):  # the last one has just ended
+            if _any_left(leader):
+                os.killpg(leader.pid, number)
+        while _any_left(leader) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
 
 
-def _members(group: int) -> list[psutil.Process]:
-    """Processes of a group that still run."""
-    members = []
+def _any_left(leader: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of the group still runs."""
+    if leader.poll() is None:
+        return True
     for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and is_alive(process):
-                members.append(process)
-        except (ProcessLookupError, PermissionError):
-            continue
-    return members
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == leader.pid and is_alive(process):
+                return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.checkpoint.open import LoadedModel, load_weights
+from heretic_ds.checkpoint.sharing import read_part
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.costs import Cost, Facts, Resources, divisors
@@ -24,6 +26,8 @@ from heretic_ds.scoring.base import Decided, GivesDistributions
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -140,7 +144,7 @@ class Placement(ABC):
         """
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
         """Options, beside the defaults, that the planner tries out: here every number of ranks that divides theirs."""
         return [{}] if cls.whole else [{"degree": degree} for degree in divisors(resources.ranks) if degree > 1]
 
@@ -154,6 +158,30 @@ class Placement(ABC):
     @abstractmethod
     def build(self, job: Job) -> Engine:
         """The engine, once :meth:`check` has accepted the job on every rank. Raises UserError, on every rank."""
+
+
+def load_whole(job: Job) -> LoadedModel:
+    """The whole model on every rank's device, read by ranks of one machine together where ``load.share`` says so.
+
+    Every rank calls it. Raises UserError, on every rank, naming the file or tensor at fault.
+    """
+    world, opened = job.world, job.opened
+    if not job.settings.load.share or world.size == 1:
+        return world.agree(lambda: load_weights(opened), "reading the weights")
+    machine = world.machine()
+    if machine.most == 1 or opened.quantization is not None or not opened.headers:
+        why = "there is one rank on each machine" if machine.most == 1 else "weights are quantised or not safetensors"
+        log.info("load.share=true does nothing: %s", why)
+        return world.agree(lambda: load_weights(opened), "reading the weights")
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        place, degree = machine.ranks.index(world.rank), len(machine.ranks)
+        model, checkpoint = world.agree(lambda: read_part(opened, dtype, place, degree), "reading the weights")
+        checkpoint.exchange(machine.group)
+        world.agree(lambda: opened.check_forward(model, dtype))
+        return model
+
+    return opened.loaded(opened.in_some_dtype(load))
 
 
 def runner_of(

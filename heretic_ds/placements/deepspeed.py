@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without messages below warnings: DeepSpeed tries the compiler and logs every command to the root logger."""
+def quietly(level: int = logging.INFO) -> Iterator[None]:
+    """Without messages up to a level: DeepSpeed tries the compiler and logs every command to the root logger."""
     before = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logging.disable(level)
     try:
         yield
     finally:
@@ -35,13 +36,14 @@ def quietly() -> Iterator[None]:
 
 def settle_accelerator(device: torch.device) -> None:
     """Let DeepSpeed, which settles at its import on one kind of device, take this one where nobody has chosen."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if not _is_elsewhere(device):
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
 
 
 def check_accelerator(device: torch.device) -> None:
     """Raise UserError where DeepSpeed has settled on another kind of device than this."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return  # another machine's, for which a plan is made
+    if _is_elsewhere(device):
+        return
     settle_accelerator(device)
     with quietly():
         from deepspeed.accelerator import get_accelerator
@@ -51,6 +53,11 @@ def check_accelerator(device: torch.device) -> None:
             f"model.device={device.type}, but DeepSpeed runs on {get_accelerator().device_name()} here; "
             f"set DS_ACCELERATOR={device.type} in the environment, or model.device=auto"
         )
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether a device is one of another machine, for which a plan is made."""
+    return device.type == "cuda" and not torch.cuda.is_available()
 
 
 def start_deepspeed() -> None:
@@ -86,25 +93,23 @@ class Originals:
     """The functions of PyTorch as they are when this is made, to be put back after a library replaced some."""
 
     def __init__(self, owners: Sequence[Any] = _OWNERS) -> None:
-        self._functions = [(owner, name, value) for owner in owners for name, value in _functions(owner).items()]
+        self._functions = [
+            (owner, name, value) for owner in owners for name, value in vars(owner).items() if _is_function(value)
+        ]
 
     def replaced(self) -> list[str]:
         """Names of the functions that are others now."""
-        return [f"{_name(owner)}.{name}" for owner, name, _ in self._changes()]
+        return [_name(owner, name) for owner, name, _ in self._changes()]
 
     def restore(self) -> list[str]:
         """Put back every function that was replaced, and return their names."""
-        names = self.replaced()
-        for owner, name, value in self._changes():
+        changes = self._changes()
+        for owner, name, value in changes:
             setattr(owner, name, value)
-        return names
+        return [_name(owner, name) for owner, name, _ in changes]
 
     def _changes(self) -> list[tuple[Any, str, Any]]:
         return [(owner, name, value) for owner, name, value in self._functions if vars(owner).get(name) is not value]
-
-
-def _functions(owner: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(owner).items() if _is_function(value)}
 
 
 def _is_function(value: Any) -> bool:
@@ -112,8 +117,9 @@ def _is_function(value: Any) -> bool:
     return issubclass(kind, staticmethod | classmethod) or (callable(value) and not issubclass(kind, type | ModuleType))
 
 
-def _name(owner: Any) -> str:
-    return owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+def _name(owner: Any, function: str) -> str:
+    path = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+    return f"{path}.{function}"
 
 
 _QUIET = 600.0
@@ -163,20 +169,12 @@ def _locks() -> Iterator[Path]:
 def _is_open(file: Path) -> bool:
     """Whether a process of this machine has the file open, as far as this user can see."""
     path = str(file.resolve())
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            if os.readlink(descriptor) == path:
-                return True
-        except OSError:  # closed, ended, or another user's
-            continue
-    return False
+    opened = (process.info["open_files"] or () for process in psutil.process_iter(["open_files"]))
+    return any(each.path == path for files in opened for each in files)
 
 
 def _last_change(folder: Path) -> float:
-    changes = [folder.stat().st_mtime]
-    for file in folder.iterdir():
-        try:
-            changes.append(file.stat().st_mtime)
-        except FileNotFoundError:  # a build that goes on renames and deletes
-            continue
-    return max(changes)
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    except FileNotFoundError:  # a build that goes on renames and deletes
+        return time.time()

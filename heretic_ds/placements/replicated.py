@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from heretic_ds.checkpoint.open import load_weights
-from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import MERGING, READ_BUFFER, Cost, Facts, Resources, Use, estimate
+from heretic_ds.placements.base import Placement, load_whole, runner_of
+from heretic_ds.placements.costs import BLOCKS_MERGED, MERGING, READ_BUFFER, Cost, Facts, Resources, Use, estimate
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 
@@ -23,16 +22,27 @@ class Replicated(Placement):
     burden = 0
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
-        """All weights on each rank; transformers reads them, and has its own copy of experts that it puts together."""
-        merging = math.ceil(MERGING * facts.weights) if facts.merges_experts else READ_BUFFER
-        graphs = self.graphs and not resources.on_cpu and facts.experts is None
-        use = Use(facts.weights, resources.ranks, loading=merging, graphs=graphs, reuses=True)
+        """All weights on each rank, which transformers reads: on a CPU with a copy of experts that it puts together,
+        on another device with some blocks at a time. Ranks that share the reading need neither."""
+        here = min(resources.ranks, resources.machine.devices_per_node)
+        shared = facts.shares_files and here > 1 and facts.quantization is None
+        merging = READ_BUFFER
+        if facts.merges_experts and not shared:
+            merging += math.ceil(MERGING * facts.weights) if resources.on_cpu else BLOCKS_MERGED * max(facts.blocks)
+        use = Use(
+            held=facts.weights,
+            replicas=resources.ranks,
+            loading=merging,
+            read_parts=1 / here if shared else 1.0,
+            graphs=self.graphs and not resources.on_cpu and facts.experts is None,
+            reuses=True,
+        )
         return estimate(facts, resources, self.phase, use)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model that is loaded whole onto its device."""
         comm = Comm.of_replicas(job.world, 1, f"{self.phase}.degree")
-        loaded = job.world.agree(lambda: load_weights(job.opened), "reading the weights")
+        loaded = load_whole(job)
         engine = runner_of(job, loaded.model, comm, Traits(self.name, graphs=self.graphs))
         engine.whole = loaded
         return engine

@@ -41,6 +41,7 @@ _SHARE_OF_CARRIED = 0.5
 """Without ranks: bytes that two processes of a CPU exchange beside those that memory carries; each is copied twice."""
 _LATENCY_GUESS = {"cpu": 1e-4, "cuda": 2e-5}
 """Seconds of a small message where there are no ranks to measure it: gloo's and NCCL's, as they were met."""
+_LEAST_LATENCY = 1e-6
 _DISK_GUESS = 1e9
 """Bytes a second: what is in the page cache is read faster, and nothing here may empty it."""
 
@@ -163,16 +164,17 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _launch_seconds(device: torch.device) -> float:
-    """What an operation on hardly any numbers takes."""
-    few = torch.ones(8, device=device)
+    """What an operation on hardly any numbers takes, called as a model's modules call theirs."""
+    few, linear = torch.ones(8, 8, device=device), torch.nn.Linear(8, 8, device=device)
 
     def many() -> Tensor:
         result = few
-        for _ in range(100):
-            result = result + few
+        for _ in range(50):
+            result = torch.nn.functional.silu(linear(result)) + few
         return result
 
-    return _seconds(many, device) / 100
+    with torch.inference_mode():
+        return _seconds(many, device) / 150
 
 
 def _link(device: torch.device, world: World) -> tuple[float | None, float]:
@@ -180,20 +182,30 @@ def _link(device: torch.device, world: World) -> tuple[float | None, float]:
     if world.size == 1 or not dist.is_initialized():
         return None, _LATENCY_GUESS[device.type]
     small, large = torch.zeros(1, device=device), torch.zeros(_MESSAGE // 4, device=device)
-    latency = _rounds(small, device, 20)
-    seconds = max(_rounds(large, device, 5) - latency, 1e-9)
+    latency = max(_rounds(small, device, 40) - _rounds(None, device, 40), _LEAST_LATENCY)
+    seconds = max(_rounds(large, device, 5) - _rounds(small, device, 5), 1e-9)
     sent = 2 * _MESSAGE * (world.size - 1) / world.size
     told = world.gather((sent / seconds, latency))
     return min(rate for rate, _ in told), max(each for _, each in told)
 
 
-def _rounds(tensor: Tensor, device: torch.device, count: int) -> float:
-    """Seconds of one sum over all ranks; equally many on each."""
-    dist.all_reduce(tensor)
+def _rounds(tensor: Tensor | None, device: torch.device, count: int) -> float:
+    """Seconds of a little work and, with a tensor, one sum over all ranks; equally many on each.
+
+    Between sums a model computes: ranks that share cores come to them at different times, and wait.
+    """
+    some = torch.ones(256, 256, device=device)
+
+    def one() -> None:
+        some @ some
+        if tensor is not None:
+            dist.all_reduce(tensor)
+
+    one()
     _wait(device)
     started = time.perf_counter()
     for _ in range(count):
-        dist.all_reduce(tensor)
+        one()
     _wait(device)
     return (time.perf_counter() - started) / count
 

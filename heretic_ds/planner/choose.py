@@ -1,8 +1,9 @@
 """Which placement serves each phase best on a machine: by bytes, then by seconds.
 
-A placement that needs more memory than there is, or that refuses the model, is not chosen. Of the others the one that
-is done first is, and of those that are done within a tenth of the same time the simplest. The phase that captures takes
-the engine of the phase that evaluates unless another saves more time than loading the model twice costs.
+A placement that needs more memory than there is, or that refuses the model, is not chosen. A model that fits on one
+device lies whole on each: prompts are independent, so that such ranks need nothing of one another. Of other placements
+the one that is done first is chosen, and of those that are done within a tenth of the same time the simplest. The phase
+that captures takes the engine of the phase that evaluates unless another saves more time than loading it costs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ ALIKE = 1.1
 """Times that differ by less than that are taken for the same."""
 BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 """Rows a batch that are tried, the largest that fits being taken."""
+LEAST_ROWS = 8
+"""Rows of a batch that a whole model has to leave room for."""
 MOST_NODES = 64
 """Computers up to which is looked for how many would do."""
 
@@ -93,7 +96,8 @@ def make_plan(
     for phase in sorted(placements, reverse=True):  # the engine that evaluates may capture as well
         tried = [each for each in _candidates(facts, resources, phase, placements[phase])]
         found += tried
-        chosen[phase] = _best(tried, chosen.get("evaluate"), check)
+        least = min(LEAST_ROWS, math.ceil(facts.work.target_prompts / resources.ranks))
+        chosen[phase] = _best(tried, chosen.get("evaluate"), least, check)
     missing = any(each is None for each in chosen.values())
     smallest = _smallest(facts, machine, resources.ranks, placements) if missing else None
     return Plan(
@@ -114,7 +118,7 @@ def _candidates(
         if isinstance(placement, Placement):
             yield _candidate(facts, resources, placement, {})
             continue
-        for options in placement.variants(resources):
+        for options in placement.variants(phase, facts, resources):
             yield _candidate(facts, resources, placement(phase, placement.Options(**options)), options)
 
 
@@ -147,8 +151,10 @@ def _seconds(facts: Facts, cost: Cost) -> float:
     return cost.seconds["load"] + cost.seconds.get("capture", 0.0) + facts.work.trials * cost.seconds.get("trial", 0.0)
 
 
-def _best(tried: Sequence[Candidate], evaluating: Candidate | None, check: Check | None) -> Candidate | None:
-    """The candidate that is done first, or a simpler one that takes hardly longer; none that ``check`` refuses."""
+def _best(
+    tried: Sequence[Candidate], evaluating: Candidate | None, least: int, check: Check | None
+) -> Candidate | None:
+    """A whole model on each rank where that fits, with at least so many rows; else the candidate that is done first."""
 
     def seconds(candidate: Candidate) -> float:
         loaded = evaluating is not None and (evaluating.placement, evaluating.options) == (
@@ -158,14 +164,25 @@ def _best(tried: Sequence[Candidate], evaluating: Candidate | None, check: Check
         return candidate.seconds - (candidate.cost.seconds["load"] if loaded and candidate.cost else 0.0)
 
     left = [candidate for candidate in tried if candidate.fits]
+    whole = [each for each in left if each.made and each.made.whole and each.cost and each.cost.batch >= least]
+    return _first(whole, seconds, check) or _first(left, seconds, check)
+
+
+def _first(tried: Sequence[Candidate], seconds: Callable[[Candidate], float], check: Check | None) -> Candidate | None:
+    """The fastest of those that pass the check, or a simpler one that takes hardly longer."""
+    left = list(tried)
     while left:
-        least = min(map(seconds, left))
-        alike = [candidate for candidate in left if seconds(candidate) <= ALIKE * least]
-        best = min(alike, key=lambda candidate: (candidate.made.burden if candidate.made else 0, seconds(candidate)))
+        soonest = min(map(seconds, left))
+        alike = [candidate for candidate in left if seconds(candidate) <= ALIKE * soonest]
+        best = min(alike, key=lambda candidate: (_burden(candidate), seconds(candidate)))
         if _accepted(best, check):
             return best
         left.remove(best)
     return None
+
+
+def _burden(candidate: Candidate) -> int:
+    return candidate.made.burden if candidate.made else 0
 
 
 def _accepted(candidate: Candidate, check: Check | None) -> bool:
@@ -184,15 +201,22 @@ def _smallest(
 ) -> int | None:
     """The least number of such devices, on as many computers as they need, on which every phase finds a placement."""
     here = machine.devices_per_node
+    least = facts.with_batch(1)
     counts = [*range(1, here), *(nodes * here for nodes in range(1, MOST_NODES + 1))]
     for count in counts:
-        if count <= ranks:
+        if count <= ranks or _is_short(facts, machine, count):
             continue
         larger = replace(machine, nodes=max(1, count // here), devices_per_node=min(count, here))
         resources = Resources(larger, count)
-        if all(any(c.fits for c in _candidates(facts, resources, phase, given)) for phase, given in placements.items()):
+        if all(any(c.fits for c in _candidates(least, resources, phase, given)) for phase, given in placements.items()):
             return count
     return None
+
+
+def _is_short(facts: Facts, machine: Machine, count: int) -> bool:
+    """Whether the weights alone are more than so many devices hold: all rest there while answers are given."""
+    everywhere = count / machine.devices_per_node * machine.host_memory if machine.device == "cpu" else math.inf
+    return facts.weights > min(count * machine.device_memory, everywhere)
 
 
 def _sentence(
@@ -202,12 +226,12 @@ def _sentence(
     chosen: Mapping[str, Candidate | None],
     smallest: int | None,
 ) -> str:
-    machine, devices = resources.machine, f"{resources.ranks} of {resources.machine.name}'s devices"
+    machine, devices = resources.machine, _counted(resources)
     size = f"{facts.name} ({facts.weights / 2**30:.1f} GiB of weights)"
     evaluate, capture = chosen.get("evaluate"), chosen.get("capture")
     if evaluate is None or capture is None:
-        advice = f"{smallest} such devices would do" if smallest else f"nor do {MOST_NODES} such computers hold it"
-        return f"nothing holds {size} on {devices}: {advice}"
+        advice = f"{smallest} such devices would" if smallest else f"{MOST_NODES} such computers do not, either"
+        return f"nothing holds {size} on {devices}; {advice}"
     same = (evaluate.placement, evaluate.options) == (capture.placement, capture.options)
     first = (
         f"capture and evaluate={_named(evaluate)}"
@@ -215,6 +239,10 @@ def _sentence(
         else f"capture={_named(capture)}, evaluate={_named(evaluate)}"
     )
     return f"{first} for {size} on {devices}: {_reason(machine, tried, evaluate)}"
+
+
+def _counted(resources: Resources) -> str:
+    return f"{resources.ranks} device{'' if resources.ranks == 1 else 's'} of {resources.machine.name}"
 
 
 def _named(candidate: Candidate) -> str:
@@ -225,13 +253,17 @@ def _named(candidate: Candidate) -> str:
 def _reason(machine: Machine, tried: Sequence[Candidate], best: Candidate) -> str:
     """Why a candidate was chosen to evaluate."""
     others = [c for c in tried if c.phase == best.phase and c is not best]
-    whole = next((c for c in others if c.made is not None and c.made.whole and c.cost is not None), None)
+    wholes = [c for c in others if c.made is not None and c.made.whole and c.cost is not None]
+    whole = min(wholes, key=_burden, default=None)
     if best.made is not None and best.made.whole:
         return "it fits on one device, and every rank works on prompts of its own"
     second = min((c for c in others if c.fits and c.placement != best.placement), key=lambda c: c.seconds, default=None)
-    faster = "" if second is None else f", {second.seconds / best.seconds:.1f} times as fast as {_named(second)}"
-    short = "" if whole is None or whole.fits else f"{whole.placement} {whole.why}"
-    return (short or "the fastest that fits") + faster
+    short = f"{whole.placement} {whole.why}" if whole is not None and not whole.fits else "the fastest that fits"
+    if second is None:
+        return f"{short}, and nothing else fits"
+    ratio = second.seconds / best.seconds
+    beside = "about as fast as" if ratio < ALIKE else f"{ratio:.1f} times as fast as"
+    return f"{short}; {beside} {_named(second)}"
 
 
 def _told(candidate: Candidate) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def facts_of(
         dtype=dtype,
         work=work_of(settings, lengths),
         quantization=opened.quantization,
+        shares_files=settings.load.share,
         here=opened.device,
         merges_experts=any(writer.experts is not None for writer in anatomy.writers) and _apart(opened.headers),
     )

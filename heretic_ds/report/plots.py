@@ -69,32 +69,25 @@ def plot_front(
     write_atomically(path, buffer.getvalue())
 
 
-def _coordinates(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [kl for kl, _ in points], [refusals for _, refusals in points]
-
-
 def _draw_trials(
     axes: Axes, points: dict[int, tuple[float, float]], front: Sequence[int], selected: int | None
 ) -> None:
     """Grey dots, the front as a stepped line (what lies above is beaten), the selected trial as a ring."""
     others = [point for index, point in points.items() if index not in set(front)]
     if others:
-        axes.scatter(*_coordinates(others), s=18, color=_GREY, linewidths=0, label="trials", zorder=2)
+        kls, refusals = zip(*others, strict=True)
+        axes.scatter(kls, refusals, s=18, color=_GREY, linewidths=0, label="trials", zorder=2)
     line = sorted(points[index] for index in front if index in points)
     if line:
-        axes.step(*_coordinates(line), where="post", color=_BLUE, linewidth=1.4, zorder=3)
-        axes.scatter(*_coordinates(line), s=30, color=_BLUE, label="Pareto front", zorder=4)
+        kls, refusals = zip(*line, strict=True)
+        axes.step(kls, refusals, where="post", color=_BLUE, linewidth=1.4, zorder=3)
+        axes.scatter(kls, refusals, s=30, color=_BLUE, label="Pareto front", zorder=4)
     if selected in points:
-        kl, refusals = points[selected]
-        axes.scatter([kl], [refusals], s=130, facecolors="none", edgecolors=_ORANGE, linewidths=2, zorder=5)
+        point = points[selected]
+        axes.scatter(*point, s=130, facecolors="none", edgecolors=_ORANGE, linewidths=2, zorder=5)
+        text, beside = f"trial {selected}", (8, 10)
         axes.annotate(
-            f"trial {selected}",
-            (kl, refusals),
-            xytext=(8, 10),
-            textcoords="offset points",
-            color=_ORANGE,
-            fontweight="bold",
-            zorder=6,
+            text, point, xytext=beside, textcoords="offset points", color=_ORANGE, fontweight="bold", zorder=6
         )
 
 

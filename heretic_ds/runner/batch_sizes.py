@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -124,23 +125,18 @@ class Batches:
         return any([spare.evict() for spare in self.evictable])
 
     def _attempt(self, phase: str, rows: int, work: Callable[[], T], size: Any) -> tuple[bool, T | None]:
+        """Whether memory held the work on so many rows, and what it gave. Raises UserError where it cannot go on."""
         try:
-            return self._comm.attempt(work, size)
+            ok, value = self._comm.attempt(work, size)
         except MemoryError as error:
             raise self._lost(phase, rows) from error
-
-    def _fits(self, phase: str, rows: int, work: Callable[[], Any], what: str) -> bool:
-        """Whether memory holds a sample of work."""
-        ok, _ = self._attempt(phase, rows, work, (what, phase, rows))
         if not (ok or self._retries):
             raise self._lost(phase, rows)
-        return ok
+        return ok, value
 
     def _shrink(self, phase: str, rows: int) -> None:
         """Make batches half as large as one that ran out of memory, for the rest of the run, unless some can be had."""
         release_memory()
-        if not self._retries:
-            raise self._lost(phase, rows)
         if self._evicted():
             return
         if rows <= 1:
@@ -174,7 +170,8 @@ class Batches:
             prompts = self._as_computed(phase, prompts)
 
         def run(count: int) -> bool:
-            return self._fits(phase, count, lambda: work([Row(prompt) for prompt in prompts[:count]]), "measured")
+            sample = [Row(prompt) for prompt in prompts[:count]]
+            return self._attempt(phase, count, lambda: work(sample), ("measured", phase, count))[0]
 
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
             return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in prompts[:count])
@@ -204,7 +201,7 @@ class Batches:
         def run(count: int) -> None:
             for row in rows[:count]:
                 row.begin()
-            if not self._fits(phase, count, lambda: work(rows[:count]), "fitting"):
+            if not self._attempt(phase, count, lambda: work(rows[:count]), ("fitting", phase, count))[0]:
                 raise torch.OutOfMemoryError
 
         try:
@@ -230,11 +227,10 @@ def rows_that_fit(run: Callable[[int], object], most: int, device: torch.device)
     if more == few:
         return most
     low, high = peak_of(lambda: run(few), device), peak_of(lambda: run(more), device)
-    free = free_bytes(device)
-    if low is None or high is None or free is None or high <= low:
+    if low is None or high is None or high <= low:
         return most
     row = (high - low) / (more - few)
-    return max(1, min(most, int(few + (_SAFE_SHARE * free - low) / row)))
+    return max(1, min(most, int(few + (_SAFE_SHARE * free_bytes(device) - low) / row)))
 
 
 def measure_batch_size(
@@ -261,21 +257,16 @@ def measure_batch_size(
             return comm.most(math.inf)
         return comm.most(max(clock() - started, _SHORTEST))
 
-    def fastest(size: int) -> float:
-        """Of several runs, of which there are fewer the longer they take."""
+    @cache
+    def rate(size: int) -> float:
+        """The best of several runs, of which there are fewer the longer they take."""
         found: list[float] = []
         while len(found) < _MOST_RUNS and len(found) * min(found, default=0.0) < _LONG_ENOUGH:
             found.append(seconds(size))
-        return min(found)
+        return comm.least(amount(size) / min(found))
 
     if math.isinf(seconds(1)):  # also: first calls pay for what is set up lazily
         raise too_large(phase)
-    rates: dict[int, float] = {}
-
-    def rate(size: int) -> float:
-        if size not in rates:
-            rates[size] = comm.least(amount(size) / fastest(size))
-        return rates[size]
 
     best, size, without_gain = 1, 1, 0
     while size < most and without_gain < 2:

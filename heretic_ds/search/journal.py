@@ -64,16 +64,14 @@ def _repair(path: Path) -> None:
     if not path.exists():
         return
     content = path.read_bytes()
-    good = 0
-    for number, line in enumerate(content.splitlines(keepends=True), start=1):
-        if not (line.endswith(b"\n") and _is_record(line)):
-            if good + len(line) < len(content):
-                raise UserError(f"{path} is damaged at line {number}; {_ADVICE}")
-            break
-        good += len(line)
-    if good < len(content):
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if line.endswith(b"\n") and _is_record(line):
+            continue
+        if number < len(lines):
+            raise UserError(f"{path} is damaged at line {number}; {_ADVICE}")
         with path.open("r+b") as file:
-            file.truncate(good)
+            file.truncate(len(content) - len(line))
             os.fsync(file.fileno())
 
 

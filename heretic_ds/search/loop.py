@@ -18,26 +18,19 @@ from heretic_ds.world import World
 log = logging.getLogger(__name__)
 
 
-class StopRequest:
-    """Whether the user has asked the search to end."""
-
-    def __init__(self) -> None:
-        self.made = False
-
-
 @contextmanager
-def first_interrupt_stops() -> Iterator[StopRequest]:
+def first_interrupt_stops() -> Iterator[threading.Event]:
     """While the context lasts the first Ctrl-C only makes a request to stop; the second interrupts as usual."""
-    request = StopRequest()
+    request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if request.made:
+        if request.is_set():
             signal.signal(signal.SIGINT, previous)
             raise KeyboardInterrupt
-        request.made = True
+        request.set()
         log.warning("stopping after the pass in flight; Ctrl-C again ends everything")
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
@@ -56,7 +49,7 @@ def run_search(
     each pass. A trial's seconds are its share of its pass.
     """
     with first_interrupt_stops() as stop:
-        while asks := world.decide(lambda: [] if stop.made or search is None else search.ask()):
+        while asks := world.decide(lambda: [] if stop.is_set() or search is None else search.ask()):
             started = time.perf_counter()
             scores = objective.score([ask.edit for ask in asks])
             seconds = (time.perf_counter() - started) / len(asks)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,10 @@ from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialSc
 from heretic_ds.settings import SearchSettings
 
 logger = logging.getLogger(__name__)
+
+_Values = tuple[float, float]
+_KEPT = ("refusals", "kl", "scores", "seconds", "pass")
+"""What the journal keeps of a trial's record beside its parameters."""
 
 _FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
 """Keeps a number taken in the in-memory study; samplers leave failed trials out."""
@@ -61,8 +64,7 @@ class Search:
     Args:
         journal: the study's file; started where it does not exist. The caller is its only writer.
         n_layers: blocks of the model.
-        settings: the ``search`` group. ``trials`` may differ from earlier runs in the same folder; a pass in
-        flight
+        settings: the ``search`` group. ``trials`` may differ from earlier runs in the same folder; a pass in flight
             is completed as it was asked, later passes have ``trials_per_pass`` trials.
         baseline_refusals: the original model's refusals on the target eval prompts, above 0.
         trials_per_pass: of new passes, where the settings leave it open.
@@ -95,7 +97,7 @@ class Search:
         space = {name: distribution_to_json(distribution) for name, distribution in self._space.items()}
         self._journal = open_study(journal, space)
         self._records: dict[int, TrialRecord] = {}
-        self._unstored: dict[int, tuple[Ask, TrialScores | None, float, str]] = {}
+        self._unstored: dict[int, tuple[TrialRecord, _Values | None, str]] = {}
         self._pass: list[Ask] = []
         self._unfinished: dict[int, FrozenTrial] = {}
         """Trials that something else left running or waiting in the journal, by index."""
@@ -137,14 +139,17 @@ class Search:
             scores = None
         if failure:
             logger.warning("trial %d failed: %s", ask.index, failure)
-        self._unstored[ask.index] = (ask, scores, seconds, failure)
+        target = self._settings.kl_target
+        values = None if scores is None else objectives(scores, self._baseline_refusals, target)
+        record = _record(ask, scores, seconds)
+        self._unstored[ask.index] = (record, values, failure)
         for planned in self._pass:
             if planned.index in self._records:
                 continue
             if planned.index not in self._unstored:
                 break
             self._store(*self._unstored.pop(planned.index))
-        return self._records.get(ask.index) or self._record(ask, scores, seconds)
+        return self._records.get(ask.index, record)
 
     def _outstanding(self) -> list[Ask]:
         done = {*self._records, *self._unstored}
@@ -170,44 +175,33 @@ class Search:
         trial = self._mirror.ask(fixed_distributions=self._space)
         return Ask(index=trial.number, edit=edit_of(trial.params), pass_=pass_)
 
-    def _store(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str) -> None:
+    def _store(self, record: TrialRecord, values: _Values | None, failure: str) -> None:
         """Journal first, then memory: what the journal does not hold is asked again after a kill."""
-        values = None
-        if scores is not None:
-            values = objectives(scores, self._baseline_refusals, self._settings.kl_target)
-        state = TrialState.FAIL if values is None else TrialState.COMPLETE
-        attributes: dict[str, Any] = {
-            "refusals": scores.refusals if scores else None,
-            "kl": scores.kl if scores else None,
-            "scores": dict(scores.scores) if scores else {},
-            "seconds": seconds,
-            "pass": ask.pass_,
-        }
+        index, entry = record.index, record.to_dict()
+        attributes = {name: entry[name] for name in _KEPT}
         if failure:
             attributes["failure"] = failure
-        params = self._mirror.get_trials(deepcopy=False)[ask.index].params
-        if ask.index in self._unfinished:
-            self._finish(self._unfinished.pop(ask.index), params, attributes, state, values)
-        else:
+        left = self._unfinished.pop(index, None)
+        if left is None:
             attributes["pass_first"], attributes["pass_size"] = self._pass[0].index, len(self._pass)
-            self._append(ask.index, params, attributes, state, values)
-        self._mirror.tell(ask.index, values, state)
-        self._records[ask.index] = self._record(ask, scores, seconds)
-
-    def _append(
-        self,
-        index: int,
-        params: Mapping[str, Any],
-        attributes: dict[str, Any],
-        state: TrialState,
-        values: tuple[float, float] | None,
-    ) -> None:
-        """Append one finished trial to the journal: one record, so a kill leaves all of it or none."""
-        trial = optuna.trial.create_trial(
-            state=state, values=values, params=dict(params), distributions=self._space, user_attrs=attributes
+        finished = optuna.trial.create_trial(
+            state=TrialState.FAIL if values is None else TrialState.COMPLETE,
+            values=values,
+            params=self._mirror.get_trials(deepcopy=False)[index].params,
+            distributions=self._space,
+            user_attrs=attributes,
         )
+        if left is None:
+            self._append(index, finished)
+        else:
+            self._finish(left, finished)
+        self._mirror.tell(index, values, finished.state)
+        self._records[index] = record
+
+    def _append(self, index: int, trial: FrozenTrial) -> None:
+        """Append one finished trial to the journal: one record, so a kill leaves all of it or none."""
         now = datetime.now()
-        trial.datetime_start, trial.datetime_complete = now - timedelta(seconds=attributes["seconds"]), now
+        trial.datetime_start, trial.datetime_complete = now - timedelta(seconds=trial.user_attrs["seconds"]), now
         self._journal.add_trial(trial)
         found = len(self._journal.get_trials(deepcopy=False))
         if found != index + 1:
@@ -216,24 +210,16 @@ class Search:
                 f"{index + 1}); stop it and run the same command again"
             )
 
-    def _finish(
-        self,
-        trial: FrozenTrial,
-        params: Mapping[str, Any],
-        attributes: Mapping[str, Any],
-        state: TrialState,
-        values: tuple[float, float] | None,
-    ) -> None:
-        """Finish a trial that something else left unfinished; its state comes last."""
-        storage, trial_id = self._journal._storage, trial._trial_id
-        if trial.state == TrialState.WAITING:
+    def _finish(self, left: FrozenTrial, trial: FrozenTrial) -> None:
+        """Finish a trial that something else left unfinished as ``trial``; its state comes last."""
+        storage, trial_id = self._journal._storage, left._trial_id
+        if left.state == TrialState.WAITING:
             storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         for name, distribution in self._space.items():
-            internal = distribution.to_internal_repr(params[name])
-            storage.set_trial_param(trial_id, name, internal, distribution)
-        for name, value in attributes.items():
+            storage.set_trial_param(trial_id, name, distribution.to_internal_repr(trial.params[name]), distribution)
+        for name, value in trial.user_attrs.items():
             storage.set_trial_user_attr(trial_id, name, value)
-        storage.set_trial_state_values(trial_id, state, values)
+        storage.set_trial_state_values(trial_id, trial.state, trial.values)
 
     def _replay(self, trials: list[FrozenTrial]) -> optuna.Study:
         """The in-memory study after the journal's trials; a pass cut short is asked again."""
@@ -281,18 +267,6 @@ class Search:
                 trial.number,
             )
 
-    def _record(self, ask: Ask, scores: TrialScores | None, seconds: float) -> TrialRecord:
-        return TrialRecord(
-            index=ask.index,
-            pass_=ask.pass_,
-            state=COMPLETE if scores else FAILED,
-            edit=ask.edit,
-            refusals=scores.refusals if scores else None,
-            kl=scores.kl if scores else None,
-            scores=dict(scores.scores) if scores else {},
-            seconds=seconds,
-        )
-
     def _restored(self, trial: FrozenTrial) -> TrialRecord:
         """A journal trial's record; one that something else finished without scores counts as failed."""
         attributes = trial.user_attrs
@@ -302,4 +276,12 @@ class Search:
         scores = None
         if trial.state == TrialState.COMPLETE and has_params and attributes.get("kl") is not None:
             scores = TrialScores(attributes["refusals"], attributes["kl"], attributes.get("scores", {}))
-        return self._record(ask, scores, attributes.get("seconds", 0.0))
+        return _record(ask, scores, attributes.get("seconds", 0.0))
+
+
+def _record(ask: Ask, scores: TrialScores | None, seconds: float) -> TrialRecord:
+    """A finished trial's record; without scores it has failed."""
+    if scores is None:
+        return TrialRecord(ask.index, ask.pass_, FAILED, ask.edit, None, None, {}, seconds)
+    numbers = scores.refusals, scores.kl, dict(scores.scores)
+    return TrialRecord(ask.index, ask.pass_, COMPLETE, ask.edit, *numbers, seconds)

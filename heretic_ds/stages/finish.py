@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
+from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.card import CardFacts, model_card
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.manifest import build_manifest
-from heretic_ds.export.streaming import weight_writer
+from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.job import KINDS, PARTS
 from heretic_ds.report.plots import plot_front
@@ -34,11 +36,8 @@ def report_front(run: Run) -> None:
     records, results = run.records, run.results
     front = pareto_front(records)
     results["trials"], results["pareto"] = [record.to_dict() for record in records], front
-    original, prompts, selected = (
-        results["baseline"]["refusals"],
-        results["prompts"]["target_eval"],
-        results["selected"],
-    )
+    original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
+    selected = results["selected"]
     if front:
         run.console.print(pareto_table(records, front, original, prompts, selected, run.scorer))
     if run.folder is not None:
@@ -93,16 +92,31 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
 
 
 def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> None:
-    """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already."""
+    """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already.
+
+    A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else all ranks edit
+    the checkpoint's files.
+    """
     with run.timed("export"):
-        target = folder or export_dir(run.settings)
-        run.world.decide(lambda: _write_model(run, edit, trial, target), "writing the model")
+        target, world, job = folder or export_dir(run.settings), run.world, run.job
+        loaded, weights = run.engine.whole, None
+        if loaded is None:
+            dtype = run.engine.dtype
+            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype)
+            loaded, weights = world.agree(plan)
+        described = world.decide(partial(_describe, run, loaded, edit, trial, target))
+        if described is None:
+            log.info("%s holds this very model already", target)
+            return
+        done = export_model(loaded, target, *described, weights, world)
+        log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
 
 
-def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
-    settings, results, loaded, write_weights = run.settings, run.results, run.engine.whole, None
-    if loaded is None:
-        loaded, write_weights = weight_writer(run.job.opened, run.job.anatomy, run.ablation, edit, run.engine.dtype)
+def _describe(
+    run: Run, loaded: LoadedModel, edit: Edit, trial: int | None, target: Path
+) -> tuple[str, dict[str, Any], bool] | None:
+    """Card and manifest of an export, and whether it may replace what is there; None where it is there already."""
+    settings, results = run.settings, run.results
     written = [w for w in run.job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
     manifest = build_manifest(
         loaded,
@@ -115,12 +129,9 @@ def _write_model(run: Run, edit: Edit, trial: int | None, target: Path) -> None:
         tensors_edited=[writer.weight for writer in written],
     ) | {"run_id": run.measured["run_id"]}
     if _same_export(target, manifest):
-        log.info("%s holds this very model already", target)
-        return
-    card = model_card(loaded, _card_facts(run, edit, trial, written))
+        return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
-    done = export_model(loaded, target, card, manifest, overwrite, write_weights)
-    log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+    return model_card(loaded, _card_facts(run, edit, trial, written)), manifest, overwrite
 
 
 def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Writer]) -> CardFacts:

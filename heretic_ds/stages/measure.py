@@ -61,10 +61,8 @@ def _answers_until_they_part(run: Run, engine: Capturing, chat: ChatFormat) -> l
 
 def capture_directions(run: Run) -> None:
     """Directions from the mean residuals of the two kinds of train prompts; read back where this run has them."""
-    directions_LD = _stored_directions(run, run.path)
-    if directions_LD is None:
-        directions_LD = _captured_directions(run)
-    _use_directions(run, directions_LD)
+    stored_LD = _stored_directions(run, run.path)
+    _use_directions(run, _captured_directions(run) if stored_LD is None else stored_LD)
 
 
 def fixed_directions(run: Run) -> None:

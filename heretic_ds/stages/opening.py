@@ -243,6 +243,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         job = Job.check(settings, world)
         world.decide(lambda: _refuse_impossible_export(job))
         placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
+        _tell_of_nothing_to_share(job)
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
@@ -259,6 +260,13 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
             if run.folder is not None and not run.records:
                 run.folder.discard()
             raise
+
+
+def _tell_of_nothing_to_share(job: Job) -> None:
+    whole = any(placement.whole for placement in placements_of(job.settings).values())
+    if job.settings.load.share and (job.world.size == 1 or not whole):
+        why = "there is one rank" if job.world.size == 1 else "each rank reads its own part of the model anyway"
+        log.info("load.share=true does nothing: %s", why)
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:

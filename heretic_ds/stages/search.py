@@ -66,15 +66,14 @@ def open_search(run: Run, objective: Objective) -> Search | None:
 def continue_search(run: Run, search: Search | None, objective: Objective) -> None:
     """Evaluate trials until the study is complete or the user stops it; each is kept as it finishes."""
     trials = run.world.decide(lambda: search.trials if search else 0)
-    run.results["trials"] = [record.to_dict() for record in run.records]
     prompts = run.results["prompts"]["target_eval"]
     with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts, run.scorer) as progress:
 
         def on_trials(records: list[TrialRecord]) -> None:
             for record in records:
                 progress.update(record)
-                run.records.append(record)
-                run.results["trials"].append(record.to_dict())
+            run.records += records
+            run.results["trials"] = [record.to_dict() for record in run.records]
             run.save()
 
         complete = run_search(run.world, search, objective, on_trials)

@@ -109,6 +109,18 @@ def add_up(rank: int, folder: Path) -> int:
     return 0
 
 
+def gather_weights(rank: int, folder: Path) -> int:
+    """Passes without end over a model that is cut over the ranks."""
+    from heretic_ds.world import World
+    from tests.distributed import fsdp_ranks
+    from tests.distributed.engines import prompts
+
+    engine = fsdp_ranks.engine_of(World.join(), sys.argv[3])
+    while True:
+        engine.capture(prompts())
+        (folder / f"{rank}.passed").touch()
+
+
 def wait() -> None:
     for _ in range(600):
         time.sleep(0.5)
@@ -126,6 +138,7 @@ BEHAVIOURS = {
         stop_when_asked,
         notice_and_hang,
         add_up,
+        gather_weights,
     )
 }
 

@@ -17,6 +17,7 @@ import pytest
 
 from heretic_ds.launching.plan import free_port
 from heretic_ds.launching.rank_guard import is_alive
+from tests import families
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -60,7 +61,7 @@ class Job:
 
     def started(self) -> list[psutil.Process]:
         """Wait until every rank runs; the ranks."""
-        self._until(lambda: len(self.words) == self.ranks or self.process.poll() is not None, STARTED)
+        self.until(lambda: len(self.words) == self.ranks or self.process.poll() is not None, STARTED)
         assert len(self.words) == self.ranks, self.stderr
         processes = []
         for _, words in sorted(self.words.items()):
@@ -72,7 +73,7 @@ class Job:
     def ended(self) -> int:
         """Wait for the command and for every process it started; the exit status."""
         status = self.process.wait(ENOUGH if self._seen else STARTED)
-        self._until(lambda: not any(map(is_alive, self._seen.values())))
+        self.until(lambda: not any(map(is_alive, self._seen.values())))
         return status
 
     @property
@@ -99,7 +100,8 @@ class Job:
         except psutil.NoSuchProcess:
             return []
 
-    def _until(self, condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = ENOUGH) -> None:
+        """Wait for what is to happen within so many seconds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"nothing happened in {seconds} s\n{self.stdout}\n{self.stderr}"
@@ -181,6 +183,15 @@ def test_a_killed_rank_ends_the_others_that_will_not(launch: Launch) -> None:
     ranks[1].kill()
     assert job.ended() == 1
     assert "heretic-ds: rank 1 was ended by signal 9 (SIGKILL)" in job.stderr.splitlines()[-1]
+
+
+def test_a_rank_killed_in_a_pass_that_gathers_weights_ends_all(launch: Launch, tmp_path: Path) -> None:
+    job = launch("gather_weights", str(families.save("llama", tmp_path / "model")))
+    ranks = job.started()
+    job.until(lambda: len(list(tmp_path.glob("ranks/*.passed"))) == 2)
+    ranks[1].kill()
+    assert job.ended() == 1
+    assert "rank 1 was ended by signal 9 (SIGKILL)" in job.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

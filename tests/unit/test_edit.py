@@ -156,3 +156,22 @@ def test_edit_round_trips_through_plain_numbers():
     edit = Edit(2.5, {"attention": Profile(1.0, 3.0, 0.1, 2.0), "mlp": Profile(0.0, 2.0, 0.0, 1.0)})
     assert Edit.from_dict(edit.to_dict()) == edit
     assert edit.strength("attention", 3) == 1.0 and edit.strength("attention", 0) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("across", [False, True])
+def test_an_edit_has_the_same_bits_whatever_the_threads_and_the_rows_at_a_time(dtype, across, monkeypatch):
+    """Ranks that share out a checkpoint's files need not have equally many threads."""
+    stored = torch.randn(700, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight_DK = stored.T if across else stored
+    v_D = torch.nn.functional.normalize(torch.randn(weight_DK.shape[0], dtype=torch.float64), dim=0)
+    expected_DK, threads = edit_weight(weight_DK, v_D, 1.2, "full").to(dtype), torch.get_num_threads()
+    monkeypatch.setattr("heretic_ds.ablation.edit._NUMBERS_AT_ONCE", 7 * 300)
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            edited_DK = stored.clone().T if across else stored.clone()
+            edit_weight_(edited_DK, v_D, 1.2, "full")
+            assert torch.equal(edited_DK, expected_DK)
+    finally:
+        torch.set_num_threads(threads)

@@ -46,7 +46,7 @@ def test_a_peak_is_measured_and_earlier_ones_are_not_forgotten():
 
 
 def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypatch):
-    monkeypatch.setattr(memory, "_number", lambda file, field: {"MemAvailable": 4_000_003}[field])
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_003))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert memory.free_bytes(CPU) == 4_000_003
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles, fill, parameters_on_meta, split
@@ -61,27 +61,35 @@ def test_parts_along_every_dimension_are_parts_of_the_whole(family, member, tmp_
             assert torch.equal(checkpoint.read(name, shard, CPU), shard.take(whole)), (name, shard)
 
 
-def test_what_only_a_conversion_can_make_is_converted_whole_and_then_parted(tmp_path):
-    """Qwen3-VL's experts lie transposed in files: whether they do is told from the shape of the whole parameter."""
+TRANSPOSED = tuple(f"model.language_model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj"))
+
+
+def save_transposed_experts(folder: Path) -> PreTrainedModel:
+    """Write a Qwen3-VL whose experts lie transposed in files: whether they do is told from the shape of the whole
+    parameter, so that only a conversion can make it."""
     text = families.EXTRA["qwen2_moe"]().to_dict() | {"model_type": "qwen3_vl_moe_text", "num_experts": 4}
     text |= {"moe_intermediate_size": 24, "rope_parameters": families._SECTIONED_ROPE, "head_dim": 8}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
     vision |= {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
-    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
-    model = AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    )
     families.randomise(model)
-    model.save_pretrained(tmp_path)
-    name = "model.language_model.layers.0.mlp.experts.down_proj"
-    whole = model.get_parameter(name)
-    other = name.replace("down_proj", "gate_up_proj")
+    model.save_pretrained(folder)
 
     def transpose(tensors):
-        for key in (name, other):
+        for key in TRANSPOSED:
             tensors[key] = tensors[key].transpose(1, 2).contiguous()
 
-    rewrite(tmp_path, transpose)
+    rewrite(folder, transpose)
+    return model
+
+
+def test_what_only_a_conversion_can_make_is_converted_whole_and_then_parted(tmp_path):
+    model, (name, other) = save_transposed_experts(tmp_path), TRANSPOSED
+    whole = model.get_parameter(name)
     with parameters_on_meta():
-        empty = AutoModelForImageTextToText.from_config(config)
+        empty = AutoModelForImageTextToText.from_config(model.config)
     checkpoint = Checkpoint.of(empty, TensorFiles(tmp_path, read_headers(tmp_path)), torch.float32)
     shard = split(whole.shape, -1, 1, 2)
     fill(empty, checkpoint, {name: shard}, CPU)

@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.checkpoint import export_model
-from heretic_ds.export.streaming import weight_writer
+from heretic_ds.export.streaming import EditedFiles, shared_out
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -43,8 +44,8 @@ def test_streamed_weights_equal_saved_ones(family, row_norm, tmp_path):
     anatomy = find_anatomy(loaded.model)
     ablation = random_ablation(anatomy, row_norm)
 
-    described, write_weights = weight_writer(opened, anatomy, ablation, EDIT, loaded.dtype)
-    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, write_weights=write_weights)
+    described, weights = EditedFiles.plan(opened, anatomy, ablation, EDIT, loaded.dtype)
+    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, weights=weights)
 
     original = tensors_of(tmp_path / "original")
     editor = WeightEditor(loaded.model, anatomy)
@@ -73,9 +74,8 @@ def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
     opened = open_model(ModelChoice(path=str(tmp_path / "original")))
     anatomy = find_anatomy(opened.skeleton())
 
-    _, write_weights = weight_writer(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
-    (tmp_path / "streamed").mkdir()
-    write_weights(tmp_path / "streamed")
+    described, weights = EditedFiles.plan(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
+    export_model(described, tmp_path / "streamed", "card", {"schema": 1}, weights=weights)
 
     before, after = (
         json.loads((tmp_path / folder / "model.safetensors.index.json").read_text())
@@ -86,3 +86,25 @@ def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert after["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
     assert after["metadata"]["total_size"] == before["metadata"]["total_size"] // 2
+    for file in (tmp_path / "streamed").glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / "again", metadata={"format": "pt"})
+        assert (tmp_path / "again").read_bytes() == file.read_bytes()
+
+
+def test_other_metadata_of_a_file_is_kept(tmp_path):
+    families.save("llama", tmp_path / "original")
+    file = tmp_path / "original" / "model.safetensors"
+    save_file(load_file(file), file, metadata={"format": "mlx", "made_by": "somebody"})
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
+    anatomy = find_anatomy(opened.skeleton())
+    _, weights = EditedFiles.plan(opened, anatomy, random_ablation(anatomy, "full"), EDIT, torch.float32)
+    weights.write_file(tmp_path, file.name)
+    with safe_open(tmp_path / file.name, framework="pt") as written:
+        assert written.metadata() == {"format": "pt", "made_by": "somebody"}
+
+
+def test_files_are_shared_out_by_their_bytes():
+    sizes = {"a": 5, "b": 9, "c": 4, "d": 4, "e": 2}
+    assert shared_out(sizes, 1) == [["b", "a", "c", "d", "e"]]
+    assert shared_out(sizes, 2) == [["b", "d"], ["a", "c", "e"]]
+    assert shared_out({"a": 5}, 3) == [["a"], [], []]

@@ -5,16 +5,30 @@ Constants are measured by ``benchmarks/planner_accuracy.py``; each says of what.
 """
 
 from heretic_ds.placements.costs.cost import USABLE, Cost, estimate
-from heretic_ds.placements.costs.facts import Experts, Facts, Work, bytes_of
+from heretic_ds.placements.costs.facts import Experts, Facts, Work, bytes_of, sum_of
 from heretic_ds.placements.costs.machine import Machine, Resources, divisors
-from heretic_ds.placements.costs.use import DEEPSPEED, LIBRARIES, MERGING, READ_BUFFER, Exchange, Use, largest_streamed
+from heretic_ds.placements.costs.use import (
+    BLOCKS_MERGED,
+    DEEPSPEED,
+    FSDP,
+    LIBRARIES,
+    MERGING,
+    READ_BUFFER,
+    ZERO,
+    Exchange,
+    Use,
+    largest_streamed,
+)
 
 __all__ = [
+    "BLOCKS_MERGED",
     "DEEPSPEED",
+    "FSDP",
     "LIBRARIES",
     "MERGING",
     "READ_BUFFER",
     "USABLE",
+    "ZERO",
     "Cost",
     "Exchange",
     "Experts",
@@ -27,4 +41,5 @@ __all__ = [
     "divisors",
     "estimate",
     "largest_streamed",
+    "sum_of",
 ]

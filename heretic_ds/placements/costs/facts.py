@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint.open import refuse_quantised
+from heretic_ds.errors import UserError
 
 T = TypeVar("T")
 
@@ -54,6 +55,8 @@ class Facts:
     """Method by which the files are quantised, whose parts mean nothing by themselves."""
     merges_experts: bool = False
     """Whether the files hold each expert by itself, so that transformers puts them together while it loads."""
+    shares_files: bool = False
+    """Whether ranks of a computer that hold the whole model each read a part of the files (``load.share``)."""
     here: torch.device = field(default=torch.device("cpu"), compare=False)
     """The device of this process, whatever machine is asked about."""
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -63,11 +66,20 @@ class Facts:
         return replace(self, work=replace(self.work, batch=rows))
 
     def once(self, key: Any, find: Callable[[], T]) -> T:
-        """What ``find`` gives, found once for this model whatever the batch: by a ``key`` of the caller's own."""
+        """What ``find`` gives, or the UserError that it raises, found once for this model whatever the batch.
+
+        ``key`` is the caller's own.
+        """
         if key not in self._known:
-            self._known[key] = find()
-        found: T = self._known[key]
-        return found
+            try:
+                self._known[key] = find()
+            except UserError as error:
+                self._known[key] = error
+        found = self._known[key]
+        if isinstance(found, UserError):
+            raise found
+        known: T = found
+        return known
 
     def refuse_quantised(self, phase: str) -> None:
         """Refuse files whose parts mean nothing by themselves. Raises UserError."""
@@ -174,6 +186,11 @@ class Experts:
 
 def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
+
+
+def sum_of(sizes: Mapping[str, int], beginning: str) -> int:
+    """Of all whose names begin so."""
+    return sum(size for name, size in sizes.items() if name.startswith(beginning))
 
 
 def bytes_of(module: nn.Module) -> int:

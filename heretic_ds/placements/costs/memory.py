@@ -27,18 +27,22 @@ _LEAST_TABLES, _SHARE_TABLES = 64 * MIB, 0.05
 def memory(facts: Facts, resources: Resources, phase: str, use: Use) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of the device and of the host beside it, by what lies in them, at the fullest moment."""
     moments = _moments(facts, resources, phase, use)
-    fullest = max(moments, key=lambda moment: sum(moment.values()))
-    device: dict[str, float] = {"weights": use.held, **fullest}
+    device: dict[str, float] = {"weights": use.held}
     host: dict[str, float] = {"libraries": use.libraries + ALLOCATOR, "weights": use.resting}
     if not resources.on_cpu:
         device["context"] = CUDA_CONTEXT
+    added: dict[str, float] = {}
     if phase == "evaluate":
-        device["edit tables"] = _tables(facts, use)
-        device["known prompts"] = _known_prompts(facts, use) if use.reuses else 0
-        part = use.held / facts.weights
-        host["originals"] = facts.writers * part
-        host["reference"] = math.ceil(facts.work.baseline_prompts / use.replicas) * facts.vocabulary * 4
-    return _whole(device), _whole(host)
+        added = {"edit tables": _tables(facts, use), "known prompts": _known_prompts(facts, use) if use.reuses else 0.0}
+    apart: dict[str, float] = {}
+    if phase == "evaluate":
+        apart["originals"] = facts.writers * (use.held + use.resting) / facts.weights
+        apart["reference"] = math.ceil(facts.work.baseline_prompts / use.replicas) * facts.vocabulary * 4
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    running = sum(fullest.values()) + sum(added.values()) + (sum(apart.values()) if resources.on_cpu else 0.0)
+    if use.loading > running:
+        return _whole({**device, "loading": use.loading}), _whole(host if resources.on_cpu else {**host, **apart})
+    return _whole({**device, **fullest, **added}), _whole({**host, **apart})
 
 
 def _whole(sizes: Mapping[str, float]) -> dict[str, int]:
@@ -46,15 +50,15 @@ def _whole(sizes: Mapping[str, float]) -> dict[str, int]:
 
 
 def _moments(facts: Facts, resources: Resources, phase: str, use: Use) -> list[Mapping[str, int]]:
-    """What comes and goes at each moment that may be the fullest."""
+    """What comes and goes at each moment of passes that may be the fullest."""
     work, rows = facts.work, rows_of(facts, resources, phase, use)
     of_logits = facts.vocabulary * (facts.dtype.itemsize + 16)  # the model's; log-softmax, probabilities, their terms
     if use.workspace:
-        return [{"loading": use.loading}, {"workspace": use.workspace, "logits": rows * of_logits}]
+        return [{"workspace": use.workspace, "logits": rows * of_logits}]
     at_once = math.ceil(rows / use.microbatches) if use.stages > 1 else rows
     passing = {"gathered weights": use.gathered}
     passing["activations"] = activations(facts, at_once * work.longest_prompt, use.share)
-    moments: list[Mapping[str, int]] = [{"loading": use.loading}, passing]
+    moments: list[Mapping[str, int]] = [passing]
     if phase == "evaluate":
         compared = min(at_once, math.ceil(work.baseline_prompts * together(facts, resources, use) / use.replicas))
         columns = work.longest_prompt + work.new_tokens

@@ -14,10 +14,19 @@ LIBRARIES = 360 * MIB
 """Host memory of a rank that has imported all and read its prompts (x86, CPU build of PyTorch 2.13)."""
 DEEPSPEED = 45 * MIB
 """What importing and starting DeepSpeed adds."""
+FSDP = 60 * MIB
+"""What PyTorch's FSDP2 and its distributed tensors add."""
+ZERO = 70 * MIB
+"""What DeepSpeed's ZeRO adds to that."""
 READ_BUFFER = 8 * MIB
 """Through which goes what cannot be read where it belongs (:mod:`heretic_ds.checkpoint.files`)."""
-MERGING = 1.4
-"""Part of the weights that transformers needs on top of them while it puts experts together."""
+MERGING = 1.1
+"""Part of the weights that transformers needs on top of them while it puts experts together on a CPU."""
+
+
+BLOCKS_MERGED = 4
+"""Blocks whose experts transformers has twice on a device other than the CPU: as many as it has threads that read ahead
+(read off its sources, not measured)."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ since all of them run the experts that any of them needs.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ from heretic_ds.placements.costs import (
     estimate,
     largest_streamed,
 )
-from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, settle_accelerator
+from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, quietly, settle_accelerator
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
+
+_MESSAGES = 6
+"""One after another for each block of experts: how many tokens go where, tokens, trials, and answers, each way."""
 
 
 class ExpertParallel(Placement):
@@ -66,15 +70,24 @@ class ExpertParallel(Placement):
         degree = job.world.degree(self.options.degree, f"{self.phase}.degree")
         ExpertLayers(job.opened.skeleton(), job.anatomy, degree, self.phase, job.opened.device)
 
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Every number of ranks that divides theirs, and the experts; where none does, all ranks, which says why."""
+        experts, tried = facts.experts, super().variants(phase, facts, resources)
+        return [each for each in tried if experts is not None and experts.number % each["degree"] == 0] or tried[-1:]
+
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """Some of the experts and all else; tokens travel to their experts and back. The comparison with the unsplit
         model reads a whole block."""
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
         device = torch.device(resources.machine.device)
-        facts.once((self.name, degree, device), lambda: self._refuse(facts, degree, device))
         experts = facts.experts
-        assert experts is not None
+        if experts is None:
+            kind = facts.model.config.model_type
+            raise UserError(f"{self.phase}=expert_parallel: a {kind} model has no experts to share out")
+        divides = experts.number % degree == 0  # all such degrees are served, or none
+        facts.once((self.name, self.phase, device, divides or degree), lambda: self._refuse(facts, degree, device))
         travels = 2 * experts.per_token * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
         use = Use(
             held=facts.weights - experts.bytes + experts.bytes // degree,
@@ -82,17 +95,15 @@ class ExpertParallel(Placement):
             sharers=degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=(facts.weights - experts.bytes + experts.bytes / degree) / facts.weights,
-            exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=4 * experts.blocks),),
+            exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=_MESSAGES * experts.blocks),),
             libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 
     def _refuse(self, facts: Facts, degree: int, device: torch.device) -> None:
-        if facts.experts is None:
-            kind = facts.model.config.model_type
-            raise UserError(f"{self.phase}=expert_parallel: a {kind} model has no experts to share out")
         settle_accelerator(facts.here)
-        ExpertLayers(facts.model, facts.anatomy, degree, self.phase, device)
+        with quietly(logging.WARNING):  # of numbers in the configuration that are told apart from themselves
+            ExpertLayers(facts.model, facts.anatomy, degree, self.phase, device)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose experts are shared out over the ranks of a replica.

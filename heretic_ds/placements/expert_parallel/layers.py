@@ -220,12 +220,9 @@ class _InFloat32(nn.Linear):
 
 def renamed(name: str, renamings: Mapping[str, str]) -> str:
     """A path or name with the longest of its beginnings that has another name replaced by it."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        beginning = ".".join(parts[:end])
-        if beginning in renamings:
-            return ".".join([renamings[beginning], *parts[end:]])
-    return name
+    fitting = (path for path in renamings if f"{name}.".startswith(f"{path}."))
+    longest = max(fitting, key=len, default="")
+    return renamings.get(longest, "") + name.removeprefix(longest)
 
 
 def _under(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:

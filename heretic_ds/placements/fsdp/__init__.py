@@ -15,7 +15,7 @@ import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import Cost, Exchange, Facts, Resources, Use, estimate
+from heretic_ds.placements.costs import FSDP, LIBRARIES, Cost, Exchange, Facts, Resources, Use, estimate
 from heretic_ds.placements.fsdp.edits import GatheredOutputEdits, GatheringEditor
 from heretic_ds.placements.fsdp.units import Units, bytes_cut
 from heretic_ds.runner.comm import Comm
@@ -72,10 +72,11 @@ class Fsdp(Placement):
             )
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
-        """Over all ranks; with blocks on the host where that is another memory."""
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Over all ranks; to capture also with blocks on the host, where that is another memory. Each token of an
+        answer would fetch them all."""
         several = resources.ranks > 1
-        return [{}] * several + [{"offload": "cpu"}] * (several and not resources.on_cpu)
+        return [{}] * several + [{"offload": "cpu"}] * (several and phase == "capture" and not resources.on_cpu)
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """An equal part of everything, and some units that are gathered: that of the running block, of the next, and
@@ -94,6 +95,7 @@ class Fsdp(Placement):
             read_parts=1 / ranks,
             exchanges=(Exchange(ranks, pass_bytes=travels, messages=units, hidden=not resources.on_cpu),),
             fetched=of_blocks,
+            libraries=LIBRARIES + FSDP,
         )
         return estimate(facts, resources, self.phase, use)
 
@@ -112,8 +114,13 @@ class Fsdp(Placement):
             try:
                 world.agree(units.read, "reading the weights")
                 world.agree(lambda: job.opened.check_forward(model, dtype))
-            except UserError:
+            except UserError as error:
                 units.release()
+                if "DTensor" in str(error):  # the type of parameters that nobody has gathered
+                    raise UserError(
+                        f"{self.phase}=fsdp gathers weights for the module that has them, but others of this "
+                        f"{model.config.model_type} model use them, too; set {self.phase}=replicated or tensor_parallel"
+                    ) from error
                 raise
             return units
 

@@ -1,8 +1,8 @@
 """A model cut over all ranks by FSDP2, from its first number to the last trace of it.
 
 A unit is what is gathered together: a block, an embedding, the output head; the rest, which is little, is gathered for
-a whole pass. FSDP2 offers no way to put numbers into its parameters without a rank holding more than its own, or to go
-on after a pass that failed: for these its own objects are used (PyTorch 2.6 to 2.13 have them alike).
+a whole pass. FSDP2 offers no way to give a rank its own numbers alone, in memory that tied parameters share, to go on
+after a pass that failed, and to be rid of it: for these the inner objects of PyTorch's are used, as 2.13 has them.
 """
 
 from __future__ import annotations
@@ -173,8 +173,7 @@ def gathered(model: nn.Module, anatomy: Anatomy, block: int) -> Iterator[None]:
 
     What is written into them is lost. Never in inference mode, which would leave its mark on memory that is used again.
     """
-    unit = list(model.get_submodule(anatomy.blocks).children())[block]
-    assert isinstance(unit, FSDPModule)
+    unit: Any = list(model.get_submodule(anatomy.blocks).children())[block]
     with torch.inference_mode(False), torch.no_grad():
         try:
             unit.unshard()
@@ -188,8 +187,10 @@ def gathered(model: nn.Module, anatomy: Anatomy, block: int) -> Iterator[None]:
 def settle(model: nn.Module, failed: bool) -> None:
     """Make ready for the next pass: forget the order of units, noted for a backward pass that never comes, and bring
     all units of a pass that ``failed`` into the state before it."""
-    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    for state in states:
+    root: Any = model
+    if failed and torch.cuda.is_available():
+        torch.cuda.synchronize()  # copies that still run read and write what is freed now
+    for state in root._get_fsdp_state()._state_ctx.all_states:  # none before the first pass
         state._comm_ctx.post_forward_order.clear()
         group = state._fsdp_param_group
         if group is not None:
@@ -202,6 +203,8 @@ def settle(model: nn.Module, failed: bool) -> None:
         if group is not None:
             group._all_gather_result, group._training_state = None, type(group._training_state).IDLE
             group._to_sharded()
+            for parameter in group.fsdp_params:  # of a unit that was not gathered to the end
+                parameter.free_unsharded_param()
 
 
 def _parameters(model: nn.Module) -> Iterator[Any]:
@@ -246,10 +249,10 @@ def bytes_cut(model: nn.Module, ranks: int) -> int:
 
 def _units_beside_blocks(model: PreTrainedModel, anatomy: Anatomy) -> list[nn.Module]:
     """What is gathered by itself beside the blocks: large tables, the head, and towers that no text passes through."""
-    decoder = model.get_submodule(anatomy.decoder)
-    found: list[nn.Module] = [child for child in decoder.children() if isinstance(child, nn.Embedding)]
+    decoder, found = model.get_submodule(anatomy.decoder), [model.get_submodule(anatomy.embedding)]
+    found += [child for child in decoder.children() if isinstance(child, nn.Embedding)]
     steps = anatomy.decoder.split(".") if anatomy.decoder else []
     for depth, step in enumerate(steps):
         parent = model.get_submodule(".".join(steps[:depth]))
         found += [child for name, child in parent.named_children() if name != step]
-    return [module for module in found if any(True for _ in module.parameters())]
+    return [module for module in dict.fromkeys(found) if any(True for _ in module.parameters())]

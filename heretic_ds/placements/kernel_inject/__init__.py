@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from heretic_ds.checkpoint.open import load_weights
 from heretic_ds.errors import UserError
-from heretic_ds.placements.base import Placement, runner_of
+from heretic_ds.placements.base import Placement, load_whole, runner_of
 from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Facts, Resources, Use, estimate
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
@@ -72,10 +71,10 @@ class KernelInject(Placement):
 
         Raises UserError for models that the kernels do not serve, and where the check fails.
         """
-        world, opened = job.world, job.opened
-        torch.cuda.set_device(opened.device)  # the kernels run on the current device
+        world = job.world
+        torch.cuda.set_device(job.opened.device)  # the kernels run on the current device
         world.agree(op.load_kernels, "building the kernels")
-        model = world.agree(lambda: load_weights(opened), "reading the weights").model
+        model = load_whole(job).model
         family = find_family(model.config, model.dtype, f"model.path={job.settings.model.path}")
         injected = world.agree(lambda: inject_checked(model, job.anatomy, family))
         comm = Comm.of_replicas(world, 1, f"{self.phase}.degree")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.placements.kernel_inject.adapter import Adapter
 from heretic_ds.prompts import pad_left
 from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.parity import distance
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +63,8 @@ def error_of(model: PreTrainedModel, adapter: Adapter | None, expected: Sample) 
     with adapter.expecting(_STEPS) if adapter is not None else contextlib.nullcontext():
         for lengths, logits, tokens in zip(_LENGTHS, expected.logits, expected.answers, strict=True):
             found, _ = _run(model, lengths, tokens)
-            spread = (logits - logits.mean(-1, keepdim=True)).norm()
-            error = ((found - logits).norm() / spread).item()
-            worst = max(worst, error if error == error else float("inf"))
+            error = distance(found, logits)
+            worst = max(worst, math.inf if math.isnan(error) else error)
     return worst
 
 

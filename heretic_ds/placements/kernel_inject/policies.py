@@ -60,12 +60,14 @@ class NeoxPolicy(GPTNEOXLayerPolicy):  # type: ignore[misc]
         return config.hidden_size, config.num_attention_heads, block.input_layernorm.eps, inner
 
 
-class _RealWidth:
-    """A container that takes the inner width from the weights, where DeepSpeed supposes four times the outer one."""
+def _of_real_width(container: type[Any]) -> type[Any]:
+    """The container, taking the inner width from the weights, where DeepSpeed supposes four times the outer one."""
 
-    def set_hidden_heads(self, hidden_size: int, heads: int, epsilon: float, intermediate_size: int) -> None:
-        inner = self._h4h_w.numel() // hidden_size  # type: ignore[attr-defined]
-        super().set_hidden_heads(hidden_size, heads, epsilon, inner)  # type: ignore[misc]
+    class RealWidth(container):  # type: ignore[misc]
+        def set_hidden_heads(self, hidden_size: int, heads: int, epsilon: float, intermediate_size: int) -> None:
+            super().set_hidden_heads(hidden_size, heads, epsilon, self._h4h_w.numel() // hidden_size)
+
+    return RealWidth
 
 
 class GatedContainer(DS_LLAMAContainer):  # type: ignore[misc]
@@ -77,23 +79,7 @@ class GatedContainer(DS_LLAMAContainer):  # type: ignore[misc]
         return module
 
 
-class Gpt2Container(_RealWidth, DS_GPT2Container):  # type: ignore[misc]
-    pass
-
-
-class OptContainer(_RealWidth, DS_OPTContainer):  # type: ignore[misc]
-    pass
-
-
-class GptjContainer(_RealWidth, DS_GPTJContainer):  # type: ignore[misc]
-    pass
-
-
-class GptNeoContainer(_RealWidth, DS_GPTNEOContainer):  # type: ignore[misc]
-    pass
-
-
-class NeoxContainer(_RealWidth, DS_GPTNEOXContainer):  # type: ignore[misc]
+class NeoxContainer(_of_real_width(DS_GPTNEOXContainer)):  # type: ignore[misc]
     """GPT-NeoX's container, told the base of its rotary positions."""
 
     def create_module(self, config: Any = None) -> nn.Module:
@@ -113,10 +99,10 @@ class Policy:
 
 POLICIES = {
     "gated": Policy(GatedPolicy, GatedContainer, (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)),
-    "gpt2": Policy(HFGPT2LayerPolicy, Gpt2Container, (GPT2Block,)),
-    "opt": Policy(HFOPTLayerPolicy, OptContainer, (OPTDecoderLayer,)),
-    "gptj": Policy(HFGPTJLayerPolicy, GptjContainer, (GPTJBlock,)),
-    "gpt_neo": Policy(HFGPTNEOLayerPolicy, GptNeoContainer, (GPTNeoBlock,)),
+    "gpt2": Policy(HFGPT2LayerPolicy, _of_real_width(DS_GPT2Container), (GPT2Block,)),
+    "opt": Policy(HFOPTLayerPolicy, _of_real_width(DS_OPTContainer), (OPTDecoderLayer,)),
+    "gptj": Policy(HFGPTJLayerPolicy, _of_real_width(DS_GPTJContainer), (GPTJBlock,)),
+    "gpt_neo": Policy(HFGPTNEOLayerPolicy, _of_real_width(DS_GPTNEOContainer), (GPTNeoBlock,)),
     "gpt_neox": Policy(NeoxPolicy, NeoxContainer, (GPTNeoXLayer,)),
 }
 """By the name that :class:`~heretic_ds.placements.kernel_inject.families.Family` gives."""

@@ -41,6 +41,7 @@ from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, Traits
 from heretic_ds.runner.parity import check_split_model, streamed_logits
 from heretic_ds.settings import within
+from heretic_ds.world import Replicas
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -84,35 +85,18 @@ class TensorParallel(Placement):
         """A part of everything; two sums over the replica a block, and a gathering of logits."""
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
-        with _advising(self.phase):
-            held = facts.once((self.name, self.options.backend, degree), lambda: self._held(facts, degree))
-        sums = 2 * facts.anatomy.n_blocks + 1
-        sent = 2 * (degree - 1) / degree * facts.anatomy.width * facts.dtype.itemsize
-        exchange = Exchange(
-            members=degree,
-            token_bytes=sums * sent,
-            row_bytes=(degree - 1) / degree * facts.vocabulary * facts.dtype.itemsize,
-            messages=sums + 1,
-        )
         use = Use(
-            held=held,
+            held=sum(sizes_held(facts, self.options.backend, degree, self.phase).values()),
             replicas=resources.ranks // degree,
             share=1 / degree,
             caches=1 / degree,
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=1 / degree,
-            exchanges=(exchange,),
+            exchanges=(exchange_of(facts, degree),),
             reuses=True,
             libraries=LIBRARIES + DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
-
-    def _held(self, facts: Facts, degree: int) -> int:
-        model = facts.model
-        backend = sharding.choose_backend(model, model.config.model_type, self.options.backend)
-        layout = _plan(model, facts.anatomy, backend, degree, self.phase)
-        shards = planned.shards_of(model, facts.anatomy, layout or planned.automatic(model, facts.anatomy), degree)
-        return planned.bytes_held(model, shards)
 
     def build(self, job: Job) -> Runner:
         """The engine over a model whose weights are split over the ranks of a replica.
@@ -121,16 +105,16 @@ class TensorParallel(Placement):
         """
         world, phase, options = job.world, self.phase, self.options
         comm = Comm.of_replicas(world, options.degree, f"{phase}.degree")
-        group = comm.partners
-        compared = options.parity_check and group is not None
+        ranks = comm.shares
+        compared = options.parity_check and ranks.degree > 1
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             backend, shards = "none", {}
             with _advising(phase):
-                if group is not None:
+                if ranks.degree > 1:
                     backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-                    shards = _lay_out(model, job.anatomy, checkpoint, group, backend, phase)
+                    shards = _lay_out(model, job.anatomy, checkpoint, ranks, backend, phase)
                 world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
@@ -148,11 +132,34 @@ class TensorParallel(Placement):
                 what=f"{phase}.backend={backend}",
                 otherwise=f"choose another {phase}.backend, or {phase}=replicated",
             )
-        editor = WeightEditor(model, job.anatomy, sum_over(group))
+        editor = WeightEditor(model, job.anatomy, sum_over(ranks.inside))
         engine = runner_of(job, model, comm, Traits(self.name), editor=editor)
-        if group is None:
+        if ranks.degree == 1:
             engine.whole = job.opened.loaded(model)
         return engine
+
+
+def sizes_held(facts: Facts, backend: str, degree: int, phase: str, setting: str = "degree") -> Mapping[str, int]:
+    """Bytes of each parameter on the fullest of ``degree`` ranks, without ranks. Raises UserError."""
+
+    def find() -> Mapping[str, int]:
+        model, anatomy = facts.model, facts.anatomy
+        with _advising(phase):
+            chosen = sharding.choose_backend(model, model.config.model_type, backend)
+            layout = _plan(model, anatomy, chosen, degree, phase)
+            return planned.sizes(
+                model, planned.shards_of(model, anatomy, layout or planned.automatic(model, anatomy), degree)
+            )
+
+    return facts.once((phase, setting, backend, degree), find)
+
+
+def exchange_of(facts: Facts, degree: int, stages: int = 1) -> Exchange:
+    """What the ranks of a replica, or of one of its stages, send one another in a pass."""
+    sums = 2 * facts.anatomy.n_blocks / stages + 1
+    each, apart = facts.dtype.itemsize, (degree - 1) / degree
+    of_token, of_row = 2 * apart * facts.anatomy.width * each, apart * facts.vocabulary * each
+    return Exchange(degree, token_bytes=sums * of_token, row_bytes=of_row / stages, messages=sums + 1)
 
 
 @contextmanager
@@ -191,51 +198,38 @@ def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, p
 
 
 def _lay_out(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    checkpoint: Checkpoint,
-    group: dist.ProcessGroup,
-    backend: str,
-    phase: str,
+    model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, ranks: Replicas, backend: str, phase: str
 ) -> dict[str, Shard]:
     """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
-    member, degree = dist.get_rank(group), dist.get_world_size(group)
-    layout = _plan(model, anatomy, backend, degree, phase)
-    shards = sharding.expert_shards(model, anatomy, member, degree)
+    layout = _plan(model, anatomy, backend, ranks.degree, phase)
+    shards = sharding.expert_shards(model, anatomy, ranks.member, ranks.degree)
     _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
     if layout is None:
-        shards |= autotp.lay_out(model, checkpoint.shapes, group, degree)
+        shards |= autotp.lay_out(model, checkpoint.shapes, ranks)
     else:
-        shards |= hf_plan.lay_out(model, layout, group, member, degree)
-    shards |= _split_embedding(model, anatomy, group, member, degree)
-    shards |= _split_head(model, checkpoint, shards, group, degree)
+        shards |= hf_plan.lay_out(model, layout, ranks)
+    shards |= _split_embedding(model, anatomy, ranks)
+    shards |= _split_head(model, checkpoint, shards, ranks)
     _shrink(model, shards)
-    sum_experts_over_ranks(model, anatomy, group)
-    widths: list[Any] = [None] * degree
-    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=group)
-    sharding.check_degree(anatomy, shards, degree, widths)
+    sum_experts_over_ranks(model, anatomy, ranks.inside)
+    widths: list[Any] = [None] * ranks.degree
+    dist.all_gather_object(widths, [w.weight_DK(model).shape[-1] for w in anatomy.writers], group=ranks.inside)
+    sharding.check_degree(anatomy, shards, ranks.degree, widths)
     return shards
 
 
-def _split_embedding(
-    model: nn.Module, anatomy: Anatomy, group: dist.ProcessGroup, member: int, degree: int
-) -> dict[str, Shard]:
+def _split_embedding(model: nn.Module, anatomy: Anatomy, ranks: Replicas) -> dict[str, Shard]:
     """Rows of the token embedding for this rank: no plan splits it, and it is a tenth of many models."""
     embedding = model.get_submodule(anatomy.embedding)
     if not isinstance(embedding, nn.Embedding):
         return {}
-    shard = split(embedding.weight.shape, 0, member, degree)
-    start, stop = (shard.ranges or ((0, 0),))[0]
-    split_vocabulary(embedding, group, start, stop)
+    split_vocabulary(embedding, ranks)
+    shard = split(embedding.weight.shape, 0, ranks.member, ranks.degree)
     return {f"{anatomy.embedding}.weight": shard}
 
 
 def _split_head(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    shards: Mapping[str, Shard],
-    group: dist.ProcessGroup,
-    degree: int,
+    model: PreTrainedModel, checkpoint: Checkpoint, shards: Mapping[str, Shard], ranks: Replicas
 ) -> dict[str, Shard]:
     """Rows of the output head for this rank, where it is tied to the embedding, or nobody has split it yet.
 
@@ -249,9 +243,8 @@ def _split_head(
     outputs, inputs = checkpoint.shapes[name]
     bias = f"{path}.bias" in checkpoint.shapes
     whole = nn.Linear(inputs, outputs, bias, device="meta", dtype=checkpoint.dtypes[name])
-    member = dist.get_rank(group)
-    model.set_submodule(path, SplitByOutputs(whole, group, member, degree, gathered=True).requires_grad_(False))
-    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], member, degree)
+    model.set_submodule(path, SplitByOutputs(whole, ranks, gathered=True).requires_grad_(False))
+    return sharding.linear_shards(path, whole, sharding.STYLES["colwise_gather_output"], ranks.member, ranks.degree)
 
 
 def _shrink(model: nn.Module, shards: Mapping[str, Shard]) -> None:

@@ -20,32 +20,21 @@ from heretic_ds.checkpoint import Shard
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.placements.deepspeed import start_deepspeed
 from heretic_ds.placements.tensor_parallel.sharding import CannotSplit
+from heretic_ds.world import Replicas
 
 log = logging.getLogger(__name__)
 
 
 class _Group:
-    """What DeepSpeed asks a model-parallel unit for."""
+    """What DeepSpeed asks a model-parallel unit for: the ranks that share a replica, how many, which this one is."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        """The ranks that share a replica."""
-        return self._group
-
-    def get_model_parallel_world_size(self) -> int:
-        """How many they are."""
-        return dist.get_world_size(self._group)
-
-    def get_model_parallel_rank(self) -> int:
-        """This rank's place among them."""
-        return dist.get_rank(self._group)
+    def __init__(self, ranks: Replicas) -> None:
+        self.get_model_parallel_group = lambda: ranks.inside
+        self.get_model_parallel_world_size = lambda: ranks.degree
+        self.get_model_parallel_rank = lambda: ranks.member
 
 
-def lay_out(
-    model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], group: dist.ProcessGroup, degree: int
-) -> dict[str, Shard]:
+def lay_out(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], ranks: Replicas) -> dict[str, Shard]:
     """Let DeepSpeed replace the layers of an empty model, and say which parts of its parameters are this rank's.
 
     ``shapes`` are those of the whole parameters. Experts, and whatever else is a rank's part already, are left alone.
@@ -55,17 +44,17 @@ def lay_out(
     before = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     try:
-        _inject(model, group, degree)
+        _inject(model, ranks)
     except (AssertionError, ValueError, AttributeError, TypeError, KeyError, NotImplementedError) as error:
         # All that DeepSpeed is known to raise for models that it was not written for; others are faults, and are shown.
         raise CannotSplit(f"DeepSpeed's AutoTP cannot split {type(model).__name__} ({first_line(error)})") from error
     for module, held in buffers:  # DeepSpeed converted them to the weights' dtype, or gave them memory without numbers
         module._buffers.update(held)
     untouched = {name for name, shape in before.items() if shape != shapes[name]}
-    return _shards(model, {name: shape for name, shape in shapes.items() if name not in untouched}, group, degree)
+    return _shards(model, {name: shape for name, shape in shapes.items() if name not in untouched}, ranks)
 
 
-def _inject(model: PreTrainedModel, group: dist.ProcessGroup, degree: int) -> None:
+def _inject(model: PreTrainedModel, ranks: Replicas) -> None:
     start_deepspeed()
     import deepspeed  # slow to import, and needed nowhere else
     from deepspeed.comm import comm
@@ -81,19 +70,17 @@ def _inject(model: PreTrainedModel, group: dist.ProcessGroup, degree: int) -> No
             dtype=model.dtype,
             replace_with_kernel_inject=False,
             # The group alone crashes, the unit alone splits nothing; only both together split over this group.
-            tensor_parallel={"tp_size": degree, "tp_group": group, "mpu": _Group(group)},
+            tensor_parallel={"tp_size": ranks.degree, "tp_group": ranks.inside, "mpu": _Group(ranks)},
         )
     log.debug("DeepSpeed: %s", said.getvalue().strip())
 
 
-def _shards(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], group: dist.ProcessGroup, degree: int
-) -> dict[str, Shard]:
+def _shards(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], ranks: Replicas) -> dict[str, Shard]:
     """The part of every parameter whose shape DeepSpeed changed."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     local = {name: tuple(parameters[name].shape) for name in shapes if name in parameters}
-    everyone: list[Any] = [None] * degree
-    dist.all_gather_object(everyone, local, group=group)
+    everyone: list[Any] = [None] * ranks.degree
+    dist.all_gather_object(everyone, local, group=ranks.inside)
     shards = {}
     for name in local:
         whole = shapes[name]
@@ -105,8 +92,8 @@ def _shards(
             raise CannotSplit(
                 f"DeepSpeed's AutoTP split {name} {list(whole)} into parts of {sizes}, which do not make it up"
             )
-        layer, member = model.get_submodule(name.rpartition(".")[0]), dist.get_rank(group)
-        shards[name] = Shard(whole, dims[0], _ranges(name, layer, sizes, member))
+        layer = model.get_submodule(name.rpartition(".")[0])
+        shards[name] = Shard(whole, dims[0], _ranges(name, layer, sizes, ranks.member))
     return shards
 
 

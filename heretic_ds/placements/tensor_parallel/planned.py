@@ -47,9 +47,9 @@ def shards_of(model: PreTrainedModel, anatomy: Anatomy, layout: sharding.Layout,
     return shards
 
 
-def bytes_held(model: nn.Module, shards: Mapping[str, Shard]) -> int:
-    """Bytes of a model of which some parameters are in parts; tied ones count once."""
-    return sum(
-        math.prod(shards[name].local_shape if name in shards else each.shape) * each.element_size()
+def sizes(model: nn.Module, shards: Mapping[str, Shard]) -> dict[str, int]:
+    """Bytes of each parameter of a model of which some are in parts; tied ones once."""
+    return {
+        name: math.prod(shards[name].local_shape if name in shards else each.shape) * each.element_size()
         for name, each in model.named_parameters()
-    )
+    }

@@ -21,43 +21,23 @@ class CannotSplit(UserError):
     """Why a model cannot be split that way; the placement adds what to choose instead."""
 
 
-FAMILY_BACKENDS: dict[str, str] = {
-    "llama": "autotp",
-    "mistral": "autotp",
-    "qwen2": "autotp",
-    "qwen3": "autotp",
-    "gemma2": "autotp",
-    "gemma3": "autotp",
-    "gemma3_text": "autotp",
-    "gpt_neox": "autotp",
-    "opt": "autotp",
-    "mixtral": "autotp",
-    "qwen3_moe": "autotp",
-    "deepseek_v3": "autotp",
-    "qwen2_vl": "hf_plan",
-    "llava": "hf_plan",
-    "phi3": "hf_plan",
-    "olmo2": "hf_plan",
-    "qwen3_next": "hf_plan",
-    "qwen3_5": "hf_plan",
-    "qwen3_5_text": "hf_plan",
-    "gpt_oss": "hf_plan",
-    "lfm2": "hf_plan",
+_BACKENDS = {
+    "autotp": "llama mistral qwen2 qwen3 gemma2 gemma3 gemma3_text gpt_neox opt mixtral qwen3_moe deepseek_v3",
+    "hf_plan": "qwen2_vl llava phi3 olmo2 qwen3_next qwen3_5 qwen3_5_text gpt_oss lfm2",
 }
+FAMILY_BACKENDS = {family: backend for backend, families in _BACKENDS.items() for family in families.split()}
 """Which backend ``evaluate.backend=auto`` takes for a model type: each row is shown right by the distributed tests."""
+
+_ATTENTION_READERS = {f"model.layers.*.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")}
 
 EXTRA_PLANS: dict[str, dict[str, str]] = {
     "gpt_oss": {
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
+        **_ATTENTION_READERS,
         "model.layers.*.self_attn.sinks": "colwise",
         "model.layers.*.self_attn.o_proj": "rowwise",
     },
     "lfm2": {
-        "model.layers.*.self_attn.q_proj": "colwise",
-        "model.layers.*.self_attn.k_proj": "colwise",
-        "model.layers.*.self_attn.v_proj": "colwise",
+        **_ATTENTION_READERS,
         "model.layers.*.self_attn.out_proj": "rowwise",
         "model.layers.*.conv.in_proj": "colwise_gather_output",
         "model.layers.*.conv.out_proj": "rowwise_split_input",
@@ -144,26 +124,20 @@ def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> La
     experts = tuple(writer.module for writer in anatomy.writers if writer.experts is not None)
     modules = {path: model.get_submodule(path) for path in writers}
     linears = {path: STYLES["rowwise_split_input"] for path, writer in modules.items() if isinstance(writer, nn.Linear)}
-    parameters = set()
     for path, module in model.named_modules():
         style = style_of(plan, path)
         if style is None or style in _NOTHING or path in experts:
             continue
         if isinstance(module, nn.Linear) and style in STYLES:
-            split_ = STYLES[style]
-            if path in writers and split_.whole_output:
-                split_ = STYLES["rowwise_split_input"]
-            linears[path] = split_
+            if path not in writers or not STYLES[style].whole_output:
+                linears[path] = STYLES[style]
         else:
             raise CannotSplit(
                 f"the parallel plan of {type(model).__name__} splits {path}, a {type(module).__name__}, in the style "
                 f"{style!r}; expected one of {', '.join(STYLES)} for a Linear"
             )
-    for name, parameter in model.named_parameters():
-        style = style_of(plan, name)
-        if style is not None and parameter.ndim == 1 and style == "colwise":
-            parameters.add(name)
-    return Layout(linears, frozenset(parameters))
+    lone = (name for name, parameter in model.named_parameters() if parameter.ndim == 1)
+    return Layout(linears, frozenset(name for name in lone if style_of(plan, name) == "colwise"))
 
 
 def splits_heads(anatomy: Anatomy, layout: Layout) -> bool:

@@ -15,7 +15,18 @@ import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Capturing, Placement, runner_of
-from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Exchange, Facts, Resources, Use, bytes_of, estimate
+from heretic_ds.placements.costs import (
+    DEEPSPEED,
+    LIBRARIES,
+    ZERO,
+    Cost,
+    Exchange,
+    Facts,
+    Resources,
+    Use,
+    bytes_of,
+    estimate,
+)
 from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, start_deepspeed
 from heretic_ds.placements.zero3.offload import check_offload, load_reader
 from heretic_ds.placements.zero3.partitions import Partitions, gathered_at_once
@@ -27,6 +38,9 @@ if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 log = logging.getLogger(__name__)
+
+_TIED_COPIES = 4
+"""Of an embedding that is the head, too: gathered for each of its uses, and copied (measured, one model)."""
 
 
 class Zero3(Placement):
@@ -78,21 +92,23 @@ class Zero3(Placement):
         check_offload(self.options, job.opened.device)
 
     @classmethod
-    def variants(cls, resources: Resources) -> Sequence[dict[str, Any]]:
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
         """Weights on the devices, where there are several, and on the host, where that is another memory."""
         return [{}] * (resources.ranks > 1) + [{"offload": "cpu"}] * (not resources.on_cpu)
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
-        """An equal part of everything, small parameters whole; beside it what is gathered, and gathered ahead. A head
-        that is the embedding stays gathered between its two uses."""
+        """An equal part of everything, small parameters whole; beside it what is gathered. Every part that runs lets
+        another bucket be gathered ahead, up to all that may be live, and a bucket that arrives is copied."""
         options, ranks = self.options, resources.ranks
         facts.refuse_quantised(self.phase)
         parts = facts.once(self.name, lambda: gathered_at_once(facts.model, facts.anatomy))
         largest = facts.once((self.name, "largest"), lambda: max(map(bytes_of, parts)))
         small = options.param_persistence_threshold * facts.dtype.itemsize
         stays = sum(size for size in facts.sizes.values() if size <= small)
-        ahead = options.prefetch_bucket_size * facts.dtype.itemsize
-        gathered = max(largest, facts.head) + ahead + (facts.embedding if facts.tied else 0)
+        bucket, live = (n * facts.dtype.itemsize for n in (options.prefetch_bucket_size, options.max_live_parameters))
+        ahead = min(facts.weights, live) if bucket else 0
+        gathered = max(largest, facts.head, ahead) + min(max(bucket, largest), facts.weights)
+        gathered += _TIED_COPIES * facts.embedding if facts.tied else 0
         cut = math.ceil(facts.weights / ranks)
         travels = facts.weights * (ranks - 1) / ranks
         exchange = Exchange(ranks, pass_bytes=travels, messages=len(parts), hidden=not resources.on_cpu)
@@ -100,12 +116,12 @@ class Zero3(Placement):
         use = Use(
             held=stays + (0 if on_host or options.offload == "nvme" else cut),
             replicas=ranks,
-            gathered=min(gathered, facts.weights),
+            gathered=gathered,
             resting=cut if on_host else 0,
             read_parts=1 / ranks,
             exchanges=(exchange,) if ranks > 1 else (),
             fetched=0 if options.offload == "none" else cut,
-            libraries=LIBRARIES + DEEPSPEED,
+            libraries=LIBRARIES + DEEPSPEED + ZERO,
         )
         return estimate(facts, resources, self.phase, use)
 

@@ -24,12 +24,7 @@ class Partitions:
     """A model cut over all ranks, and all that has to be undone to be rid of it."""
 
     def __init__(
-        self,
-        opened: OpenedModel,
-        dtype: torch.dtype,
-        anatomy: Anatomy,
-        options: Zero3.Options,
-        world: World,
+        self, opened: OpenedModel, dtype: torch.dtype, anatomy: Anatomy, options: Zero3.Options, world: World
     ) -> None:
         """The model without numbers, and DeepSpeed's layout for it."""
         import deepspeed
@@ -48,6 +43,7 @@ class Partitions:
 
         Raises UserError, on every rank, where a weight file is at fault on any of them.
         """
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.utils import set_z3_leaf_module
         from deepspeed.utils.timer import NoopTimer
@@ -64,15 +60,10 @@ class Partitions:
             max_reuse_distance=zero["stage3_max_reuse_distance"],
             max_live_parameters=zero["stage3_max_live_parameters"],
             param_persistence_threshold=zero["stage3_param_persistence_threshold"],
-            offload_param_config=self._init_offload(),
+            offload_param_config=DeepSpeedZeroConfig(**zero).offload_param,  # None without an offload
         )
         for hook in self._hooks.backward_hooks:  # nothing is trained here
             hook.remove()
-
-    def _init_offload(self) -> Any:
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-        return DeepSpeedZeroConfig(**self.config["zero_optimization"]).offload_param  # None without an offload
 
     def _read(self) -> None:
         files = TensorFiles(self._opened.source.folder, self._opened.headers)
