@@ -21,7 +21,7 @@ HERETIC_READY := $(HERETIC_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test test-thorough lint format docs wheel clean
+.PHONY: help venv demo demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test test-thorough lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -46,9 +46,11 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
 
-demo-distributed: $(READY) ## The demo on RANKS ranks of the CPU: ZeRO-3 capture, tensor-parallel evaluation
-	DS_ACCELERATOR=cpu PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) experiment=demo run.dir=runs/demo-distributed \
-		capture=zero3 evaluate=tensor_parallel $(ARGS)
+demo-distributed: $(READY) ## The demo on RANKS ranks of the CPU, on the placements that it chooses and names
+	DS_ACCELERATOR=cpu PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) experiment=demo run.dir=runs/demo-distributed $(ARGS)
+
+plan: $(READY) ## What a model needs and takes on a machine: make plan ARGS="<model> hardware=h100x8"; reads no weights
+	$(BIN)/heretic-ds task=plan $(ARGS)
 
 run: $(READY) ## heretic-ds with ARGS, as in: make run ARGS="<model> search.trials=50"
 	$(BIN)/heretic-ds $(ARGS)

@@ -138,6 +138,13 @@ def _partition(parameter: Any) -> Any:
     return getattr(parameter, "ds_tensor", getattr(parameter, "_local_tensor", parameter))
 
 
+def _free_port() -> int:
+    """One that no other job on this machine has taken."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds: int) -> Any:
     """What rank 0 of a job of ``script --rank arguments`` prints behind ``mark``, one thread a rank, on the CPU."""
     command = [

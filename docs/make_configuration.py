@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
 
+from heretic_ds.placements.costs import Machine  # noqa: E402
 from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
 from heretic_ds.settings_checks import limits_in_words, type_name  # noqa: E402
 
@@ -50,6 +52,10 @@ def render() -> str:
         parts.append(f"\n## {name}\n")
         if name in PHASES:
             parts += [f"{texts[name]}\n", *_placements(name)]
+        elif name == "hardware":
+            given = OmegaConf.merge(dict.fromkeys(get_type_hints(Machine)), config[name])
+            assert isinstance(given, DictConfig)
+            parts += [f"{texts[name]}\n", _keys_table(Machine, given, name)]
         else:
             parts += [f"{_markdown(inspect.getdoc(hint) or '')}\n", _keys_table(hint, config[name], name)]
     return "\n".join(parts)
@@ -71,13 +77,15 @@ def _groups_table() -> str:
         path for path in conf_dir().iterdir() if path.is_dir() and path.name not in ("hydra", "local")
     ):
         for choice in sorted(folder.glob("[!_]*.yaml")):
-            comments = [
-                line.removeprefix("#").strip()
-                for line in choice.read_text(encoding="utf-8").splitlines()
-                if line.startswith("#") and "@package" not in line
-            ]
+            comments = [line.removeprefix("#").strip() for line in _first_comment(choice) if "@package" not in line]
             rows.append(f"| `{folder.name}={choice.stem}` | {' '.join(comments)} |")
     return "\n".join(["| choice | what it is |", "|---|---|", *rows])
+
+
+def _first_comment(file: Path) -> Iterator[str]:
+    """Lines of the first comment: later ones are about single keys."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return takewhile(lambda line: line.startswith("#"), dropwhile(lambda line: not line.startswith("#"), lines))
 
 
 def _keys_table(section: type, config: DictConfig, prefix: str) -> str:

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heretic_ds import __version__
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
-from heretic_ds.launching import rank_guard
+from heretic_ds.launching import own_ranks, rank_guard
 from heretic_ds.report import sweep_summary
 from heretic_ds.settings import TASKS, Settings, conf_dir, register_schemas
 from heretic_ds.settings_checks import validate
@@ -96,8 +96,10 @@ def to_settings(config: DictConfig) -> Settings:
         )
     validate(settings)
     from heretic_ds.placements import placements_of  # their classes import torch
+    from heretic_ds.stages.placing import described_machine
 
     placements_of(settings)
+    described_machine(settings)
     return settings
 
 
@@ -105,18 +107,30 @@ def to_settings(config: DictConfig) -> Settings:
 class _Job:
     """What Hydra calls, once for a single run and once per job of a sweep, and how the single run ended."""
 
+    words: Sequence[str]
+    """The command line."""
     started: bool = False
     error: BaseException | None = None
+    status: int = 0
+    """Of ranks that were started for the single run."""
 
     def __call__(self, config: DictConfig) -> Objective | None:
         self.started = True
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return sweep_job(config, _dispatch)
+            return sweep_job(config, _dispatch_here)
         try:
-            return _dispatch(to_settings(config))
+            return self._run(to_settings(config))
         except Exception as error:  # reported by main, without the lines that Hydra would add
             self.error = error
             return None
+
+    def _run(self, settings: Settings) -> Objective | None:
+        if ranks := own_ranks.ranks_to_start(settings):
+            self.status = own_ranks.start_ranks(settings, self.words, ranks)
+            return None
+        if told := own_ranks.advice(settings, self.words):
+            print(told, flush=True)
+        return _dispatch(settings)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -130,7 +144,7 @@ def _run(arguments: Sequence[str]) -> int:
     options.overrides = expand_model(options.overrides)
     hydra_version.setbase(VERSION_BASE)
     register_schemas()
-    job, sweep_summary.failed_jobs = _Job(), 0
+    job, sweep_summary.failed_jobs = _Job(arguments), 0
     try:
         with _hydra_errors_raised():
             _run_hydra(options, parser, job, config_path=str(conf_dir()), config_name=CONFIG_NAME)
@@ -140,7 +154,7 @@ def _run(arguments: Sequence[str]) -> int:
         raise UserError(str(error)) from error  # Hydra's word on flags that exclude one another
     if job.error is not None:
         raise job.error
-    return EXIT_FAILED if sweep_summary.failed_jobs else 0
+    return job.status or (EXIT_FAILED if sweep_summary.failed_jobs else 0)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
@@ -167,6 +181,16 @@ def _quoted(text: str) -> str:
     """Any text as a quoted value of Hydra's grammar, where a backslash counts only before a quote."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
+
+
+def _dispatch_here(settings: Settings) -> Objective | None:
+    """One job of a sweep in this process."""
+    if own_ranks.ranks_to_start(settings):
+        raise UserError(
+            f"run.launch={settings.run.launch} is for a single run; ranks for each job of a sweep are started by "
+            "hydra/launcher=deepspeed"
+        )
+    return _dispatch(settings)
 
 
 def _dispatch(settings: Settings) -> Objective | None:

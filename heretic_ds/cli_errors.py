@@ -14,7 +14,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from heretic_ds.settings import PHASES, Settings, option_owners
+from heretic_ds.settings import FREE_GROUPS, Settings, option_owners
 from heretic_ds.settings_checks import type_name
 
 
@@ -50,7 +50,7 @@ def setting_types(section: Any = Settings, prefix: str = "") -> dict[str, Any]:
         types[prefix + name] = hint
         if is_dataclass(hint):
             types |= setting_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]  # a class
-        elif name in PHASES:
+        elif name in FREE_GROUPS:
             types |= dict.fromkeys((f"{name}.{option}" for option in option_owners(name)), Any)
     return types
 

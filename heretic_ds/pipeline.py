@@ -15,6 +15,7 @@ from heretic_ds.stages.finish import export_edited, finish, objective_of, report
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
 from heretic_ds.stages.opening import already_finished, opened, refuse_used_export_folder
+from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.search import search_edits
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.world import World
@@ -84,4 +85,9 @@ def chat(settings: Settings, world: World, console: Console) -> None:
     talk(settings, world, console)
 
 
-_TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat}
+def plan(settings: Settings, world: World, console: Console) -> None:
+    """Say what each placement would need and take, and which ones would be chosen, without reading any weights."""
+    make_and_show_plan(settings, world, console)
+
+
+_TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat, "plan": plan}

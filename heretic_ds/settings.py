@@ -14,9 +14,12 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-TASKS = ("abliterate", "evaluate", "export", "chat")
+TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
+
+FREE_GROUPS = (*PHASES, "hardware")
+"""Groups whose keys are checked by those who read them: the placement that is chosen, the planner."""
 
 AUTO = "auto"
 """Of settings that may be left to the program."""
@@ -41,7 +44,7 @@ class TaskSettings:
 
     name: str = within("abliterate", choices=TASKS)
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
-    (write one trial of an earlier run) or ``chat`` (talk to the model, edited or not)."""
+    (write one trial of an earlier run), ``chat`` (talk to the model, edited or not) or ``plan`` (say what it takes)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
 
@@ -254,6 +257,17 @@ class RunSettings:
     """Run folder; null: ``runs/<model name>`` (``runs/<model name>-evaluate`` for ``task=evaluate``)."""
     interactive: Optional[bool] = None
     """Whether ``abliterate`` ends with a menu; null: at a terminal."""
+    launch: Optional[str] = None
+    """Ranks that the command starts by itself, on this machine: a whole number, or ``auto``, one for every GPU where
+    there are several. null: none; a launcher starts them. ``task=chat`` and ``task=plan`` take one process."""
+
+
+@dataclass
+class PlanSettings:
+    """What ``task=plan`` gives beside its tables."""
+
+    json: Optional[str] = None
+    """File to write the plan to, as JSON; null: none."""
 
 
 @dataclass
@@ -269,6 +283,10 @@ class Settings:
     and its options."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """The same while edits are evaluated."""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """The machine that ``task=plan`` and ``auto`` reckon with, one of ``conf/hardware/``; of ``hardware=local`` what is
+    not given is measured."""
+    plan: PlanSettings = field(default_factory=PlanSettings)
     direction: DirectionSettings = field(default_factory=DirectionSettings)
     ablation: AblationSettings = field(default_factory=AblationSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
@@ -287,14 +305,20 @@ def conf_dir() -> Path:
     return package / "conf"
 
 
-def option_owners(phase: str) -> dict[str, list[str]]:
-    """The options of a phase that the files of its group give, each with the choices that have it."""
+def option_owners(group: str) -> dict[str, list[str]]:
+    """The options that the files of a group give, each with the choices that have it."""
     owners: dict[str, list[str]] = {}
-    for file in sorted((conf_dir() / phase).glob("*.yaml")):
+    for file in sorted((conf_dir() / group).glob("*.yaml")):
         for name in map(str, OmegaConf.load(file)):
             if name != "_target_":
                 owners.setdefault(name, []).append(file.stem)
     return owners
+
+
+def choice(group: str, name: str) -> dict[str, Any]:
+    """What the file of one choice of a group gives."""
+    given: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
+    return given
 
 
 def register_schemas() -> None:
@@ -303,8 +327,8 @@ def register_schemas() -> None:
     The resolver gives the path of a file that is shipped inside this package, such as the demo model.
     """
     schema = OmegaConf.structured(Settings)
-    for phase in PHASES:  # any option may be given: the placement that is chosen says which there are
-        OmegaConf.set_struct(schema[phase], False)
+    for group in FREE_GROUPS:
+        OmegaConf.set_struct(schema[group], False)
     ConfigStore.instance().store(name=SCHEMA_NAME, node=schema)
     package = Path(__file__).resolve().parent
     OmegaConf.register_new_resolver("package_file", lambda path: str(package / path), replace=True)

@@ -91,13 +91,19 @@ def check_fields(section: Any, prefix: str = "") -> _Findings:
 
 def _check_rest(settings: Settings) -> _Findings:
     device, per_pass = settings.model.device, str(settings.search.trials_per_pass)
+    yield (
+        settings.plan.json is None or settings.task.name == "plan",
+        f"plan.json is set, but task={settings.task.name} makes no plan to write; leave it null, or choose task=plan",
+    )
     given, named = bool(settings.model.path.strip()), bool(settings.scoring.scorers)
     yield given, "model.path is empty; give a hub id or a local folder: heretic-ds <model>"
     device_known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is not None
     yield device_known, f"model.device is {device!r}; choose auto, cpu, cuda or cuda:N"
     yield named, "scoring.scorers is empty; name at least one scorer, as in scoring.scorers=[refusals]"
-    counts = per_pass == AUTO or (per_pass.isdecimal() and int(per_pass) > 0)
-    yield counts, f"search.trials_per_pass is {per_pass}; it has to be {AUTO}, or a whole number of at least 1"
+    launch = AUTO if settings.run.launch is None else settings.run.launch
+    for key, value in (("search.trials_per_pass", per_pass), ("run.launch", launch)):
+        counts = value == AUTO or (value.isdecimal() and int(value) > 0)
+        yield counts, f"{key} is {value}; it has to be {AUTO}, or a whole number of at least 1"
 
 
 def _check_profiles(settings: Settings) -> _Findings:

@@ -83,6 +83,18 @@ class Replicas:
         return told[0]
 
 
+@dataclass(frozen=True)
+class Mesh:
+    """Replicas as grids: some stages of equally many consecutive ranks each."""
+
+    replicas: Replicas
+    near: Replicas
+    """As if each stage were a replica: the ranks of this rank's stage are those inside."""
+    line: dist.ProcessGroup | None
+    """Of each stage of this rank's replica, in their order, the rank with this one's place; None where there is one
+    stage."""
+
+
 ALONE = Replicas(count=1, degree=1, index=0, member=0, inside=None, across=None)
 """One replica on one rank."""
 
@@ -129,6 +141,8 @@ class World:
     """By degree: process groups hold connections and buffers, so each is made once."""
     _machine: list[Machine] = field(default_factory=list, repr=False, compare=False)
     """This rank's, once it was asked for."""
+    _meshes: dict[tuple[int, int], Mesh] = field(default_factory=dict, repr=False, compare=False)
+    """By ranks a stage and stages."""
     _hearts: Heartbeats | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -187,6 +201,19 @@ class World:
             across = self._own_group([range(place, self.size, degree) for place in range(degree)])
             self._layouts[degree] = Replicas(count, degree, index, member, inside, across)
         return self._layouts[degree]
+
+    def mesh(self, width: int, stages: int, setting: str) -> Mesh:
+        """The layout of a phase whose replicas are ``stages`` of ``width`` ranks each.
+
+        Raises UserError, naming ``setting``, where the world does not divide. Every rank has to call it.
+        """
+        replicas = self.replicas(width * stages, setting)
+        if (width, stages) not in self._meshes:
+            starts = range(0, self.size, width * stages)
+            lines = [range(start + at, start + width * stages, width) for start in starts for at in range(width)]
+            near, line = self.replicas(width, setting), self._own_group(lines)
+            self._meshes[width, stages] = Mesh(replicas, near, line)
+        return self._meshes[width, stages]
 
     def _own_group(self, groups: Sequence[range]) -> dist.ProcessGroup | None:
         """Of these groups of equally many ranks, which every rank takes part in making, its own; None for one rank."""
@@ -284,6 +311,7 @@ class World:
         _joined = None
         self._layouts.clear()
         self._machine.clear()
+        self._meshes.clear()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -33,6 +33,7 @@ os.environ.update(
     HF_HOME=os.path.join(_caches, "huggingface"),
     MPLCONFIGDIR=os.path.join(_caches, "matplotlib"),
     MPLBACKEND="Agg",
+    XDG_CACHE_HOME=os.path.join(_caches, "cache"),
     COLUMNS="160",
 )
 for _variable in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):

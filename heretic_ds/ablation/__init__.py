@@ -20,23 +20,3 @@ from heretic_ds.ablation.edit import (
     row_overlaps,
 )
 from heretic_ds.ablation.profile import COMPONENTS, Profile
-
-__all__ = [
-    "COMPONENTS",
-    "ROW_NORMS",
-    "Ablation",
-    "Edit",
-    "OutputOperator",
-    "Profile",
-    "Reduce",
-    "ResidualMeans",
-    "behaviour_directions",
-    "block_direction",
-    "edit_weight",
-    "edit_weight_",
-    "output_operator",
-    "row_norms",
-    "row_overlaps",
-    "through_norm",
-    "winsorize",
-]

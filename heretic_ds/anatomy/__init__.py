@@ -2,5 +2,3 @@
 
 from heretic_ds.anatomy.find import find_anatomy, has_expert_dispatch
 from heretic_ds.anatomy.model import Anatomy, Writer
-
-__all__ = ["Anatomy", "Writer", "find_anatomy", "has_expert_dispatch"]

@@ -196,12 +196,12 @@ def open_model(choice: ModelChoice) -> OpenedModel:
     return OpenedModel(
         choice=choice,
         source=source,
-        config=_load_config(choice, source, raw),
+        config=load_config(choice, source, raw),
         headers=headers,
         device=device,
         tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
         processor=load_processor(source.folder, choice.trust_remote_code),
-        quantization=_quantization(raw),
+        quantization=quantization_of(raw),
     )
 
 
@@ -237,7 +237,7 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
-def _load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
+def load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The model's configuration, checked to be that of a causal language model that transformers knows."""
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
@@ -301,7 +301,7 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
 
 
-def _quantization(raw: Mapping[str, Any]) -> str | None:
+def quantization_of(raw: Mapping[str, Any]) -> str | None:
     """Quantisation method of a raw configuration."""
     for part in (raw, raw.get("text_config") or {}):
         if part.get("quantization_config"):

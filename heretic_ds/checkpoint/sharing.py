@@ -18,6 +18,8 @@ from heretic_ds.checkpoint.fill import Checkpoint, fill
 from heretic_ds.checkpoint.open import OpenedModel
 from heretic_ds.checkpoint.shards import Shard
 
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""By its name since PyTorch 2.13, or the one before."""
 _SMALL_BYTES = 64 * 2**10
 """Tensors below this size are read by every rank: an exchange costs more than reading that much."""
 
@@ -31,34 +33,45 @@ class PartlyRead(Checkpoint):
     degree: int = 1
     """Their number."""
     split: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Tensors of which each rank has read so many rows, by its place; what is left at the end all have read."""
+    """Tensors of which each rank has read so many rows, by its place; what is left at the end is lent, or small."""
     lent: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Tensors that one rank alone has read, each with that rank's place."""
+    """Tensors, or last rows of some, that one rank alone has read, each with that rank's place."""
 
     def read_into(self, name: str, shard: Shard, part: Tensor) -> None:
         """Read this rank's rows of a tensor that will be whole on every rank."""
         rows = part.shape[0] // self.degree if part.dim() else 0
-        if part.nbytes < _SMALL_BYTES:
-            super().read_into(name, shard, part)
-        elif rows == 0 or not isinstance(self.sources[name], Assembled):  # the latter is made of whole tensors
-            read = [sum(tensor.nbytes for tensor, owner in self.lent if owner == place) for place in range(self.degree)]
-            owner = read.index(min(read))
-            self.lent.append((part, owner))
-            if owner == self.member:
-                super().read_into(name, shard, part)
-        else:
+        if not isinstance(self.sources[name], Assembled):
+            rows = 0  # it is made of whole tensors, so by one rank
+        if rows and part.nbytes >= _SMALL_BYTES:
             self.split.append((part, rows))
-            first, rest = self.member * rows, self.degree * rows
-            for start, stop in ((first, first + rows), (rest, part.shape[0])):
-                if start < stop:
-                    super().read_into(name, Shard(shard.shape, 0, ((start, stop),)), part[start:stop])
+            self._read_rows(name, shard, part, self.member * rows, rows)
+            rest = self.degree * rows
+        else:
+            rest = 0
+        left = part[rest:] if rest else part
+        if left.nbytes < _SMALL_BYTES or self._lend(left) == self.member:
+            if rest:
+                self._read_rows(name, shard, part, rest, part.shape[0] - rest)
+            else:
+                super().read_into(name, shard, part)
+
+    def _read_rows(self, name: str, shard: Shard, part: Tensor, start: int, count: int) -> None:
+        if count:
+            super().read_into(name, Shard(shard.shape, 0, ((start, start + count),)), part[start : start + count])
+
+    def _lend(self, tensor: Tensor) -> int:
+        """The place of the rank that reads a tensor for all: the one with the fewest such bytes so far."""
+        read = [sum(lent.nbytes for lent, owner in self.lent if owner == place) for place in range(self.degree)]
+        owner = read.index(min(read))
+        self.lent.append((tensor, owner))
+        return owner
 
     def exchange(self, group: dist.ProcessGroup | None) -> None:
         """Complete all tensors. ``group`` are the ranks that read together, in the order of their places; each has read
         its part."""
         for whole, rows in self.split if group is not None else []:
             own = whole[self.member * rows : (self.member + 1) * rows]
-            dist.all_gather_into_tensor(_as_bytes(whole[: self.degree * rows]), _as_bytes(own), group=group)
+            _gather(_as_bytes(whole[: self.degree * rows]), _as_bytes(own), group=group)
         for whole, owner in self.lent if group is not None else []:
             dist.broadcast(_as_bytes(whole), group=group, group_src=owner)
         self.split.clear()

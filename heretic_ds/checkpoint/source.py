@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
     LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -105,16 +108,52 @@ def resolve_source(path: str, revision: str | None = None) -> ModelSource:
     return ModelSource(folder, path, folder.name, is_hub=True)
 
 
+def outline_source(path: str, revision: str | None = None) -> tuple[ModelSource, dict[str, TensorInfo]]:
+    """The folder of a model's configuration, and what its weights are as far as that can be known without them.
+
+    Of a hub model no weights are fetched: the hub tells of their files' headers. Where neither has whole safetensors
+    files the second is empty. Raises UserError as :func:`resolve_source` does.
+    """
+    local = local_folder(path)
+    if local is not None:
+        return ModelSource(local, local.name, None, is_hub=False), read_headers(local) if is_whole(local) else {}
+    patterns = [CONFIG_NAME, GENERATION_NAME, *CODE_FILES]
+    with _hub_errors(path, revision):
+        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        headers = read_headers(folder) if is_whole(folder) else _headers_on_hub(path, folder.name)
+    return ModelSource(folder, path, folder.name, is_hub=True), headers
+
+
+def _headers_on_hub(name: str, commit: str) -> dict[str, TensorInfo]:
+    try:
+        files = get_safetensors_metadata(name, revision=commit).files_metadata
+    except NotASafetensorsRepoError:
+        return {}
+    return {
+        tensor: TensorInfo(tuple(info.shape), info.dtype, file, 0)
+        for file, metadata in files.items()
+        for tensor, info in metadata.tensors.items()
+    }
+
+
 def _fetch(name: str, revision: str | None) -> Path:
     small: tuple[str, ...] = (CONFIG_NAME, GENERATION_NAME, CARD_NAME, *WEIGHT_FILES[1::2])
     small += TOKENIZER_FILES + PROCESSOR_FILES + LICENCE_FILES + CODE_FILES
-    try:
+    with _hub_errors(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(small)))
         weights = _weights_to_fetch(folder)
         if not all((folder / file).exists() for file in weights):
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights))
         if not any((folder / file).exists() for file in WEIGHT_FILES) and (folder / CONFIG_NAME).exists():
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[WEIGHT_FILES[2]]))
+    return folder
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """While open, what goes wrong with the hub is a UserError."""
+    try:
+        yield
     except GatedRepoError as error:
         raise UserError(
             f"model.path={name} is gated: accept its terms on its hub page and log in with `hf auth login`."
@@ -130,7 +169,6 @@ def _fetch(name: str, revision: str | None) -> Path:
             f"model.path={name} is not a folder here, is not cached, and the hub cannot be reached: "
             "check the name and the network, or set model.path to a local folder."
         ) from error
-    return folder
 
 
 def _weights_to_fetch(folder: Path) -> list[str]:

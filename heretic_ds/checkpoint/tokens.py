@@ -15,14 +15,19 @@ from heretic_ds.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer, beside chat templates."""
+    vocabulary = [pattern for pattern in TOKENIZER_FILES if not pattern.startswith(("chat_template", "additional"))]
+    return any(next(folder.glob(pattern), None) for pattern in vocabulary)
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the left; UserError where there is none.
 
     A tokenizer without a padding token gets its end-of-text token for that, else its unknown token, else
     token 0.
     """
-    vocabulary = [pattern for pattern in TOKENIZER_FILES if not pattern.startswith(("chat_template", "additional"))]
-    if not any(next(folder.glob(pattern), None) for pattern in vocabulary):
+    if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer files; copy the model's tokenizer.json and its config there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, padding_side="left")

@@ -150,8 +150,7 @@ class OutputEdits:
             return known
         kept = self._keeps_tables or writer.experts is None
         tables = WriterTables(self._model, writer, self._ablation, self._reduce, kept)
-        # A copy: where weights are gathered for a moment, their memory goes with it.
-        bias_D = None if writer.bias is None else self._model.get_parameter(writer.bias).detach().clone()
+        bias_D = None if writer.bias is None else self._model.get_parameter(writer.bias).detach()
         by_slot = self._edits_experts(writer)
         new = ExpertEdit(tables, bias_D, edits) if by_slot else DenseEdit(tables, bias_D, edits, self._rows)
         self._edits[writer.weight] = new

@@ -134,7 +134,7 @@ class EditedFiles:
         others. In memory is one matrix at a time. An error on any rank is raised on all of them; ``target`` is what
         it calls the folder.
         """
-        mark = Path(world.decide(lambda: str(_marked(folder))))
+        mark = Path(world.decide(lambda: str(_marked(folder, target))))
         seen = world.gather(os.path.isfile(mark))  # no also where the disk answers with an error
         writers = [rank for rank, sees in enumerate(seen) if sees]
         mine = shared_out(self.sizes, len(writers))[writers.index(world.rank)] if world.rank in writers else []
@@ -147,8 +147,9 @@ class EditedFiles:
                     self.write_file(folder, file)
 
         def end() -> None:
-            mark.unlink()
-            self._write_index(folder)
+            with failures_named(target):
+                mark.unlink()
+                self._write_index(folder)
 
         world.agree(write_mine, "writing the model")
         world.decide(end)
@@ -198,10 +199,11 @@ class EditedFiles:
         (folder / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _marked(folder: Path) -> Path:
+def _marked(folder: Path, target: Path) -> Path:
     """A new file in the folder, by which ranks of other machines know that theirs is the same."""
     mark = folder / f".{uuid4().hex}"
-    mark.touch()
+    with failures_named(target):
+        mark.touch()
     return mark
 
 

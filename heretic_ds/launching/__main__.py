@@ -13,7 +13,7 @@ from heretic_ds import cli
 from heretic_ds.errors import UserError
 from heretic_ds.launching import nodes
 from heretic_ds.launching.plan import DEFAULT_PORT, Launch
-from heretic_ds.launching.supervisor import Supervised, Supervisor, signals_to
+from heretic_ds.launching.supervisor import Supervised, Supervisor, supervise
 
 _OWN_MODULE = Launch.module
 _SWEEP_FLAGS = {"-m", "--multirun"}
@@ -28,21 +28,12 @@ def main(words: Sequence[str]) -> int:
         launch = _launch(options, arguments)
         if launch.module == _OWN_MODULE:
             _check_arguments(arguments)
-        return _supervise(_job(launch, options))
+        return supervise(_job(launch, options))
     except KeyboardInterrupt:
         print("heretic-ds: interrupted", file=sys.stderr)
         return cli.EXIT_INTERRUPTED
     except Exception as error:
         return cli.report(error)
-
-
-def _supervise(job: Supervised) -> int:
-    with signals_to(job):
-        outcome = job.run()
-    sys.stdout.flush()
-    if outcome.error:
-        print(outcome.error, file=sys.stderr)
-    return outcome.status
 
 
 def _job(launch: Launch, options: argparse.Namespace) -> Supervised:

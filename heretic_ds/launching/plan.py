@@ -66,7 +66,7 @@ class Plan:
 def make_plan(launch: Launch, folder: Path) -> Plan:
     """The launcher's command and environment; a hostfile that it needs is written to `folder`. Raises UserError."""
     environment = {**os.environ, **launch.env}
-    devices = _devices(environment)
+    devices = gpus(environment)
     count = launch.ranks or len(devices) or 1
     if devices and count > len(devices):
         raise UserError(
@@ -116,7 +116,7 @@ def _listed(numbers: list[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _devices(environment: Mapping[str, str]) -> list[int]:
+def gpus(environment: Mapping[str, str]) -> list[int]:
     """GPUs that the job may use. Found without importing torch; where there is doubt DeepSpeed decides."""
     if environment.get("DS_ACCELERATOR", "cuda") != "cuda":
         return []

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -212,6 +213,16 @@ def signals_to(supervisor: Supervised) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def supervise(job: Supervised) -> int:
+    """Run a job to its end, signals to this process included, and say how it ended. Returns its exit status."""
+    with signals_to(job):
+        outcome = job.run()
+    sys.stdout.flush()
+    if outcome.error:
+        print(outcome.error, file=sys.stderr)
+    return outcome.status
 
 
 def ended_by(number: int) -> Outcome:

@@ -1,6 +1,7 @@
 """Placements: how the model is laid out on devices to capture, score and edit. One file or folder each.
 
-Nothing here knows their names: the files of ``conf/capture/`` and ``conf/evaluate/`` name their classes.
+Nothing here but what stands for a choice knows their names: the files of ``conf/capture/`` and ``conf/evaluate/`` name
+their classes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from omegaconf import OmegaConf, ValidationError
 
 from heretic_ds.errors import UserError
+from heretic_ds.placements.auto import left_open, settled, settled_alone
 from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
 from heretic_ds.settings import PHASES, Settings, option_owners
 from heretic_ds.settings_checks import check_fields, find_class, refuse, type_name
@@ -23,7 +25,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Capturing", "Engine", "Evaluating", "Placement", "build_engine", "placements_of"]
+__all__ = [
+    "Capturing",
+    "Engine",
+    "Evaluating",
+    "Placement",
+    "build_engine",
+    "left_open",
+    "placements_of",
+    "settled",
+    "settled_alone",
+]
 
 
 def placements_of(settings: Settings) -> dict[str, Placement]:
@@ -33,7 +45,7 @@ def placements_of(settings: Settings) -> dict[str, Placement]:
 
 def build_engine(job: Job, phase: str) -> Any:
     """The engine that the settings ask for in one phase: a Capturing for ``capture``, else an Evaluating."""
-    placements = placements_of(job.settings)
+    placements = placements_of(settled_alone(job.settings) if job.world.size == 1 else job.settings)
     for placement in placements.values():
         job.world.agree(partial(placement.check, job))
     chosen, evaluating = placements[phase], placements["evaluate"]

@@ -36,11 +36,14 @@ def quietly(level: int = logging.INFO) -> Iterator[None]:
 
 def settle_accelerator(device: torch.device) -> None:
     """Let DeepSpeed, which settles at its import on one kind of device, take this one where nobody has chosen."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if not _is_elsewhere(device):
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
 
 
 def check_accelerator(device: torch.device) -> None:
     """Raise UserError where DeepSpeed has settled on another kind of device than this."""
+    if _is_elsewhere(device):
+        return
     settle_accelerator(device)
     with quietly():
         from deepspeed.accelerator import get_accelerator
@@ -50,6 +53,11 @@ def check_accelerator(device: torch.device) -> None:
             f"model.device={device.type}, but DeepSpeed runs on {get_accelerator().device_name()} here; "
             f"set DS_ACCELERATOR={device.type} in the environment, or model.device=auto"
         )
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether a device is one of another machine, for which a plan is made."""
+    return device.type == "cuda" and not torch.cuda.is_available()
 
 
 def start_deepspeed() -> None:

@@ -60,5 +60,5 @@ def work_of(settings: Settings, lengths: Mapping[str, Sequence[int]] | None = No
 
 
 def _apart(names: Mapping[str, object]) -> bool:
-    """Whether a checkpoint keeps each expert by itself."""
-    return any(re.search(r"\.experts\.\d+\.", name) for name in names)
+    """Whether a checkpoint keeps each expert by itself, as most do; so it is taken where no file is there to tell."""
+    return not names or any(re.search(r"\.experts\.\d+\.", name) for name in names)

@@ -4,16 +4,3 @@ from heretic_ds.prompts.batching import Batch, PromptSet, TokenRows, check_lengt
 from heretic_ds.prompts.chat import ChatFormat, decode_answers
 from heretic_ds.prompts.prefix import detect_response_prefix, find_response_prefix
 from heretic_ds.prompts.sources import load_prompts
-
-__all__ = [
-    "Batch",
-    "ChatFormat",
-    "PromptSet",
-    "TokenRows",
-    "check_lengths",
-    "decode_answers",
-    "detect_response_prefix",
-    "find_response_prefix",
-    "load_prompts",
-    "pad_left",
-]

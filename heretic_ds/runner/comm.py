@@ -39,6 +39,11 @@ _ONE_RANK = World()
 class PeerRanOut(MemoryError):
     """Memory ran out on another rank of this pass."""
 
+    def __init__(self, by_all: bool) -> None:
+        """``by_all``: all partners know; else those nearby do."""
+        super().__init__()
+        self.by_all = by_all
+
 
 @dataclass(frozen=True)
 class Comm:
@@ -55,10 +60,13 @@ class Comm:
     world: World = _ONE_RANK
     owners: tuple[Any, ...] = ()
     """Objects that keep collective functions of their own: a library's."""
+    near: dist.ProcessGroup | None = None
+    """Those of the partners with whom this one has collectives in the middle of a pass, where the others meanwhile do
+    other work and only meet it in between (:meth:`meet`); None: all partners."""
     _gone_well: set[Hashable] = field(default_factory=set)
     """Sizes of passes that no rank failed."""
-    _guards: list[None] = field(default_factory=list)
-    """One entry while a pass is guarded."""
+    _guarded: list[bool] = field(default_factory=lambda: [False])
+    """Whether a pass is guarded at present."""
 
     @classmethod
     def of_replicas(cls, world: World, degree: int | None, setting: str) -> Comm:
@@ -81,7 +89,7 @@ class Comm:
         """
         if not self.lockstep:
             return flag
-        if self._guards:
+        if self._guarded[0]:
             self._ask()
         return self.any_partner(flag)
 
@@ -104,38 +112,50 @@ class Comm:
         memory runs out in it on one rank after all, that rank's MemoryError tells of it, and the others cannot.
         """
         guarded = self.partners is not None and self.anyone(size is None or size not in self._gone_well)
-        value, failed, told = None, False, False
+        value, failed, told = None, False, None
         with self._guard() if guarded else _nothing():
             try:
                 value = work()
-            except PeerRanOut:
-                failed = told = True
+            except PeerRanOut as error:
+                failed, told = True, error
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 if self.partners is not None and not guarded:
                     raise MemoryError("memory ran out in a pass that other ranks are part of") from error
                 failed = True
-        if guarded and not told:
-            failed = self.any_partner(failed)
+        if guarded and (told is None or not told.by_all):
+            failed = self._heard(failed, among_near=told is None)
         if failed:
             return False, None
         if self.partners is not None and size is not None:
             self._gone_well.add(size)
         return True, value
 
+    def meet(self) -> None:
+        """All partners come to this point of a pass, at which some of them are about to wait for others.
+
+        Raises PeerRanOut where memory ran out on one of them; without a guard, and between them, nothing is exchanged.
+        """
+        if self._guarded[0] and self._heard(False):
+            raise PeerRanOut(by_all=True)
+
+    def _heard(self, failed: bool, among_near: bool = True) -> bool:
+        """Whether any partner failed; those nearby tell each other first, as they also do within a pass."""
+        if self.near is not None and among_near:
+            failed = _any_of(self.near, failed)
+        return self.any_partner(failed)
+
     def any_partner(self, flag: bool) -> bool:
         """Whether the flag is set on any partner; exchanged on the host."""
-        if self.partners is None or _sum_up is None:
-            return flag
-        count = torch.tensor([int(flag)])
-        _sum_up(count, group=self.partners)
-        return count.item() > 0
+        return flag if self.partners is None else _any_of(self.partners, flag)
 
     def _ask(self) -> None:
-        """Raise where a partner has told that it takes no further part in this pass."""
-        if self.any_partner(False):
-            raise PeerRanOut
+        """Raise where a partner, of those nearby, has told that it takes no further part in this pass."""
+        if self.near is not None and _any_of(self.near, False):
+            raise PeerRanOut(by_all=False)
+        if self.near is None and self.any_partner(False):
+            raise PeerRanOut(by_all=True)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -155,17 +175,25 @@ class Comm:
         ]
         for owner, name, function in replaced:
             setattr(owner, name, guarded(function))
-        self._guards.append(None)
+        self._guarded[0] = True
         try:
             yield
         finally:
-            self._guards.pop()
+            self._guarded[0] = False
             for owner, name, function in replaced:
                 setattr(owner, name, function)
 
 
 ALONE = Comm()
 """A model that lies whole in this process, which is the only one."""
+
+
+def _any_of(group: dist.ProcessGroup, flag: bool) -> bool:
+    if _sum_up is None:
+        return flag
+    count = torch.tensor([int(flag)])
+    _sum_up(count, group=group)
+    return count.item() > 0
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Decoder:
         """``rows_move``: whether rows may come and go in a batch at all; ``cuda_graphs``: whether steps are to be
         captured where the device has graphs."""
         self._forward, self._anatomy = forward, anatomy
-        self._obstacle = None if rows_move else "ranks decode in lockstep, or by kernels of their own"
+        self._obstacle = None if rows_move else "ranks wait for each other, or have kernels of their own"
         self.settled = not rows_move
         """Whether it is known if rows can lie in slots."""
         self._new_maker = graphs.makers_for(forward.device) if cuda_graphs else None
@@ -274,12 +274,24 @@ class _SlotRun:
 def shrinking(forward: Forward, rows: Sequence[Row], stop: Stop, anyone: Callable[[bool], bool] = bool) -> None:
     """Answer one batch over the model's own cache; rows that are done leave it once they are a quarter of it.
 
+    Parts of a batch take turns, each as a batch of its own: while one waits for its tokens, the others' passes run.
     Where ranks decode in lockstep, ``anyone`` tells whether any of them has a row that goes on; until none has, a rank
     without one keeps the first row of its batch.
     """
+    going = deque(_turns(forward, part, stop, anyone) for part in forward.parts(rows))
+    while going:
+        turns = going.popleft()
+        if next(turns, False):
+            going.append(turns)
+
+
+def _turns(forward: Forward, rows: Sequence[Row], stop: Stop, anyone: Callable[[bool], bool]) -> Iterator[bool]:
+    """A part's passes, one a turn; it pauses while its tokens are under way."""
     batch, cache = list(rows), forward.own_cache()
     begun = forward(batch, cache)
-    token_B, mask_BS, position_B1 = begun.logits_BV.argmax(dim=-1), begun.mask_BS, begun.position_B1
+    mask_BS, position_B1, tokens = begun.mask_BS, begun.position_B1, forward.choose(begun.logits_BV)
+    yield True
+    token_B = tokens()
     stop.note(batch, token_B.tolist())
     while anyone(any(not row.done for row in batch)):
         keep = [place for place, row in enumerate(batch) if not row.done] or [0]
@@ -288,9 +300,11 @@ def shrinking(forward: Forward, rows: Sequence[Row], stop: Stop, anyone: Callabl
             cache.reorder_cache(keep_B)  # type: ignore[arg-type]  # transformers says LongTensor
             token_B, mask_BS, position_B1 = token_B[keep_B], mask_BS[keep_B], position_B1[keep_B]
             batch = [batch[place] for place in keep]
-            forward.assign(batch)
+        forward.assign(batch)  # another part had its turn since
         mask_BS, position_B1 = torch.cat([mask_BS, mask_BS.new_ones(len(batch), 1)], dim=1), position_B1 + 1
-        token_B = forward.logits(token_B[:, None], mask_BS, position_B1, cache).argmax(dim=-1)
+        tokens = forward.choose(forward.logits(token_B[:, None], mask_BS, position_B1, cache))
+        yield True
+        token_B = tokens()
         stop.note(batch, token_B.tolist())
 
 

@@ -46,6 +46,10 @@ class Traits:
     """The placement's."""
     rows_move: bool = True
     """Rows may come and go in a batch, and batches be of any size."""
+    slots: bool = True
+    """Rows that move may lie in slots while they are answered."""
+    forward: Callable[[PreTrainedModel, Anatomy, int, bool, Comm], Reuse] = Reuse
+    """What passes are made by."""
     edits: type[OutputEdits] | None = OutputEdits
     """How outputs are edited, many trials in a pass; None where they cannot be."""
     retries: bool = True
@@ -95,12 +99,14 @@ class Runner:
         self._editor = editor or WeightEditor(model, anatomy)
         self._outputs: OutputEdits | None = None
         edits = traits.edits
-        self._obstacle = "this placement edits weights alone" if edits is None else edits.obstacle(model, anatomy)
+        found = "this placement edits weights alone" if edits is None else edits.obstacle(model, anatomy)
+        self._obstacle = next(filter(None, comm.world.gather(found)), None)  # ranks may hold different writers
         self.max_edits_per_pass = MOST_EDITS if self._obstacle is None else 1
         self._applied: Edit | None = None
         reuse = options.prefill_reuse and traits.rows_move
-        self._forward = Reuse(model, anatomy, tokenizer.pad_token_id, reuse, comm)
-        self._decoder = Decoder(self._forward, anatomy, traits.rows_move, options.cuda_graphs and traits.graphs)
+        self._forward = traits.forward(model, anatomy, tokenizer.pad_token_id, reuse, comm)
+        in_slots = traits.rows_move and traits.slots
+        self._decoder = Decoder(self._forward, anatomy, in_slots, options.cuda_graphs and traits.graphs)
         self._batches = Batches(comm, self._device, traits.name, options.max_new_tokens, traits.retries)
         self._batches.evictable += [self._forward, self._decoder]
         self._batches.starts_late = self._forward.wanted
@@ -138,7 +144,7 @@ class Runner:
             counted = [place for place, row in enumerate(batch) if row.index < own]
             kept_BLD = residual_BLD[counted].float()
             means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
-        return means.mean(self._comm.shares.total)
+        return self._forward.joined(means.mean(self._comm.shares.total))
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
@@ -148,7 +154,8 @@ class Runner:
         if self.traits.edits is not None and self._obstacle is None:
             budget = int(self._comm.least(table_budget(self.model)))  # alike on all ranks, which make tables together
             outputs = self.traits.edits(self.model, self.anatomy, ablation, self._editor.reduce, budget)
-            self._outputs, self.max_edits_per_pass = outputs, min(MOST_EDITS, outputs.most_edits)
+            self._outputs = outputs
+            self.max_edits_per_pass = int(self._comm.least(min(MOST_EDITS, outputs.most_edits)))
         elif self.traits.edits is not None:
             log.info("every trial has passes of its own: %s", self._obstacle)
 
@@ -169,26 +176,37 @@ class Runner:
         wholes = [[*prompt, *more] for prompt, more in zip(prompts, given, strict=True)]
         result, share, last = [], self._comm.shares.share(len(prompts)), 1 + max(map(len, given), default=0)
 
-        def work(batch: Sequence[Row]) -> Sequence[float]:
-            logits = self._forward(batch, last=last).logits_BV
-            at = [share[row.index] for row in batch]
-            # From the end, for a batch of short rows has fewer positions than were asked for.
-            return read(at, [each[-1 - len(given[index]) :] for index, each in zip(at, logits, strict=True)])
+        def work(batch: Sequence[Row]) -> list[float]:
+            found: list[float] = []
+            for part in self._forward.parts(batch):
+                logits = self._forward(part, last=last).logits_BV
+                if not self._forward.knows_logits:
+                    found += [0.0] * len(part)
+                    continue
+                at = [share[row.index] for row in part]
+                # From the end, for a batch of short rows has fewer positions than were asked for.
+                found += read(at, [each[-1 - len(given[index]) :] for index, each in zip(at, logits, strict=True)])
+            return found
+
+        def sample(batch: Sequence[Row]) -> None:
+            for part in self._forward.parts(batch):
+                self._forward(part, last=last)
 
         own = [wholes[index] for index in share]
         if "kl" not in self.batch_sizes:
             self._editor.set_edit(self._applied)
             most = self.max_edits_per_pass
-            self._batches.find(rows_of(own), "kl", lambda batch: self._forward(batch, last=last), most)
+            self._batches.find(rows_of(own), "kl", sample, most)
         for together in self._passes(edits):
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
-            values = [[0.0] * len(own) for _ in together]
+            values = torch.zeros(len(together), len(own), dtype=torch.float64)
             with self._edited(together, "kl", own):
                 for batch, found in self._batches.over(rows, "kl", work, self._cut):
                     for row, value in zip(batch, found, strict=True):
-                        values[row.trial][row.index] = value
-            result += [self._comm.shares.gather(each, len(prompts)) for each in values]
+                        values[row.trial, row.index] = value
+            values = self._forward.told(values)
+            result += [self._comm.shares.gather(each, len(prompts)) for each in values.tolist()]
         return result
 
     def generate(
@@ -306,9 +324,12 @@ class Runner:
 
     def _residuals(self, rows: Sequence[Row]) -> Tensor:
         """Residuals [B, L+1, D] at the last position of each row."""
+        found = []
         with tapped(self.model, self.anatomy) as taps:
-            self._forward(rows)
-            return taps.take()
+            for part in self._forward.parts(rows):
+                self._forward(part)
+                found.append(taps.take())
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def _own_rows(self, prompts: TokenRows) -> list[Row]:
         return rows_of([prompts[index] for index in self._comm.shares.share(len(prompts))])

@@ -1,12 +1,12 @@
 """Forward passes as scoring and decoding need them: logits of the last positions alone.
 
-Shapes: B rows, S positions, V vocabulary, H heads, K width of a key or value.
+Shapes: B rows, S positions, V vocabulary, H heads, K width of a key or value, L blocks, D width.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,7 +41,13 @@ class Begun:
 
 
 class Forward:
-    """A model's forward pass, with the arguments it takes."""
+    """A model's forward pass, with the arguments it takes; here all of the model takes part in it.
+
+    Where ranks hold different blocks, placements derive from this: only one rank knows the logits then.
+    """
+
+    knows_logits = True
+    """Whether the logits of a pass are the model's on this rank."""
 
     def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
         self.model, self._pad_id = model, pad_id
@@ -90,6 +96,23 @@ class Forward:
         batch = pad_left([row.prompt for row in rows], self._pad_id).to(self.device)
         ids_BS, mask_BS, position_BS = batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS
         return Begun(self.logits(ids_BS, mask_BS, position_BS, cache, last), mask_BS, position_BS[:, -1:])
+
+    def parts(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """A batch in the parts that are in the model's hands side by side; each is a pass."""
+        return [rows]
+
+    def choose(self, logits_BV: Tensor) -> Callable[[], Tensor]:
+        """Find the likeliest next token of each row; what is returned gives them, [B], once they are asked for."""
+        token_B = logits_BV.argmax(dim=-1)
+        return lambda: token_B
+
+    def told(self, values: Tensor) -> Tensor:
+        """Numbers on the host that were made of logits, from the rank that knows these."""
+        return values
+
+    def joined(self, stream_LD: Tensor) -> Tensor:
+        """A table on the host over the L+1 entries of the stream, of which this rank may have seen a part."""
+        return stream_LD
 
     def step(self, begun: Begun, token_B: Tensor, cache: DynamicCache) -> Tensor:
         """Logits [B, V] after one more token of each row."""

@@ -24,10 +24,11 @@ from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
-from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of
+from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of, settled_alone
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.placing import settle_placements
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -237,8 +238,11 @@ def may_replace(settings: Settings) -> bool:
 def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
     with ExitStack() as stack:
+        settings = settled_alone(settings) if world.size == 1 else settings
+        world.agree(lambda: placements_of(settings))
         job = Job.check(settings, world)
         world.decide(lambda: _refuse_impossible_export(job))
+        placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
         _tell_of_nothing_to_share(job)
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
@@ -246,6 +250,8 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
             run.lay_out("capture")
         world.decide(lambda: _take_folder(run, stack))
         run.use_measured(world.decide(lambda: run.folder.measured if run.folder is not None else {}))
+        if placed:
+            run.remember(**placed)
         _add_earlier_timings(run)
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
         try:

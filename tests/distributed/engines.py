@@ -36,6 +36,8 @@ CLASSES = {
     "tensor_parallel": "tensor_parallel.TensorParallel",
     "expert_parallel": "expert_parallel.ExpertParallel",
     "fsdp": "fsdp.Fsdp",
+    "pipeline": "pipeline.Pipeline",
+    "tensor_pipeline": "tensor_pipeline.TensorPipeline",
 }
 
 

@@ -222,10 +222,13 @@ def _memory_of_one(world: World, folder: str) -> dict[str, int]:
     engine.apply(EDIT)
     found["originals"] = sum(original.nbytes for original in engine._editor._originals.values())
     found["at most"] = status("VmHWM") - peak_before
+    model = engine.model
     engine.close()
     del engine
     give_back_memory()
-    return {**found, "left": status("VmRSS") - before}
+    found["left"] = status("VmRSS") - before
+    del model  # whoever still had it kept no weights
+    return found
 
 
 def _use(world: World, folder: str) -> None:

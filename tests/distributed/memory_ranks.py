@@ -28,16 +28,16 @@ def engine_of(world: World, folder: str, placement: str, batch_size: int) -> Any
 
 
 @contextlib.contextmanager
-def starved(engine: Any, most_tokens: int = MOST_TOKENS, where: str = "block") -> Iterator[None]:
-    """Memory runs out within the second block, between two collectives, where a pass has too many tokens; or in the
-    head, after a pass's last collective."""
+def starved(engine: Any, most_tokens: int = MOST_TOKENS, where: str = "block", block: int = 1) -> Iterator[None]:
+    """Memory runs out within a block, between two collectives, where a pass has too many tokens; or in the head, after
+    a pass's last collective."""
 
     def full(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden_BSD = args[0] if args else kwargs["hidden_states"]
         if hidden_BSD.shape[:-1].numel() > most_tokens:
             raise torch.OutOfMemoryError("pretended")
 
-    path = "lm_head" if where == "head" else f"{engine.anatomy.blocks}.1.self_attn"
+    path = "lm_head" if where == "head" else f"{engine.anatomy.blocks}.{block}.self_attn"
     handle = engine.model.get_submodule(path).register_forward_pre_hook(full, with_kwargs=True)
     try:
         yield

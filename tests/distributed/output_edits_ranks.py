@@ -24,12 +24,12 @@ EDITS = (
 )
 
 
-def score(engine: Runner, together: bool, tables: bool = True) -> dict[str, Any]:
+def score(engine: Runner, together: bool, tables: bool = True, collectives: bool = True) -> dict[str, Any]:
     """KL and answers of all edits in every mode, in one pass or one after another; collectives of a first-token pass
     with and without edits. Without ``tables`` each pass computes what its edits need of experts."""
     if not tables:
         with mock.patch.multiple(edit_tables, _LEAST_BYTES=0, _SHARE_OF_WEIGHTS=0.0):
-            return score(engine, together)
+            return score(engine, together, collectives=collectives)
     found: dict[str, Any] = {"kl": {}, "answers": {}, "collectives": {}}
     rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
     for row_norm in ROW_NORMS:
@@ -39,7 +39,7 @@ def score(engine: Runner, together: bool, tables: bool = True) -> dict[str, Any]
         reference = Divergence().begin(engine, rows)
         found["kl"][row_norm] = [kl for edits in passes for kl in reference.of(edits)]
         found["answers"][row_norm] = [answers for edits in passes for answers in engine.generate(rows, edits)]
-        if together and dist.is_initialized():
+        if together and collectives and dist.is_initialized():
             found["collectives"][row_norm] = [_collectives(engine, edits) for edits in ((None,), EDITS, EDITS[::-1])]
     return found
 

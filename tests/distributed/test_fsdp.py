@@ -87,7 +87,11 @@ def assert_same_scores(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert sum(kl > 1e-3 for kl in kls) >= 2, "edits that do nothing show nothing"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma3", "gpt2", "mixtral", "gpt_oss"]
+    + [pytest.param(name, marks=pytest.mark.thorough) for name in ("qwen3_moe", "deepseek_v3", "olmo2", "lfm2")],
+)
 def test_trials_of_one_pass_have_their_own_edits(ranks, folder_of, scored, family):
     for found in ranks(2).run(work.scores, folder=str(folder_of(family))):
         assert_same_scores(found, scored(family))

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [7, 0], ids=["in a pass", "in measuring"])
-@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp"])
+@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp", "pipeline"])
 def test_both_ranks_go_on_with_as_many_rows(ranks, folder, placement, batch_size):
     first, second = ranks(2).run(work.starved_scores, folder=folder, placement=placement, batch_size=batch_size)
     assert first["sizes"] == second["sizes"]
@@ -44,7 +44,7 @@ def test_memory_that_runs_out_after_the_last_collective_is_no_answer(ranks, fold
     assert ranks(2).run(work.answers_of_a_starved_head, folder=folder, placement=placement) == [[True, 2]] * 2
 
 
-@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp"])
+@pytest.mark.parametrize("placement", ["tensor_parallel", "expert_parallel", "fsdp", "pipeline"])
 def test_a_row_that_never_fits_on_one_rank_is_told_by_both(ranks, folder, placement):
     for said in ranks(2).run(work.never_fits, folder=folder, placement=placement):
         assert said.startswith("a single prompt does not fit in memory while capture runs")

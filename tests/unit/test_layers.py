@@ -38,6 +38,9 @@ FORBIDDEN = {
 }
 """What a room must not import."""
 
+COMPOSED = {"tensor_pipeline": {"tensor_parallel", "pipeline"}}
+"""Placements that are made of others, from outside."""
+
 SEALED = ("deepspeed", "vllm")
 """Libraries that only placements import."""
 
@@ -95,7 +98,7 @@ def offences(name: str, file: Path) -> Iterator[str]:
         if rank.get(other, -1) < rank[room]:
             yield f"{name} imports {module} from a higher layer"
         mine, theirs = name.split(".")[1:2], module.split(".")[2:3]
-        independent = {"base", "costs", "deepspeed"}
+        independent = {"base", "costs", "deepspeed"}.union(*(COMPOSED.get(part, ()) for part in mine))
         if room == other == "placements" and mine and theirs and mine != theirs and not {*theirs} <= independent:
             yield f"{name} imports another placement, {module}"
 

@@ -33,12 +33,12 @@ def test_settings_that_cannot_be_meant_are_refused(compose_settings, override, c
 
 def test_only_zero3_has_an_offload(compose_settings):
     compose_settings("capture=zero3", "capture.offload=cpu")
-    with pytest.raises(UserError, match=r"capture\.offload=cpu is for capture=zero3 alone, but capture is replicated"):
+    with pytest.raises(UserError, match=r"capture\.offload=cpu is for capture=.*zero3 alone, but capture is auto"):
         compose_settings("capture.offload=cpu")
 
 
 def test_only_capture_can_be_cut(compose_settings):
-    with pytest.raises(UserError, match=r"^evaluate=zero3: zero3 serves capture only; choose one of exp"):
+    with pytest.raises(UserError, match=r"^evaluate=zero3: zero3 serves capture only; choose one of auto, exp"):
         compose_settings("evaluate._target_=heretic_ds.placements.zero3.Zero3")
 
 

@@ -15,15 +15,15 @@ from heretic_ds.settings import PHASES, TASKS, ModelSettings, ProfileSettings, S
 from heretic_ds.settings_checks import validate
 from tests.conftest import ROOT, ComposeSettings
 
-REPLICATED = "heretic_ds.placements.replicated.Replicated"
+AUTO, REPLICATED = "heretic_ds.placements.auto.Auto", "heretic_ds.placements.replicated.Replicated"
 
 PROMISED_DEFAULTS = {
     "task.name": "abliterate",
     "model.dtype": "auto",
     "model.trust_remote_code": False,
     "prompts.response_prefix": "auto",
-    "capture._target_": REPLICATED,
-    "evaluate._target_": REPLICATED,
+    "capture._target_": AUTO,
+    "evaluate._target_": AUTO,
     "direction.orthogonalize": True,
     "direction.winsorize_quantile": 1.0,
     "ablation.row_norm": "full",
@@ -160,11 +160,11 @@ def test_a_bad_value_is_refused_by_name(key: str, value: object) -> None:
             ["capture.backend=autotp"],
             "capture.backend=autotp is for capture=tensor_parallel alone, but capture is",
         ),
-        (["evaluate.parity_check=false"], "is for evaluate=expert_parallel or tensor_parallel alone, but evaluate is"),
-        (["evaluate.nvme_path=x"], "there is no setting evaluate.nvme_path; evaluate=replicated has degree"),
-        (["evaluate.offload=cpu"], "evaluate.offload=cpu is for evaluate=fsdp alone, but evaluate is replicated"),
+        (["evaluate.parity_check=false"], "is for evaluate=expert_parallel or "),
+        (["evaluate.nvme_path=x"], "there is no setting evaluate.nvme_path; evaluate=auto has degree"),
+        (["evaluate.offload=cpu"], "evaluate.offload=cpu is for evaluate=fsdp alone, but evaluate is auto"),
         (["capture=zero3", "capture.ofload=cpu"], "there is no setting capture.ofload; did you mean capture.offload?"),
-        (["+capture.x=1"], "there is no setting capture.x; capture=replicated has degree"),
+        (["+capture.x=1"], "there is no setting capture.x; capture=auto has degree"),
         (["capture.degree=two"], "capture.degree=two does not fit: capture.degree takes a whole number, or null"),
         (["capture=zero3", "capture.pin_memory=maybe"], "capture.pin_memory takes true or false"),
         (["capture=zero3", "capture.offload=null"], "capture.offload=null does not fit: capture.offload takes text"),

@@ -262,17 +262,18 @@ def run_of(chosen: Settings, device: str = "cpu", ranks: int = 1) -> Run:
 
 
 def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, built: list[str]) -> None:
-    run = run_of(settings())
+    whole = ["capture=replicated", "evaluate=replicated"]
+    run = run_of(settings(*whole))
     assert run.lay_out("capture") is run.lay_out("evaluate") is run.engine
     assert built == ["capture"] and run.engine.batch_sizes == {"generate": 7}
-    run = run_of(settings("evaluate=tensor_parallel"))
+    run = run_of(settings("capture=replicated", "evaluate=tensor_parallel"))
     run.lay_out("capture")
     run.lay_out("evaluate")
     assert built[1:] == ["capture", "capture closed", "evaluate"]
     assert run.engine.batch_sizes == {}  # sizes measured on one placement say nothing about another
-    elsewhere = run_of(settings(), "meta")
+    elsewhere = run_of(settings(*whole), "meta")
     assert elsewhere.lay_out("evaluate").batch_sizes == {}  # nor on another device
-    given = run_of(settings("generation.batch_size=3"))
+    given = run_of(settings(*whole, "generation.batch_size=3"))
     given.use_measured({"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}})
     assert given.lay_out("evaluate").batch_sizes == {}  # the size that the user gave is the engine's business
 
@@ -285,7 +286,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, built: l
         (["capture=tensor_parallel", "evaluate=tensor_parallel", "evaluate.backend=hf_plan"], False),
         (["capture=tensor_parallel", "capture.parity_check=false", "evaluate=tensor_parallel"], False),
         (["capture=zero3", "evaluate=tensor_parallel"], False),
-        (["capture.degree=1"], True),
+        (["capture=replicated", "capture.degree=1", "evaluate=replicated"], True),
     ],
 )
 def test_a_model_is_laid_out_anew_where_any_option_differs_and_not_for_another_way_to_write_it(

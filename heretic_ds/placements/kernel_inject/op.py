@@ -52,7 +52,7 @@ def _module(file: Path) -> object:
 
 def refuse_without_cuda(device: torch.device) -> None:
     """Raise UserError where the kernels have nothing to run on."""
-    refuse_other_devices(device.type if torch.version.cuda is not None else "cpu")
+    refuse_other_devices(device.type if torch.version.hip is None else "hip")
 
 
 def refuse_other_devices(kind: str) -> None:

@@ -67,6 +67,10 @@ class TensorParallel(Placement):
 
     options: Options
 
+    @property
+    def _otherwise(self) -> str:
+        return f"choose another {self.phase}.backend or {self.phase}.degree, or set {self.phase}=replicated"
+
     def check(self, job: Job) -> None:
         """Refuse, before any weight is read, a model that configuration and names alone show not to be splittable."""
         phase, options = self.phase, self.options
@@ -75,16 +79,13 @@ class TensorParallel(Placement):
         if degree == 1:
             return
         model = job.opened.skeleton()
-        with _advising(phase):
-            sharding.expert_shards(model, job.anatomy, 0, degree)
-            backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-            _plan(model, job.anatomy, backend, degree, phase)
+        check_split(model, job.anatomy, options.backend, degree, f"{phase}.degree", self._otherwise)
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """A part of everything; two sums over the replica a block, and a gathering of logits."""
         degree = self.options.degree or resources.ranks
         facts.refuse_quantised(self.phase)
-        with _advising(self.phase):
+        with _advising(self._otherwise):
             sizes = planned.sizes_held(facts, self.options.backend, degree, f"{self.phase}.degree")
         use = Use(
             held=sum(sizes.values()),
@@ -111,12 +112,12 @@ class TensorParallel(Placement):
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, str]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
-            backend, shards = "none", {}
-            with _advising(phase):
-                if ranks.degree > 1:
-                    backend = sharding.choose_backend(model, model.config.model_type, options.backend)
-                    shards = _lay_out(model, job.anatomy, checkpoint, ranks, backend, phase)
-                world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
+            backend, shards = "none", dict[str, Shard]()
+            if ranks.degree > 1:
+                backend, shards = lay_out(
+                    model, job.anatomy, checkpoint, ranks, options.backend, f"{phase}.degree", self._otherwise
+                )
+            world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
                 world.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, backend
@@ -140,15 +141,44 @@ class TensorParallel(Placement):
         return engine
 
 
+def check_split(
+    model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, setting: str, otherwise: str
+) -> None:
+    """Refuse an empty model that cannot be split over as many ranks.
+
+    Raises UserError; ``setting`` names their number, and ``otherwise`` says what to choose instead.
+    """
+    with _advising(otherwise):
+        sharding.expert_shards(model, anatomy, 0, degree)
+        chosen = sharding.choose_backend(model, model.config.model_type, backend)
+        _plan(model, anatomy, chosen, degree, setting)
+
+
+def lay_out(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    checkpoint: Checkpoint,
+    ranks: Replicas,
+    backend: str,
+    setting: str,
+    otherwise: str,
+) -> tuple[str, dict[str, Shard]]:
+    """Split an empty model over the ranks of a replica; the backend that did it, and which parts are this rank's.
+
+    Raises UserError as :func:`check_split` does.
+    """
+    with _advising(otherwise):
+        chosen = sharding.choose_backend(model, model.config.model_type, backend)
+        return chosen, _lay_out(model, anatomy, checkpoint, ranks, chosen, setting)
+
+
 @contextmanager
-def _advising(phase: str) -> Iterator[None]:
-    """Add to a reason why the model cannot be split what to set instead."""
+def _advising(otherwise: str) -> Iterator[None]:
+    """Add to a reason why the model cannot be split what to choose instead."""
     try:
         yield
     except sharding.CannotSplit as error:
-        raise UserError(
-            f"{error}; choose another {phase}.backend or {phase}.degree, or set {phase}=replicated"
-        ) from error
+        raise UserError(f"{error}; {otherwise}") from error
 
 
 def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
@@ -164,22 +194,22 @@ def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
     return add_up
 
 
-def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, phase: str) -> sharding.Layout | None:
+def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, setting: str) -> sharding.Layout | None:
     """The family's plan where it is to be carried out here; UserError where the model's heads do not divide."""
     model_type = model.config.model_type
     layout = None
     if backend == "hf_plan":
         layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, model_type))
     if layout is None or sharding.splits_heads(anatomy, layout):
-        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, f"{phase}.degree")
+        sharding.check_heads(model_type, model.config.get_text_config(decoder=True), degree, setting)
     return layout
 
 
 def _lay_out(
-    model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, ranks: Replicas, backend: str, phase: str
+    model: PreTrainedModel, anatomy: Anatomy, checkpoint: Checkpoint, ranks: Replicas, backend: str, setting: str
 ) -> dict[str, Shard]:
     """Split experts, layers, embedding and head of an empty model; what is split ends without memory."""
-    layout = _plan(model, anatomy, backend, ranks.degree, phase)
+    layout = _plan(model, anatomy, backend, ranks.degree, setting)
     shards = sharding.expert_shards(model, anatomy, ranks.member, ranks.degree)
     _shrink(model, shards)  # before DeepSpeed gives memory to whatever it finds
     if layout is None:

@@ -126,7 +126,7 @@ def read_plan(model: nn.Module, anatomy: Anatomy, plan: Mapping[str, str]) -> La
     linears = {path: STYLES["rowwise_split_input"] for path, writer in modules.items() if isinstance(writer, nn.Linear)}
     for path, module in model.named_modules():
         style = style_of(plan, path)
-        if style is None or style in _NOTHING or path in experts:
+        if style is None or style in _NOTHING or path in experts or next(module.parameters(), None) is None:
             continue
         if isinstance(module, nn.Linear) and style in STYLES:
             if path not in writers or not STYLES[style].whole_output:

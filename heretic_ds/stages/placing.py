@@ -1,0 +1,167 @@
+"""Settling ``capture=auto`` and ``evaluate=auto`` when a run is opened; a run that is resumed keeps what it had."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heretic_ds.checkpoint import TensorFiles
+from heretic_ds.checkpoint.outline import Outline
+from heretic_ds.checkpoint.source import read_json
+from heretic_ds.errors import UserError
+from heretic_ds.job import Job
+from heretic_ds.placements import Placement, left_open, placements_of, settled
+from heretic_ds.placements.costs import Machine
+from heretic_ds.planner import Candidate, Plan, facts_of, machine_here, machine_of, make_plan, placements_for
+from heretic_ds.settings import PHASES, Settings
+from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
+
+LOCAL = "local"
+"""Name of the machine that this process runs on."""
+KEPT_AS = "placements"
+"""Where a choice stands among what a run folder remembers."""
+
+
+def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
+    """Name the placements that the job's settings leave open; every rank takes part, before any weight is read.
+
+    They are what the run folder's file ``measured`` says that an earlier command took, where as many ranks on such
+    devices were asked the same, else what the planner chooses. Returns what the folder has to remember. Raises
+    UserError where nothing fits.
+    """
+    world, asked = job.world, {phase: dict(getattr(job.settings, phase)) for phase in PHASES}
+    if not left_open(job.settings):
+        return {}
+    circumstances = {"ranks": world.size, "device": _device_name(job.opened.device), "asked": asked}
+    kept = world.decide(lambda: _kept(measured, circumstances))
+    choice = kept or {**circumstances, **_choose(job)}
+    job.settings = settled(job.settings, choice["chosen"])
+    log.info("%s", f"{_named(job)}, as when this run began" if kept else choice["why"])
+    return {KEPT_AS: choice}
+
+
+def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The choice of an earlier run in the folder; None where there is none, or where it was made for something else."""
+    kept = read_json(measured).get(KEPT_AS) if measured.is_file() else None
+    if kept is None:
+        return None
+    changed = [name for name, value in circumstances.items() if kept.get(name) != value]
+    if not changed:
+        return dict(kept)
+    if "asked" not in changed:
+        before = f"{kept.get('ranks')} ranks on {kept.get('device')}"
+        now = f"{circumstances['ranks']} on {circumstances['device']}"
+        log.info("this run's placements were chosen for %s, and are chosen anew for %s", before, now)
+    return None
+
+
+def _choose(job: Job) -> dict[str, Any]:
+    """The planner's choice for a job's ranks, and the sentence that says why."""
+    world = job.world
+    machine = machine_for(job.settings, job.opened.device, world)
+
+    def choose() -> dict[str, Any]:
+        plan = plan_of(job, machine, world.size, {name: _lengths(job, name) for name in job.texts})
+        if not all(plan.chosen.values()):
+            raise UserError(f"{plan.sentence}; to try all the same, name placements for capture and evaluate")
+        return {"chosen": {phase: mapping_of(chosen_of(plan, phase)) for phase in PHASES}, "why": plan.sentence}
+
+    return world.decide(choose, "choosing placements")
+
+
+def plan_of(job: Job, machine: Machine, ranks: int, lengths: Mapping[str, Sequence[int]] | None) -> Plan:
+    """The plan for a job, of whose settings only what they leave open is chosen; reads no weights.
+
+    Where the weights are here they decide too: parts of files that are no safetensors cannot be read.
+    """
+    outline = job.opened if isinstance(job.opened, Outline) else Outline.of(job.opened)
+    asked_about = replace(job, opened=outline)
+
+    def check(placement: Placement) -> None:
+        if not placement.whole and outline is not job.opened:
+            TensorFiles(outline.source.folder, outline.headers)
+        placement.check(asked_about)
+
+    for phase in left_open(job.settings):
+        job.world.degree(placements_of(job.settings)[phase].options.degree, f"{phase}.degree")
+    choice = {phase: _choices(job.settings, phase) for phase in PHASES}
+    plan = make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
+    return replace(plan, candidates=[_checked(candidate, check) for candidate in plan.candidates])
+
+
+def _checked(candidate: Candidate, check: Callable[[Placement], None]) -> Candidate:
+    """A candidate that fits and that the job cannot have says so; the planner asks only for those it would choose."""
+    if not candidate.fits or candidate.made is None:
+        return candidate
+    try:
+        check(candidate.made)
+    except UserError as error:
+        return replace(candidate, fits=False, why=str(error))
+    return candidate
+
+
+def _choices(settings: Settings, phase: str) -> Sequence[type[Placement] | Placement]:
+    """What a phase can be placed by: classes to try out, or placements with the options that the settings give."""
+    given = placements_of(settings)[phase]
+    if phase not in left_open(settings):
+        return [given]
+    kinds, degree = [kind for kind in placements_for(phase) if kind is not type(given)], given.options.degree
+    if degree is None:
+        return kinds
+    return [kind(phase, kind.Options(degree=degree)) for kind in kinds if not kind.whole or degree == 1]
+
+
+def chosen_of(plan: Plan, phase: str) -> Candidate:
+    """What a plan chooses for a phase. Raises UserError, with the plan's own sentence, where that is nothing."""
+    candidate = plan.chosen[phase]
+    if candidate is None:
+        raise UserError(plan.sentence)
+    return candidate
+
+
+def mapping_of(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as settings name a placement."""
+    if candidate.made is None:
+        raise RuntimeError(f"the planner chose {candidate.placement} without making it")
+    kind = type(candidate.made)
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(candidate.made.options)}
+
+
+def machine_for(settings: Settings, device: torch.device, world: World) -> Machine:
+    """The machine that ``hardware`` describes; of this one, what is not given is measured. Every rank takes part."""
+    described = described_machine(settings)
+    return described or machine_of({**asdict(machine_here(device, world)), **_given(settings)})
+
+
+def described_machine(settings: Settings) -> Machine | None:
+    """The machine that ``hardware`` describes, None for this one. Raises UserError for a description with mistakes."""
+    given = _given(settings)
+    if given.get("name", LOCAL) != LOCAL or (given and "name" not in given):
+        return machine_of(given)
+    anything = {entry.name: 1 for entry in fields(Machine)}
+    machine_of({**anything, "device": "cpu", "name": LOCAL, **given})
+    return None
+
+
+def _given(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in settings.hardware.items() if value is not None}
+
+
+def _lengths(job: Job, name: str) -> list[int]:
+    return [len(row) for row in job.prompts(name).rows]
+
+
+def _named(job: Job) -> str:
+    """The job's placements as overrides: ``capture=zero3 evaluate=tensor_parallel``."""
+    return " ".join(f"{phase}={placement.name}" for phase, placement in placements_of(job.settings).items())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
