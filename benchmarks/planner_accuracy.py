@@ -9,7 +9,8 @@ ranks of its own, one thread a rank. Leaves ``benchmarks/results/planner_accurac
 Memory is the highest resident set of a rank (VmHWM) with the libraries, which the planner counts as a measured
 constant. A job captures, takes reference distributions, runs passes of two edits over distributions and answers, and
 edits weights. Speed is the shorter of two runs. Kendall's tau compares the predicted with the measured order of the
-placements of one model and phase: the number of pairs in the same order less that of the others, over all pairs.
+placements of one model and phase: the pairs in the same order less the others, over all pairs. Two ranks on shared cores
+are timed: other programs disturb that.
 """
 
 from __future__ import annotations
@@ -229,22 +230,27 @@ def row(model: str, placement: str, figures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def kendall(pairs: list[tuple[float, float]]) -> float | None:
-    """Kendall's tau of predicted and measured numbers; None where there are not two."""
-    both = list(itertools.combinations(pairs, 2))
-    agreeing = sum(1 if (a[0] - b[0]) * (a[1] - b[1]) > 0 else -1 for a, b in both)
-    return agreeing / len(both) if both else None
+def agreeing(pairs: list[tuple[float, float]]) -> list[bool]:
+    """Of each two of predicted and measured numbers whether they are in the same order."""
+    return [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in itertools.combinations(pairs, 2)]
+
+
+def kendall(agree: list[bool]) -> float | None:
+    """Kendall's tau of pairs; None where there are none."""
+    return 2 * sum(agree) / len(agree) - 1 if agree else None
 
 
 def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Kendall's tau of each model and phase."""
-    found = []
+    """Kendall's tau of each model and phase, and of all pairs that have these in common."""
+    found: list[dict[str, Any]] = []
+    every: list[bool] = []
     for model in dict.fromkeys(each["model"] for each in rows):
         for phase in ("capture", "trial"):
             mine = [r["seconds"][phase] for r in rows if r["model"] == model and phase in r["seconds"]]
-            tau = kendall([(each["predicted"], each["measured"]) for each in mine])
-            found.append({"model": model, "phase": phase, "placements": len(mine), "tau": tau})
-    return found
+            agree = agreeing([(each["predicted"], each["measured"]) for each in mine])
+            every += agree
+            found.append({"model": model, "phase": phase, "pairs": len(agree), "tau": kendall(agree)})
+    return [*found, {"model": "all", "phase": "both", "pairs": len(every), "tau": kendall(every)}]
 
 
 def table(rows: list[dict[str, Any]], taus: list[dict[str, Any]]) -> str:
@@ -265,10 +271,10 @@ def table(rows: list[dict[str, Any]], taus: list[dict[str, Any]]) -> str:
             f"{each['predicted_bytes'] / mib:.0f} | {each['measured_bytes'] / mib:.0f} | {100 * each['error']:+.1f} %"
         )
         lines.append(f"| {each['model']} | {each['placement']} | {sizes} | {' | '.join(times)} |")
-    lines += ["", "| model | phase | placements | Kendall's tau |", "|---|---|---|---|"]
+    lines += ["", "| model | phase | pairs | Kendall's tau |", "|---|---|---|---|"]
     for tau in taus:
         shown = "-" if tau["tau"] is None else f"{tau['tau']:.2f}"
-        lines.append(f"| {tau['model']} | {tau['phase']} | {tau['placements']} | {shown} |")
+        lines.append(f"| {tau['model']} | {tau['phase']} | {tau['pairs']} | {shown} |")
     return "\n".join(lines)
 
 
