@@ -9,8 +9,8 @@ ranks of its own, one thread a rank. Leaves ``benchmarks/results/planner_accurac
 Memory is the highest resident set of a rank (VmHWM) with the libraries, which the planner counts as a measured
 constant. A job captures, takes reference distributions, runs passes of two edits over distributions and answers, and
 edits weights. Speed is the shorter of two runs. Kendall's tau compares the predicted with the measured order of the
-placements of one model and phase: the pairs in the same order less the others, over all pairs. Two ranks on shared cores
-are timed: other programs disturb that.
+placements of one model and phase: the pairs in the same order less the others, over all pairs. Ranks on shared cores
+are timed, which other programs disturb.
 """
 
 from __future__ import annotations
