@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -69,9 +70,9 @@ def _choose(job: Job) -> dict[str, Any]:
 
     def choose() -> dict[str, Any]:
         plan = plan_of(job, machine, world.size, {name: _lengths(job, name) for name in job.texts})
-        if not all(plan.chosen.values()):
-            raise UserError(f"{plan.sentence}; to try all the same, name placements for capture and evaluate")
-        return {"chosen": {phase: mapping_of(chosen_of(plan, phase)) for phase in PHASES}, "why": plan.sentence}
+        if problem := why_nothing(plan):
+            raise UserError(f"{problem}; to try all the same, name placements for capture and evaluate")
+        return {"chosen": {phase: _mapping(each) for phase, each in plan.chosen.items()}, "why": plan.sentence}
 
     return world.decide(choose, "choosing placements")
 
@@ -118,18 +119,21 @@ def _choices(settings: Settings, phase: str) -> Sequence[type[Placement] | Place
     return [kind(phase, kind.Options(degree=degree)) for kind in kinds if not kind.whole or degree == 1]
 
 
-def chosen_of(plan: Plan, phase: str) -> Candidate:
-    """What a plan chooses for a phase. Raises UserError, with the plan's own sentence, where that is nothing."""
-    candidate = plan.chosen[phase]
-    if candidate is None:
-        raise UserError(plan.sentence)
-    return candidate
+def why_nothing(plan: Plan) -> str | None:
+    """Where a plan chooses nothing for a phase, why: what is short, or what refuses the model. None where it does."""
+    for phase, chosen in plan.chosen.items():
+        candidates = [each for each in plan.candidates if each.phase == phase]
+        short = [each for each in candidates if each.cost is not None and math.isinf(each.seconds)]
+        if chosen is None and candidates and not short:
+            nearest = min(candidates, key=lambda each: math.isinf(each.seconds))  # it would fit
+            return f"no placement for {phase} serves {plan.model}: {nearest.why}"
+    return None if all(plan.chosen.values()) else plan.sentence
 
 
-def mapping_of(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as settings name a placement."""
-    if candidate.made is None:
-        raise RuntimeError(f"the planner chose {candidate.placement} without making it")
+def _mapping(candidate: Candidate | None) -> dict[str, Any]:
+    """What a plan chose, as settings name a placement."""
+    if candidate is None or candidate.made is None:
+        raise RuntimeError("the planner chose no placement that was made")
     kind = type(candidate.made)
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(candidate.made.options)}
 

@@ -24,7 +24,7 @@ from heretic_ds.prompts.sources import PACKAGE_SCHEME
 from heretic_ds.report.plans import machine_line, phase_table
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import PHASES, PromptSource, Settings
-from heretic_ds.stages.placing import chosen_of, described_machine, machine_for, plan_of
+from heretic_ds.stages.placing import described_machine, machine_for, plan_of, why_nothing
 from heretic_ds.world import World
 
 USUAL_PROMPTS = {"train": 400, "eval": 100}
@@ -112,6 +112,6 @@ def _show(settings: Settings, plan: Plan, console: Console) -> None:
     if settings.plan.json is not None:
         file = Path(settings.plan.json).expanduser()
         write_atomically(file, json.dumps(plan.as_json(), indent=1) + "\n")
-    for phase in PHASES:
-        chosen_of(plan, phase)
+    if problem := why_nothing(plan):
+        raise UserError(problem)
     console.print(plan.sentence, markup=False, highlight=False)

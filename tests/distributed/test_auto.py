@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests import families
 from tests.distributed import auto_ranks
@@ -99,6 +101,17 @@ def test_a_degree_rules_out_what_cannot_have_it(open_on: Open) -> None:
     found = open_on(2, "evaluate.degree=2", "capture.degree=2")
     assert "replicated" not in placements(found)
     assert found["placed"]["evaluate"]["degree"] == 2
+
+
+def test_pickled_weights_are_not_cut(open_on: Open, tmp_path: Path) -> None:
+    """Parts of them cannot be read, which no placement's own check says."""
+    file = tmp_path / "llama" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    found = open_on(2, "evaluate.degree=2")
+    assert found["error"].startswith("no placement for evaluate serves llama: ")
+    assert "has no safetensors weights" in found["error"]
+    assert placements(open_on(2)) == ("replicated", "replicated")
 
 
 def test_nothing_is_kept_of_what_was_named(open_on: Open, tmp_path: Path) -> None:
