@@ -43,9 +43,7 @@ def empty(family):
     return model, find_anatomy(model)
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "gemma4_moe", "llama4", "qwen2_vl"]
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral", "gpt_oss", "gemma4_moe", "qwen2_vl"])
 def test_blocks_that_hand_on_the_stream_alone(family):
     assert outputs_are_tuples(*empty(family)) is False
 
@@ -61,6 +59,7 @@ def test_blocks_that_hand_it_on_in_a_tuple(family):
         ("gemma4", "more of the stream than what the block before gave"),
         ("qwen3_5", "layers with a state of their own"),
         ("jamba", "layers with a state of their own"),
+        ("llama4", "does not run without them .*NoEmbedding"),
     ],
 )
 def test_blocks_that_need_each_other(family, said):
@@ -73,5 +72,7 @@ def test_a_decoder_that_does_something_between_blocks():
 
     block = model.get_submodule(f"{anatomy.blocks}.1")
     block.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
-    with pytest.raises(CannotStage, match="hands on more from block to block than the stream"):
+    with pytest.raises(
+        CannotStage, match=r"does more between blocks than to hand on the stream|does not run without them"
+    ):
         outputs_are_tuples(model, anatomy)

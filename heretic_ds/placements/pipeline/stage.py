@@ -54,12 +54,10 @@ class NoEmbedding(nn.Module):
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self._width = width
-        self.weight: Tensor
-        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)  # asked for dtype and device
+        self._width, self._dtype = width, dtype
 
     def forward(self, ids_BS: Tensor) -> Tensor:
-        return self.weight.new_zeros(*ids_BS.shape, self._width)
+        return torch.zeros(*ids_BS.shape, self._width, dtype=self._dtype, device=ids_BS.device)
 
 
 class NoHead(nn.Module):

@@ -50,8 +50,9 @@ def outputs_are_tuples(model: PreTrainedModel, anatomy: Anatomy) -> bool:
             raise
         except Exception as failure:  # of the model's own code, which was not written for blocks that are elsewhere
             failed = failed or failure
-    reason = "" if failed is None else f" ({type(failed).__name__}: {first_line(failed)})"
-    raise CannotStage(f"its decoder hands on more from block to block than the stream{reason}")
+    if failed is not None:
+        raise CannotStage(f"its decoder does not run without them ({type(failed).__name__}: {first_line(failed)})")
+    raise CannotStage("its decoder does more between blocks than to hand on the stream")
 
 
 def _without_weights(model: PreTrainedModel, anatomy: Anatomy) -> None:
