@@ -68,7 +68,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_key_value_heads": 4, "num_local_experts": 8, "vocab_size": 24576},
     ),
 }  # fmt: skip
-PLACEMENTS = {"replicated": True, "tensor_parallel": True, "expert_parallel": True, "fsdp": True, "zero3": False}
+PLACEMENTS = {
+    "replicated": True,
+    "tensor_parallel": True,
+    "pipeline": True,
+    "expert_parallel": True,
+    "fsdp": True,
+    "zero3": False,
+}
 """And whether they evaluate."""
 
 
