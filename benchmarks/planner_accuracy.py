@@ -184,7 +184,7 @@ def _try_edits(job: Any, engine: Any, peaks: dict[str, int]) -> float:
 
 
 def _shortest(work: Any) -> float:
-    """Seconds of the shorter of two runs; the first pass, which pays for what is set up lazily, counts if it is long."""
+    """Seconds of the shortest of three runs, of which the first sets things up; of one that is long."""
     found: list[float] = []
     while len(found) < 3 and not (found and found[0] > LONG):
         started = time.perf_counter()
