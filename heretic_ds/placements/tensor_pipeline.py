@@ -7,9 +7,9 @@ stage to stage goes one hidden state a boundary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from transformers import PreTrainedModel
 
@@ -17,7 +17,9 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard
 from heretic_ds.errors import UserError
 from heretic_ds.placements import tensor_parallel
+from heretic_ds.placements.costs import Cost, Facts, Resources, divisors, estimate
 from heretic_ds.placements.pipeline import Pipeline, check_blocks
+from heretic_ds.placements.pipeline import planned as staged
 from heretic_ds.placements.pipeline.line import Line
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner
@@ -35,6 +37,7 @@ class TensorPipeline(Pipeline):
     """Consecutive blocks on each stage of a replica, every weight split over the ranks of a stage."""
 
     name = "tensor_pipeline"
+    burden = 6
 
     @dataclass
     class Options(Pipeline.Options):
@@ -60,6 +63,26 @@ class TensorPipeline(Pipeline):
         """As it is, with all degrees as numbers."""
         width = self._width(ranks)
         return type(self), replace(self.options, degree=width * self.options.pipeline_degree, tensor_degree=width)
+
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Stages of at most one computer, as many of them as divide the ranks."""
+        widths = [width for width in divisors(resources.ranks) if 2 <= width <= resources.machine.devices_per_node]
+        return [
+            {"tensor_degree": width, "pipeline_degree": stages}
+            for width in widths
+            for stages in divisors(resources.ranks // width)
+            if 2 <= stages <= facts.anatomy.n_blocks
+        ]
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """Parts of the largest stage: sums over the ranks of a stage, hidden states between stages."""
+        width, stages = self._width(resources.ranks), self.options.pipeline_degree
+        staged.refuse(facts, stages, f"{self.phase}.pipeline_degree")
+        sizes = tensor_parallel.planned.sizes_held(facts, _BACKEND, width, f"{self.phase}.tensor_degree")
+        use = self._use(facts, resources, stages, sizes, width)
+        exchanges = (*use.exchanges, tensor_parallel.planned.exchange_of(facts, width, stages))
+        return estimate(facts, resources, self.phase, replace(use, exchanges=exchanges))
 
     def build(self, job: Job) -> Runner:
         """The engine over this rank's parts of the blocks of its stage."""

@@ -80,17 +80,17 @@ class Fsdp(Placement):
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """An equal part of everything, and some units that are gathered: that of the running block, of the next, and
-        what they are gathered into."""
+        what they are gathered into. An embedding that is the head, too, is in two units."""
         ranks, on_host = resources.ranks, self.options.offload == "cpu"
         facts.refuse_quantised(self.phase)
         cut = facts.once((self.name, ranks), lambda: bytes_cut(facts.model, ranks))
         of_blocks = math.ceil(cut * sum(facts.blocks) / facts.weights) if on_host else 0
         travels = facts.weights * (ranks - 1) / ranks
-        units = facts.anatomy.n_blocks + 3
+        units, twice = facts.anatomy.n_blocks + 3, facts.embedding if facts.tied else 0
         use = Use(
             held=cut - of_blocks,
             replicas=ranks,
-            gathered=_UNITS_GATHERED * max(*facts.blocks, facts.embedding, facts.head),
+            gathered=_UNITS_GATHERED * max(*facts.blocks, facts.embedding, facts.head) + twice,
             resting=of_blocks,
             read_parts=1 / ranks,
             exchanges=(Exchange(ranks, pass_bytes=travels, messages=units, hidden=not resources.on_cpu),),

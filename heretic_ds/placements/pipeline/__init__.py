@@ -7,11 +7,11 @@ for each boundary, and the tokens that were chosen.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,8 @@ from heretic_ds.checkpoint import Checkpoint, Shard, fill
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.pipeline import structure
+from heretic_ds.placements.costs import READ_BUFFER, Cost, Facts, Resources, Use, estimate, largest_streamed
+from heretic_ds.placements.pipeline import planned, structure
 from heretic_ds.placements.pipeline.line import Line
 from heretic_ds.placements.pipeline.parity import check_stages
 from heretic_ds.placements.pipeline.partition import stages_of
@@ -48,6 +49,7 @@ class Pipeline(Placement):
     """Consecutive blocks on each rank of a replica, through which rows pass in turn; replicas share the prompts."""
 
     name, phases = "pipeline", frozenset({"capture", "evaluate"})
+    burden = 2
 
     @dataclass
     class Options(Placement.Options):
@@ -67,6 +69,35 @@ class Pipeline(Placement):
         job.opened.refuse_quantised(self.phase)
         if degree > 1:
             check_blocks(job, degree, f"{self.phase}.degree", self.phase)
+
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """Every number of stages that divides the ranks, up to one a block."""
+        tried = super().variants(phase, facts, resources)
+        return [options for options in tried if options["degree"] <= facts.anatomy.n_blocks]
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """The largest stage. A hidden state goes from stage to stage, a token back, for each part of a batch."""
+        stages = self.options.degree or resources.ranks
+        planned.refuse(facts, stages, f"{self.phase}.degree")
+        return estimate(facts, resources, self.phase, self._use(facts, resources, stages, facts.sizes))
+
+    def _use(self, facts: Facts, resources: Resources, stages: int, sizes: Mapping[str, int], width: int = 1) -> Use:
+        """How a rank is used, of ``width`` in each stage, that holds so much of each parameter."""
+        facts.refuse_quantised(self.phase)
+        parts = facts.once(("held by block", width), lambda: planned.held_by_block(facts, sizes))
+        held, blocks = planned.fullest_stage(facts, stages, parts)
+        return Use(
+            held=held,
+            replicas=resources.ranks // (stages * width),
+            share=1 / width,
+            stages=stages,
+            microbatches=self.options.microbatches or stages,
+            caches=blocks / facts.anatomy.n_blocks / (width if facts.caches_heads else 1),
+            loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
+            read_parts=held / facts.weights,
+            exchanges=planned.between_stages(facts, stages, stages * width),
+        )
 
     def build(self, job: Job) -> Runner:
         """The engine over this rank's blocks. Raises UserError, on every rank, where the model does not allow it."""
