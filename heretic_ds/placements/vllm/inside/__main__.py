@@ -13,6 +13,8 @@ import threading
 import time
 import traceback
 
+from heretic_ds.memory import is_out_of_memory
+
 from .wire import Channel, Hangup
 
 _LOOK = 1.0
@@ -35,7 +37,7 @@ def main() -> None:
                 raise
             except Exception as error:
                 traceback.print_exc()
-                channel.send("failed", error=f"{type(error).__name__}: {error}", memory=_is_out_of_memory(error))
+                channel.send("failed", error=f"{type(error).__name__}: {error}", memory=is_out_of_memory(error))
             else:
                 *tensors, fields = given if isinstance(given, tuple) else (given,)
                 channel.send("done", *tensors, **fields)
@@ -49,11 +51,6 @@ def main() -> None:
     channel.close()
     sys.stdout.flush()
     os._exit(0)  # vLLM's threads are of no more use, and some wait
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, here or, as far as text tells, in one of vLLM's own processes."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in repr(error)
 
 
 def _end_with(parent: int) -> None:

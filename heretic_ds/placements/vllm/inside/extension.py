@@ -31,9 +31,10 @@ class Extension:
 
     def heretic(self, command: str, *arguments: Any) -> Any:
         """Carry out a command of :class:`Resident`."""
-        resident = self.__dict__.setdefault("_heretic_resident", None) or Resident(self.model_runner)
-        self.__dict__["_heretic_resident"] = resident
-        return getattr(resident, command)(*arguments)
+        with torch.inference_mode():  # in which vLLM has made its weights
+            if command == "open":
+                self._heretic_resident = Resident(self.model_runner)
+            return getattr(self._heretic_resident, command)(*arguments)
 
 
 class Resident:
@@ -70,14 +71,12 @@ class Resident:
         experts = [w for w in self._anatomy.writers if w.experts is not None]
         if experts and (row_norm != "none" or any(w.bias is not None for w in experts)):
             return f"vLLM's experts give their sum only, and ablation.row_norm={row_norm} edits each by itself"
-        with torch.inference_mode():
-            self._outputs = VllmOutputEdits(self._model, self._anatomy, ablation, sum_over_ranks(), _TABLE_BYTES)
+        self._outputs = VllmOutputEdits(self._model, self._anatomy, ablation, sum_over_ranks(), _TABLE_BYTES)
         return None
 
     def set_weights(self, edit: dict[str, Any] | None) -> None:
         """Make the weights those of an edit, or the original ones."""
-        with torch.inference_mode():
-            self._editor.set_edit(None if edit is None else Edit.from_dict(edit))
+        self._editor.set_edit(None if edit is None else Edit.from_dict(edit))
 
     def begin(self, edits: list[dict[str, Any] | None], reading: dict[str, Any] | None) -> None:
         """Begin passes: outputs are those of the edits, a trial each, if there are any; logits are read as wanted."""
@@ -85,9 +84,8 @@ class Resident:
         if any(edits):
             if self._outputs is None:
                 raise RuntimeError("edits of outputs were asked for where they cannot be")
-            with torch.inference_mode():
-                worn = [None if edit is None else Edit.from_dict(edit) for edit in edits]
-                self._pass.enter_context(self._outputs.active(worn))
+            worn = [None if edit is None else Edit.from_dict(edit) for edit in edits]
+            self._pass.enter_context(self._outputs.active(worn))
         if reading is not None:
             self._reader = self._reader_of(**reading)
 
@@ -118,8 +116,9 @@ class Resident:
         return digest.hexdigest()
 
     def _begins(self, module: Any, args: Any) -> None:
-        if self._outputs is not None:
-            self._outputs.assign([span.trial for span in self._steps.spans() for _ in range(span.count)])
+        spans = self._steps.spans()
+        if self._outputs is not None and spans:
+            self._outputs.assign([span.trial for span in spans for _ in range(span.count)])
 
     def _ends(self, module: Any, args: Any, output: Any) -> None:
         spans = self._steps.spans()
