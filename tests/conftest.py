@@ -93,6 +93,15 @@ def evaluated(compose_settings: ComposeSettings, tmp_path: Path) -> Callable[...
     return build
 
 
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter of an environment with vLLM: `HERETIC_VLLM_PYTHON`, or what `make vllm-env` has made."""
+    python = os.environ.get("HERETIC_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
+    if not Path(python).exists():
+        pytest.skip("vLLM has no environment: run `make vllm-env`, or set HERETIC_VLLM_PYTHON to a Python that has it")
+    return python
+
+
 @pytest.fixture
 def run_command(tmp_path: Path) -> RunCommand:
     """`run_command("model", "search.trials=5")`: the command in a process of its own, in an empty folder."""
