@@ -104,9 +104,8 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    print(
-        "| model | rows | trials | replicated tok/s | vllm tok/s | times | answers equal |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | rows | trials | replicated tok/s | vllm tok/s | times | answers equal |")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="vllm_speed_") as made:
         for name, make in (("30 M", lambda folder: make_model(folder, 512)), ("135 M", make_135m)):
             size = make(Path(made) / name.replace(" ", ""))
