@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ _USUAL = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # OMP_NUM_THREADS counts, as elsewhere
 }
 """Variables that the user's own environment may set otherwise."""
-_SECONDS_TO_END = 30
+_SECONDS_TO_END, _SECONDS_TO_BREAK_OFF = 30, 5
 _CAUSE = re.compile(
     r"^(?:\(.*?\) *)?(?:ERROR [^\]]*\] *)?((?:\w+\.)*\w*(?:Error|Exception|Killed\w*): .+)$", re.MULTILINE
 )
@@ -88,7 +89,9 @@ class Server:
                 start_new_session=True,  # a group of its own, which ends as one
             )
         self._channel = Channel(ours)
-        self._end = weakref.finalize(self, _end, self.process, self._channel, self._folder)
+        self._idle = threading.Event()
+        self._idle.set()
+        self._end = weakref.finalize(self, _end, self.process, self._channel, self._folder, self._idle)
 
     def ask(
         self, command: str, *tensors: Tensor, told: Callable[[Message], None] | None = None, **fields: Any
@@ -98,6 +101,7 @@ class Server:
         Raises UserError where memory ran out or the engine refuses what was asked for, SearchFailed where the process
         has ended.
         """
+        self._idle.clear()
         try:
             self._channel.send(command, *tensors, **fields)
             while (message := self._channel.receive()).kind not in ("done", "failed"):
@@ -106,6 +110,7 @@ class Server:
                 told(message)
         except Hangup as error:
             raise SearchFailed(self._ended()) from error
+        self._idle.set()
         if message.kind == "failed":
             self._fail(command, message.fields)
         return message
@@ -133,7 +138,12 @@ class Server:
         raise SearchFailed(f"vLLM failed to {command} ({cause}); its log is {where}")
 
     def _ended(self) -> str:
-        status, where = self.process.wait(timeout=_SECONDS_TO_END), self._keep_log()
+        try:
+            status = self.process.wait(timeout=_SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        where = self._keep_log()
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return (
             f"vLLM's process {how}, perhaps for want of memory; its log is {where}; the same command goes on from "
@@ -152,15 +162,14 @@ def _environment(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
     return {**_USUAL, **kept, **_FIXED, **more, "PYTHONPATH": str(folder)}
 
 
-def _end(process: subprocess.Popen[bytes], channel: Channel, folder: Path) -> None:
-    """Ask a process to end, then end its whole group: vLLM's own processes are in it."""
+def _end(process: subprocess.Popen[bytes], channel: Channel, folder: Path, idle: threading.Event) -> None:
+    """Have a process end, which it does by itself unless it is at work; then its whole group, vLLM's own processes."""
+    channel.close()
     try:
-        channel.send("close")
-        process.wait(timeout=_SECONDS_TO_END)
-    except (Hangup, subprocess.TimeoutExpired):
+        process.wait(timeout=_SECONDS_TO_END if idle.is_set() else _SECONDS_TO_BREAK_OFF)
+    except subprocess.TimeoutExpired:
         log.debug("vLLM's process did not end by itself")
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    channel.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -30,7 +30,8 @@ def main() -> None:
         from .serving import Serving
 
         serving = Serving(channel)
-        while (message := channel.receive()).kind != "close":
+        while True:
+            message = channel.receive()
             try:
                 given = getattr(serving, message.kind)(message)
             except Hangup:

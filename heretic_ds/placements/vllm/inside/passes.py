@@ -44,8 +44,7 @@ class Steps:
     """Knows whose tokens a pass of vLLM's first model runner computes; passes that warm it up are nobody's."""
 
     def __init__(self, runner: Any) -> None:
-        self._batch, self._scheduled = runner.input_batch, None
-        self._runner = runner
+        self._runner, self._scheduled = runner, None
         execute = runner.execute_model
 
         def noting(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
