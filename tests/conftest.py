@@ -45,6 +45,13 @@ RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 ComposeSettings = Callable[..., Settings]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that start vLLM stay in one worker of pytest-xdist, with those that start ranks."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        if "vllm_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 def pytest_collection_finish() -> None:
     """Engines collect garbage when they close, which takes ten times as long where modules are looked through too."""
     gc.collect()

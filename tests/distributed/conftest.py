@@ -10,9 +10,9 @@ from tests.distributed.ranks import Ranks
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share ranks, or start vLLM, stay in one worker of pytest-xdist: no others start beside them."""
+    """Tests that share ranks stay in one worker of pytest-xdist, so that no others are started beside them."""
     for item in items if config.pluginmanager.hasplugin("xdist") else []:
-        if {"ranks", "vllm_python"} & {*getattr(item, "fixturenames", ())}:
+        if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ranks"))
 
 

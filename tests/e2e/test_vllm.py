@@ -15,7 +15,7 @@ from tests import families
 from tests.e2e.conftest import Heretic, Material, Started, read_results
 
 SECONDS_TO_END = 60
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def words(python: str, *more: str) -> list[str]:
