@@ -1,6 +1,6 @@
 """Speed of answers in vLLM beside those of `evaluate=replicated`, in one run, one thread each, on the CPU.
 
-    python benchmarks/vllm_beside_replicated.py --vllm-python .venv-vllm/bin/python [--tokens 32] [--result FILE]
+    python benchmarks/vllm_beside_replicated.py --vllm-python .venv-vllm/bin/python [--tokens 16] [--result FILE]
 
 Needs: the package, an environment with vLLM (`make vllm-env`), no GPU and no network; the models are random ones of 30
 and 135 million parameters with the demo's tokenizer, made anew in a temporary folder. Takes some minutes. Leaves
@@ -28,7 +28,10 @@ from figures import keep
 from placements import make_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "vllm_beside_replicated.json"
-ROWS, TRIALS, TURNS = (64, 256), (1, 4), 2
+SHAPES, TURNS = ((64, 1), (256, 1), (64, 4)), 2
+"""Prompts and trials of a pass."""
+_WARM_UP = 8
+"""Prompts of a pass before, which pays for what is set up lazily."""
 
 
 def make_135m(folder: Path) -> int:
@@ -71,36 +74,34 @@ def measure(folder: Path, python: str, tokens: int) -> list[dict[str, Any]]:
     shape = (ours.anatomy.n_blocks + 1, ours.anatomy.width)
     directions_LD = torch.nn.functional.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
     last = ours.anatomy.n_blocks - 1
-    edits = [Edit(None, {"attention": Profile(0.5 + trial / 4, last / 2, 0.1, last)}) for trial in range(max(TRIALS))]
+    edits = [Edit(None, {"attention": Profile(0.5 + trial / 4, last / 2, 0.1, last)}) for trial in range(4)]
     figures = []
     with contextlib.ExitStack() as stack:
         engines = {}
         for name, made in (("replicated", ours), ("vllm", job("evaluate=vllm", f"evaluate.python={python}"))):
             engines[name] = stack.enter_context(contextlib.closing(build_engine(made, "evaluate")))
             engines[name].prepare(Ablation(directions_LD, "full", False))
-        for count in ROWS:
-            for trials in TRIALS:
-                asked = [None] if trials == 1 else edits[:trials]
-                best = dict.fromkeys(engines, 0.0)
-                equal = []
-                for turn in range(1 + TURNS):  # the first pays for what is set up lazily
-                    answers = {}
-                    for name, engine in engines.items():
-                        started = time.perf_counter()
-                        answers[name] = engine.generate(rows[:count], asked)
-                        made_tokens = sum(len(answer) for each in answers[name] for answer in each)
-                        if turn:
-                            best[name] = max(best[name], made_tokens / (time.perf_counter() - started))
-                    pairs = zip(answers["replicated"], answers["vllm"], strict=True)
-                    equal = [one == other for each in pairs for one, other in zip(*each, strict=True)]
-                figures.append({"rows": count, "trials": trials, "equal": sum(equal), "answers": len(equal), **best})
+        for engine in engines.values():
+            engine.generate(rows[:_WARM_UP], [None])
+            engine.generate(rows[:_WARM_UP], edits)
+        for count, trials in SHAPES:
+            asked = [None] if trials == 1 else edits[:trials]
+            best, answers = dict.fromkeys(engines, 0.0), {}
+            for _ in range(TURNS):
+                for name, engine in engines.items():
+                    started = time.perf_counter()
+                    answers[name] = [answer for each in engine.generate(rows[:count], asked) for answer in each]
+                    seconds = time.perf_counter() - started
+                    best[name] = max(best[name], sum(map(len, answers[name])) / seconds)
+            equal = sum(one == other for one, other in zip(*answers.values(), strict=True))
+            figures.append({"rows": count, "trials": trials, "equal": equal, "answers": count * trials, **best})
     return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", required=True)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
     found: dict[str, Any] = {}

