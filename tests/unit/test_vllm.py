@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.placements import vllm
+from heretic_ds.placements.costs import Resources
 from heretic_ds.placements.vllm.inside.wire import Channel, Hangup, packed, unpacked
+from heretic_ds.planner import machine_of, make_plan, placements_for
 from heretic_ds.scoring.kl import Divergence
+from heretic_ds.settings import conf_dir
 from tests import families
+from tests.planned_models import facts_for
 
 
 @pytest.fixture
@@ -171,3 +176,24 @@ def test_what_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert told["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "7"  # the user's own counts
     assert told["VLLM_USE_V2_MODEL_RUNNER"] == "0"  # but not in what hooks rest upon
     assert told["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_the_planner_reckons_with_it_where_it_is_asked_for() -> None:
+    """What is set aside for keys and values counts, weights are split, and nothing chooses it unasked."""
+    facts = facts_for("llama", families.build("llama").config, torch.float32)
+    resources = Resources(machine_of(OmegaConf.load(conf_dir() / "hardware" / "h100x8.yaml")), 8)
+    whole, split, far = (vllm.Vllm("evaluate", vllm.Vllm.Options(degree=degree)) for degree in (None, 8, 16))
+    one, eight = whole.cost(facts, resources), split.cost(facts, resources)
+    for cost in (one, eight):
+        used = cost.bytes["weights"] + cost.bytes["workspace"]
+        assert used == pytest.approx(0.85 * resources.machine.device_memory, rel=1e-6)
+        assert cost.host["libraries"] > 2**30
+    assert one.bytes["weights"] == facts.weights and eight.bytes["weights"] == -(-facts.weights // 8)
+    with pytest.raises(UserError, match="lies on several computers"):
+        far.cost(facts, resources)
+    kept = vllm.Vllm("evaluate", vllm.Vllm.Options(kv_cache_gib=3.0)).cost(facts, resources)
+    assert kept.bytes["workspace"] == 3 * 2**30
+    plan = make_plan(facts, resources.machine, 8, {"evaluate": placements_for("evaluate")})
+    assert "vllm" not in {candidate.placement for candidate in plan.candidates}
+    asked = make_plan(facts, resources.machine, 8, {"evaluate": [whole]}).chosen["evaluate"]
+    assert asked is not None and asked.placement == "vllm"

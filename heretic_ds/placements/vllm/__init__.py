@@ -20,7 +20,7 @@ import torch
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement
-from heretic_ds.placements.costs import LIBRARIES, Cost, Exchange, Facts, Resources, Use, divisors, estimate
+from heretic_ds.placements.costs import LIBRARIES, Cost, Exchange, Facts, Resources, Use, estimate
 from heretic_ds.placements.vllm.engine import Limits, VllmEngine
 from heretic_ds.placements.vllm.server import Server, versions_of
 from heretic_ds.runner.decode import end_tokens
@@ -73,14 +73,16 @@ class Vllm(Placement):
 
     @classmethod
     def variants(cls, phase: str, facts: Facts, resources: Resources) -> Sequence[dict[str, Any]]:
-        """See the base; a model may lie whole on each device."""
-        return [{"degree": degree} for degree in divisors(resources.ranks)]
+        """None: ``auto`` leaves it alone, as vLLM needs an environment, and its speed was measured on CPUs only."""
+        return []
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """Weights split over a replica, and what is set aside for keys and values. Time is reckoned as for passes whose
         operations are launched one by one: what vLLM's kernels save was measured on CPUs alone."""
         facts.refuse_quantised(self.phase)
         degree = self.options.degree or 1
+        if degree > resources.machine.devices_per_node:
+            raise UserError(f"a replica of {degree} ranks lies on several computers")
         held = math.ceil(facts.weights / degree)
         if self.options.kv_cache_gib or resources.on_cpu:
             kept = int((self.options.kv_cache_gib or _CPU_CACHE_GIB) * 2**30)

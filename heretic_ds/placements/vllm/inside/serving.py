@@ -17,6 +17,9 @@ from .wire import Channel, Message, packed, unpacked
 _RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner", "vllm.v1.worker.cpu_model_runner.CPUModelRunner"
 """Model runners whose batches :class:`heretic_vllm.passes.Steps` reads: vLLM's V1."""
 
+_FIRST_TOKENS = 8
+"""Of the row that is tried out."""
+
 
 class Serving:
     """Carries out the job's commands: each is a method, called with the message that asks for it."""
@@ -42,7 +45,16 @@ class Serving:
         ranks = self._on_ranks("open", *message.fields["writers"])
         if ranks[0]["runner"] not in _RUNNER:
             raise RuntimeError(f"vLLM runs {ranks[0]['runner']}, whose batches are not known here")
+        self._try_out()
         return {**ranks[0], "weights": [rank["weights"] for rank in ranks]}
+
+    def _try_out(self) -> None:
+        """A first pass, for what vLLM notices only then that it cannot serve."""
+        how = {"salts": ["first"], "counts": [1], "outputs": False}
+        first = Message("logits", how, list(packed([list(range(_FIRST_TOKENS))])))
+        for _, _, value in self._read(first, [None], "logits"):
+            if not torch.frombuffer(bytearray(value), dtype=torch.float32).isfinite().all():
+                raise ValueError("its logits are not finite; another model.dtype may do, float32 is the safest")
 
     def prepare(self, message: Message) -> dict[str, Any]:
         """Take the directions of all edits to come; says why outputs cannot be edited, where they cannot."""
