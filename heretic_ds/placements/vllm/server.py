@@ -67,7 +67,8 @@ def versions_of(python: str) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
         raise UserError(f"evaluate.python={python} is no Python that runs ({error}); give one that has vLLM") from error
     if tuple(python_version) < _LEAST_PYTHON:
-        raise UserError(f"evaluate.python={python} is Python {'.'.join(map(str, python_version))}; it has to be 3.11")
+        version = ".".join(map(str, python_version))
+        raise UserError(f"evaluate.python={python} is Python {version}; give one of 3.11 or newer")
     return dict(found)
 
 
