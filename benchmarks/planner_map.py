@@ -3,8 +3,8 @@
     python benchmarks/planner_map.py
 
 Needs: the package and its tests' models; no weights, no network, no GPU. Takes a minute or more, since models of up to
-10^12 parameters are made without memory for their weights. Writes ``docs/parallelism.png``, the table between the marks of
-``docs/parallelism.md``, and ``benchmarks/results/planner_map.json``. Seconds and bytes are the planner's, from data
+10^12 parameters are made without memory for their weights. Writes ``docs/parallelism.png``, the table between the marks
+of ``docs/parallelism.md``, and ``benchmarks/results/planner_map.json``. Seconds and bytes are the planner's, from data
 sheets: nothing of it is measured.
 """
 
