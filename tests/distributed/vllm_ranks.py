@@ -16,7 +16,7 @@ from heretic_ds.world import World
 from tests import families
 from tests.distributed.engines import EDIT, ablation_for, build, job_for
 
-NEW_TOKENS, ROWS, COMMON = 16, 18, 40
+NEW_TOKENS, ROWS, COMMON = 16, 18, 140
 HEADS = 32
 """Numbers of a head; vLLM serves no narrower ones."""
 OTHER = Edit(None, {"attention": Profile(0.8, 0.0, 0.2, 1.5), "mlp": Profile(1.3, 1.0, 0.1, 2.0)})
@@ -32,7 +32,7 @@ def save(family: str, folder: Path) -> Path:
 
 
 def prompts(count: int = ROWS) -> list[list[int]]:
-    """Rows of unlike lengths that begin alike, so that what vLLM caches of one serves another."""
+    """Rows of unlike lengths that begin alike, by more than the 128 tokens of which vLLM caches blocks on a CPU."""
     generator = torch.Generator().manual_seed(7)
     low, high = len(families.SPECIAL_TOKENS), len(families.VOCABULARY) - 5
 
