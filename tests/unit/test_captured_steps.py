@@ -213,7 +213,7 @@ def test_memory_that_a_trial_step_lacks_leaves_whole_batches(recorder, monkeypat
     assert said() == [f"answers are decoded batch by batch: {reason}", f"decoding without CUDA graphs: {reason}"]
 
 
-@pytest.mark.parametrize("error", [no_memory(), PeerRanOut()])
+@pytest.mark.parametrize("error", [no_memory(), PeerRanOut(by_all=True)])
 def test_memory_that_a_trial_step_lacks_on_any_rank_is_no_mistake_of_the_model(error, monkeypatch, said):
     """All ranks of the step have to know; one that took it for an answer would leave the others waiting."""
     monkeypatch.setattr(decoding, "slot_distances", lambda forward: _raise(error))
