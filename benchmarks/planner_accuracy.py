@@ -40,7 +40,7 @@ ASKED = {
     "batch": BATCH,
     "edits": EDITS,
 }
-LONG = 20.0
+LONG = 5.0
 """Seconds of a run from which on one is enough."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 30M": (

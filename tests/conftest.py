@@ -45,6 +45,13 @@ RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 ComposeSettings = Callable[..., Settings]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that start vLLM stay in one worker of pytest-xdist, with those that start ranks."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else []:
+        if "vllm_python" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 def pytest_collection_finish() -> None:
     """Engines collect garbage when they close, which takes ten times as long where modules are looked through too."""
     gc.collect()
@@ -91,6 +98,15 @@ def evaluated(compose_settings: ComposeSettings, tmp_path: Path) -> Callable[...
         return build_engine(Job.check(compose_settings(*sources, *overrides, model=tmp_path), World.join()), "evaluate")
 
     return build
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter of an environment with vLLM: `HERETIC_VLLM_PYTHON`, or what `make vllm-env` has made."""
+    python = os.environ.get("HERETIC_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
+    if not Path(python).exists():
+        pytest.skip("vLLM has no environment: run `make vllm-env`, or set HERETIC_VLLM_PYTHON to a Python that has it")
+    return python
 
 
 @pytest.fixture

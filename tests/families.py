@@ -280,10 +280,17 @@ UNDISPATCHED_EXPERTS = frozenset({"llama4"})
 
 
 def build(
-    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2, width: int = 32
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 32,
+    head_dim: int | None = None,
 ) -> PreTrainedModel:
     """A random model of `family` in eval mode: every gain, bias and matrix drawn from `seed`."""
     config = (REQUIRED | EXTRA)[family](layers=layers, width=width)
+    if head_dim is not None:
+        config.head_dim = head_dim
     auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     # The grouped matrix product that experts use by default knows no float64.
     experts = {"experts_implementation": "eager"} if dtype == torch.float64 else {}

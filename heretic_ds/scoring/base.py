@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -35,6 +35,22 @@ class GivesDistributions(Protocol):
         """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
 
         After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens.
+        """
+        ...
+
+
+MeasureDivergence = Callable[[Sequence[Edit | None]], list[list[float]]]
+"""KL(original || edited) in nats of each prompt under each edit: [edit][prompt]."""
+
+
+@runtime_checkable
+class MeasuresDivergence(GivesDistributions, Protocol):
+    """An engine whose logits lie in another process, where they are compared: nothing [V] has to leave it."""
+
+    def divergence_from_now(self, prompts: TokenRows, continuations: TokenRows | None = None) -> MeasureDivergence:
+        """Remember the next-token distributions that the model as it is gives, for edited ones to be compared with.
+
+        Of continuations a prompt's divergence is the mean over its positions.
         """
         ...
 

@@ -31,6 +31,7 @@ EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 
 
 
 CLASSES = {
+    "vllm": "vllm.Vllm",
     "replicated": "replicated.Replicated",
     "zero3": "zero3.Zero3",
     "tensor_parallel": "tensor_parallel.TensorParallel",

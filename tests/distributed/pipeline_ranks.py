@@ -106,6 +106,6 @@ def mesh(world: World, width: int, stages: int) -> tuple[list[int] | None, list[
     """The ranks of this rank's stage, and those of its line."""
     found = world.mesh(width, stages, "degrees")
     assert world.mesh(width, stages, "degrees") is found, "groups are made once"
-    groups = (found.near, found.line)
+    groups = (found.near.inside, found.line)
     near, line = (None if group is None else dist.get_process_group_ranks(group) for group in groups)
     return near, line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,3 +61,14 @@ def test_the_host_peak_is_in_bytes_where_the_system_counts_in_kibibytes_and_wher
     monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
     monkeypatch.setattr(memory.sys, "platform", platform)
     assert peak_memory()["host"] == 7_000_000 * unit
+
+
+def test_a_peak_is_this_processs_own_whatever_started_it():
+    """What the system tells of a process counts the one that it was forked from, until it runs another program."""
+    taken = torch.ones(2**26)  # 256 MiB in the process that starts the other
+    code = (
+        "import torch; from heretic_ds.memory import peak_of;"
+        "print(peak_of(lambda: torch.ones(2**22).sum(), torch.device('cpu')))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(taken) == 2**26 and 2**24 <= int(ended.stdout) < 2**26

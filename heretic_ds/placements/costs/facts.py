@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +38,16 @@ class Work:
     batch: int = 0
     """Rows a batch; 0: as many as memory holds."""
     row_norm: str = "full"
+
+
+class _Known(Generic[T]):
+    """A property of :class:`Facts` that is found once for a model, whatever the batch."""
+
+    def __init__(self, find: Callable[[Facts], T]) -> None:
+        self._find, self.__doc__ = find, find.__doc__
+
+    def __get__(self, facts: Facts, owner: type) -> T:
+        return facts.once(self._find, lambda: self._find(facts))
 
 
 @dataclass(frozen=True)
@@ -85,89 +94,89 @@ class Facts:
         """Refuse files whose parts mean nothing by themselves. Raises UserError."""
         refuse_quantised(self.name, self.quantization, phase)
 
-    @cached_property
+    @_Known
     def config(self) -> Any:
         """Of the decoder."""
         return self.model.config.get_text_config(decoder=True)
 
-    @property
+    @_Known
     def sizes(self) -> Mapping[str, int]:
         """Bytes of every parameter by name, tied ones once."""
-        return self.once("sizes", lambda: {name: _bytes(each) for name, each in self.model.named_parameters()})
+        return {name: _bytes(each) for name, each in self.model.named_parameters()}
 
-    @cached_property
+    @_Known
     def weights(self) -> int:
         """Bytes of the whole model."""
         return sum(self.sizes.values())
 
-    @cached_property
+    @_Known
     def blocks(self) -> tuple[int, ...]:
         """Bytes of each block."""
         children = self.model.get_submodule(self.anatomy.blocks).children()
-        return self.once("blocks", lambda: tuple(bytes_of(block) for block in children))
+        return tuple(bytes_of(block) for block in children)
 
-    @cached_property
+    @_Known
     def embedding(self) -> int:
         """Bytes of the token embedding."""
         return bytes_of(self.model.get_submodule(self.anatomy.embedding))
 
-    @cached_property
+    @_Known
     def head(self) -> int:
         """Bytes of the output head, which may be the embedding once more."""
         head = self.model.get_output_embeddings()
         return 0 if head is None else bytes_of(head)
 
-    @cached_property
+    @_Known
     def tied(self) -> bool:
         """Whether embedding and head are one."""
         head, embedding = self.model.get_output_embeddings(), self.model.get_submodule(self.anatomy.embedding)
         return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
 
-    @cached_property
+    @_Known
     def largest(self) -> int:
         """Bytes of the largest parameter."""
         return max(self.sizes.values())
 
-    @cached_property
+    @_Known
     def vocabulary(self) -> int:
         return int(self.config.vocab_size)
 
-    @cached_property
+    @_Known
     def writers(self) -> int:
         """Bytes of all weights that write to the stream."""
         return sum(self.sizes.get(writer.weight, 0) for writer in self.anatomy.writers)
 
-    @cached_property
+    @_Known
     def inner(self) -> int:
         """Width of the widest writer's input, experts left out."""
         widths = [w.weight_DK(self.model).shape[-1] for w in self.anatomy.writers if not _is_expert(w)]
         return max(widths, default=self.anatomy.width)
 
-    @cached_property
+    @_Known
     def experts(self) -> Experts | None:
         """The experts of the model; None where it has none."""
-        return self.once("experts", lambda: _experts(self))
+        return _experts(self)
 
-    @cached_property
+    @_Known
     def dense(self) -> int:
         """Bytes of what every token goes through: all but experts and the embedding, which is looked up."""
         embedding = 0 if self.tied else self.embedding
         return self.weights - embedding - (self.experts.bytes if self.experts else 0)
 
-    @cached_property
+    @_Known
     def cached(self) -> int:
         """Bytes of keys and values of one token in all blocks."""
-        return self.once("cached", lambda: _cached_bytes(self))
+        return _cached_bytes(self)
 
-    @cached_property
+    @_Known
     def caches_heads(self) -> bool:
         """Whether keys and values are kept head by head; else one latent vector a token, of which heads make theirs."""
         return not getattr(self.config, "kv_lora_rank", None)
 
-    @cached_property
+    @_Known
     def modules(self) -> int:
         """Modules without parts of their own in all blocks, of which each is called once a pass, experts left out."""
-        return self.once("modules", lambda: _leaves(self))
+        return _leaves(self)
 
 
 @dataclass(frozen=True)

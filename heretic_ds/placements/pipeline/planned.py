@@ -26,7 +26,7 @@ def fullest_stage(facts: Facts, stages: int, held: Sequence[int]) -> tuple[int, 
     """
     whole = [*facts.blocks]
     whole[0], whole[-1] = whole[0] + facts.embedding, whole[-1] + facts.head
-    groups = balanced(whole, stages)
+    groups = facts.once(("stages", stages), lambda: balanced(whole, stages))
     return max(sum(held[group.start : group.stop]) for group in groups), max(map(len, groups))
 
 

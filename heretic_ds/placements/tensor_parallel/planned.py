@@ -50,21 +50,24 @@ def shards_of(model: PreTrainedModel, anatomy: Anatomy, layout: sharding.Layout,
 
 def sizes_held(facts: Facts, backend: str, degree: int, setting: str) -> Mapping[str, int]:
     """Bytes of each parameter on the fullest of ``degree`` ranks; tied ones once. Raises CannotSplit."""
+    model, anatomy, kind = facts.model, facts.anatomy, facts.model.config.model_type
 
-    def find() -> Mapping[str, int]:
-        model, anatomy, kind = facts.model, facts.anatomy, facts.model.config.model_type
-        layout = automatic(model, anatomy)
+    def plan() -> sharding.Layout:
         if sharding.choose_backend(model, kind, backend) == "hf_plan":
-            layout = sharding.read_plan(model, anatomy, sharding.plan_of(model, kind))
-        if sharding.splits_heads(anatomy, layout):
-            sharding.check_heads(kind, facts.config, degree, setting)
+            return sharding.read_plan(model, anatomy, sharding.plan_of(model, kind))
+        return automatic(model, anatomy)
+
+    def sizes() -> Mapping[str, int]:
         shards = shards_of(model, anatomy, layout, degree)
         return {
             name: math.prod(shards[name].local_shape if name in shards else each.shape) * each.element_size()
             for name, each in model.named_parameters()
         }
 
-    return facts.once(("tensor_parallel", setting, backend, degree), find)
+    layout = facts.once(("parallel plan", backend), plan)
+    if sharding.splits_heads(anatomy, layout):
+        sharding.check_heads(kind, facts.config, degree, setting)
+    return facts.once(("sizes held", backend, degree), sizes)
 
 
 def exchange_of(facts: Facts, degree: int, stages: int = 1) -> Exchange:
