@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import tempfile
@@ -70,7 +71,8 @@ def cache_folder() -> Path:
 def _key(device: torch.device, threads: int, ranks: int) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
-    told = [platform.node(), name, count, torch.__version__, threads, ranks, sorted(Machine.__dataclass_fields__)]
+    here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    told = [platform.node(), name, count, torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -121,8 +123,10 @@ def _measure(device: torch.device, world: World) -> dict[str, Any]:
     rates = {name: min(each[name] for each in everyone) for name in mine}
     rates["launch_seconds"] = max(each["launch_seconds"] for each in everyone)
     release_memory()
-    carried, latency = _link(device, world)
-    carried = carried or _SHARE_OF_CARRIED * rates["memory_bandwidth"]
+    inside = world.machine()
+    network = _link(device, world, dist.group.WORLD if world.size > 1 else None)
+    link = network if inside.most in (1, world.size) else _link(device, world, inside.group)
+    carried = link[0] or _between_devices(device) or _SHARE_OF_CARRIED * rates["memory_bandwidth"]
     return {
         "name": "local",
         "device": device.type,
@@ -132,9 +136,9 @@ def _measure(device: torch.device, world: World) -> dict[str, Any]:
         "host_memory": host,
         **rates,
         "link_bandwidth": carried,
-        "link_latency": latency,
-        "network_bandwidth": carried,
-        "network_latency": latency,
+        "link_latency": link[1],
+        "network_bandwidth": network[0] or carried,
+        "network_latency": network[1],
         "disk_bandwidth": _DISK_GUESS,
     }
 
@@ -177,20 +181,34 @@ def _launch_seconds(device: torch.device) -> float:
         return _seconds(many, device) / 150
 
 
-def _link(device: torch.device, world: World) -> tuple[float | None, float]:
-    """Bytes a second that each rank sends in a sum over all of them, None without ranks; seconds of the smallest."""
-    if world.size == 1 or not dist.is_initialized():
+def _between_devices(device: torch.device) -> float | None:
+    """Bytes a second from one GPU to the next; None where there is no next one. (Not yet run on GPUs.)"""
+    if device.type != "cuda" or torch.cuda.device_count() < 2:
+        return None
+    source = torch.zeros(2**26, dtype=torch.uint8, device="cuda:0")
+    target = torch.empty_like(source, device="cuda:1")
+    return source.numel() / _seconds(lambda: target.copy_(source), torch.device("cuda:1"))
+
+
+def _link(device: torch.device, world: World, group: dist.ProcessGroup | None) -> tuple[float | None, float]:
+    """Bytes a second that each rank of a group sends in a sum over it, None without one; seconds of the smallest.
+
+    Every rank of the world calls it, with the group that it is in, None for one that is alone; the slowest counts.
+    """
+    if world.size == 1:
         return None, _LATENCY_GUESS[device.type]
-    small, large = torch.zeros(1, device=device), torch.zeros(_MESSAGE // 4, device=device)
-    latency = max(_rounds(small, device, 40) - _rounds(None, device, 40), _LEAST_LATENCY)
-    seconds = max(_rounds(large, device, 5) - _rounds(small, device, 5), 1e-9)
-    sent = 2 * _MESSAGE * (world.size - 1) / world.size
-    told = world.gather((sent / seconds, latency))
+    rate, latency = math.inf, 0.0
+    if group is not None:
+        small, large, ranks = torch.zeros(1, device=device), torch.zeros(_MESSAGE // 4, device=device), group.size()
+        latency = max(_rounds(small, device, 40, group) - _rounds(None, device, 40, group), _LEAST_LATENCY)
+        seconds = max(_rounds(large, device, 5, group) - _rounds(small, device, 5, group), 1e-9)
+        rate = 2 * _MESSAGE * (ranks - 1) / ranks / seconds
+    told = world.gather((rate, latency))
     return min(rate for rate, _ in told), max(each for _, each in told)
 
 
-def _rounds(tensor: Tensor | None, device: torch.device, count: int) -> float:
-    """Seconds of a little work and, with a tensor, one sum over all ranks; equally many on each.
+def _rounds(tensor: Tensor | None, device: torch.device, count: int, group: dist.ProcessGroup) -> float:
+    """Seconds of a little work and, with a tensor, one sum over the ranks of a group; equally many on each.
 
     Between sums a model computes: ranks that share cores come to them at different times, and wait.
     """
@@ -199,7 +217,7 @@ def _rounds(tensor: Tensor | None, device: torch.device, count: int) -> float:
     def one() -> None:
         some @ some
         if tensor is not None:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=group)
 
     one()
     _wait(device)

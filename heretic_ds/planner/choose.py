@@ -96,7 +96,8 @@ def make_plan(
     for phase in sorted(placements, reverse=True):  # the engine that evaluates may capture as well
         tried = [each for each in _candidates(facts, resources, phase, placements[phase])]
         found += tried
-        least = min(LEAST_ROWS, math.ceil(facts.work.target_prompts / resources.ranks))
+        prompts = facts.work.train_prompts if phase == "capture" else facts.work.target_prompts
+        least = min(LEAST_ROWS, facts.work.batch or LEAST_ROWS, math.ceil(prompts / resources.ranks))
         chosen[phase] = _best(tried, chosen.get("evaluate"), least, check)
     missing = any(each is None for each in chosen.values())
     smallest = _smallest(facts, machine, resources.ranks, placements) if missing else None
@@ -231,7 +232,8 @@ def _sentence(
     evaluate, capture = chosen.get("evaluate"), chosen.get("capture")
     if evaluate is None or capture is None:
         advice = f"{smallest} such devices would" if smallest else f"{MOST_NODES} such computers do not, either"
-        return f"nothing holds {size} on {devices}; {advice}"
+        during = "" if evaluate is capture else " while edits are evaluated" if capture else " during the capture"
+        return f"nothing holds {size}{during} on {devices}; {advice}"
     same = (evaluate.placement, evaluate.options) == (capture.placement, capture.options)
     first = (
         f"capture and evaluate={_named(evaluate)}"

@@ -106,12 +106,18 @@ def _refuse_unwritable(settings: Settings) -> None:
 
 
 def _show(settings: Settings, plan: Plan, console: Console) -> None:
-    console.print(machine_line(plan), markup=False, highlight=False)
+    console.print(machine_line(plan), markup=False, highlight=False, soft_wrap=not console.is_terminal)
     for phase in PHASES:
         console.print(phase_table(plan, phase, console.width), highlight=False)
     if settings.plan.json is not None:
         file = Path(settings.plan.json).expanduser()
-        write_atomically(file, json.dumps(plan.as_json(), indent=1) + "\n")
+        try:
+            write_atomically(file, json.dumps(plan.as_json(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"plan.json={settings.plan.json} cannot be written ({error.strerror}); set it to a file in a folder "
+                "that can be written to"
+            ) from error
     if problem := why_nothing(plan):
         raise UserError(problem)
-    console.print(plan.sentence, markup=False, highlight=False)
+    console.print(plan.sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)

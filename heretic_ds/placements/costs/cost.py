@@ -32,14 +32,16 @@ class Cost:
         if resources.on_cpu:
             device, host = 0, device + host
         if device > USABLE * machine.device_memory:
-            return f"needs {_gib(device)} of a device's {_gib(machine.device_memory)}"
+            return f"needs {_gib(device)} of a device's {_gib(machine.device_memory)}{_SPARED}"
         if ranks_here * host > USABLE * machine.host_memory:
-            return f"{ranks_here} ranks need {_gib(ranks_here * host)} of a host's {_gib(machine.host_memory)}"
+            return f"{ranks_here} ranks need {_gib(ranks_here * host)} of a host's {_gib(machine.host_memory)}{_SPARED}"
         return None
 
 
 USABLE = 0.9
 """Part of a memory that a plan fills: estimates are off by some percent, and memory is never free to its last byte."""
+
+_SPARED = ", a tenth of which stays free"
 
 
 def _gib(size: float) -> str:

@@ -69,7 +69,8 @@ def _turn(facts: Facts, resources: Resources, use: Use, rows: float, tokens: flo
     computed = multiplied / (machine.flops(facts.dtype) * SHARE_OF_PEAK[machine.device])
     moved = (touched + rows * seen * facts.cached * use.caches) / machine.memory_bandwidth
     operations = OPERATIONS_A_MODULE * facts.modules / use.stages if use.operations is None else use.operations
-    launched = machine.launch_seconds * (0.0 if use.graphs else operations + OPERATIONS_AN_EXPERT * looped)
+    captured = use.graphs and seen > 0.0  # passes over prompts are not
+    launched = machine.launch_seconds * (0.0 if captured else operations + OPERATIONS_AN_EXPERT * looped)
     working = max(computed + launched, moved, use.fetched / machine.host_bandwidth)
     sending = hidden = 0.0
     for exchange in use.exchanges:
