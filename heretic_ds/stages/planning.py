@@ -106,7 +106,7 @@ def _refuse_unwritable(settings: Settings) -> None:
 
 
 def _show(settings: Settings, plan: Plan, console: Console) -> None:
-    console.print(machine_line(plan), markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(machine_line(plan), markup=False, highlight=False)
     for phase in PHASES:
         console.print(phase_table(plan, phase, console.width), highlight=False)
     if settings.plan.json is not None:
@@ -120,4 +120,4 @@ def _show(settings: Settings, plan: Plan, console: Console) -> None:
             ) from error
     if problem := why_nothing(plan):
         raise UserError(problem)
-    console.print(plan.sentence, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    console.print(plan.sentence, markup=False, highlight=False)

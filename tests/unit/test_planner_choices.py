@@ -34,7 +34,7 @@ CASES = [
     ("8B", "h100x8x4", "replicated", WHOLE),
     ("8B", "cpu_server", "replicated", WHOLE),
     ("14B", "rtx4090", None, "nothing holds 14B .* on 1 device of rtx4090; 2 such devices would"),
-    ("14B", "rtx4090x2", "pipeline degree=2", "replicated needs .* GiB; .* times as fast as tensor_parallel"),
+    ("14B", "rtx4090x2", "pipeline degree=2", "replicated needs .* GiB.*; .* times as fast as tensor_parallel"),
     ("14B", "h100x8", "replicated", WHOLE),
     ("32B", "rtx4090", None, "4 such devices would"),
     ("32B", "rtx4090x2", None, "4 such devices would"),
