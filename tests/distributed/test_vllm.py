@@ -26,7 +26,7 @@ def check(found: dict[str, Any], wanted: dict[str, Any], family: str, ranks: int
         assert ours["answers"] == theirs["answers"], name
         for one, other in zip(ours["kl"], theirs["kl"], strict=True):
             assert one == pytest.approx(other, abs=1e-6, rel=1e-4), name
-    assert found["logits"] == pytest.approx(wanted["logits"], abs=1e-5)
+    assert found["logits"] == pytest.approx(wanted["logits"], abs=1e-4)  # from logits of tens
     assert found["edited"] == [True] * ranks and found["restored"] == [True] * ranks
     assert found["most_edits"] == (1 if family in MOE else MOST_EDITS)  # the last form is `full`
     ended = [len(answer) for of_edit in found["measured"]["stopped early"]["answers"] for answer in of_edit]
