@@ -94,6 +94,7 @@ class Server:
             )
         self._channel = Channel(ours)
         self._idle = threading.Event()
+        """Not set from before a command is sent until its answer is here, hence never again where that did not come."""
         self._idle.set()
         self._end = weakref.finalize(self, _end, self.process, self._channel, self._folder, self._idle)
 
@@ -103,8 +104,10 @@ class Server:
         """What vLLM's process answers to a command; ``told`` is called with what it sends meanwhile.
 
         Raises UserError where memory ran out or the engine refuses what was asked for, SearchFailed where the process
-        has ended.
+        has ended, as it does where an exchange is broken off by whatever else is raised here.
         """
+        if not self._idle.is_set():
+            raise SearchFailed("vLLM was interrupted in the middle of its work; run the same command again")
         self._idle.clear()
         try:
             self._channel.send(command, *tensors, **fields)
@@ -114,6 +117,9 @@ class Server:
                 told(message)
         except Hangup as error:
             raise SearchFailed(self._ended()) from error
+        except BaseException:  # answers would come that nobody waits for, or messages begin in the middle of one
+            self._end()
+            raise
         self._idle.set()
         if message.kind == "failed":
             self._fail(command, message.fields)
@@ -173,7 +179,8 @@ def _end(process: subprocess.Popen[bytes], channel: Channel, folder: Path, idle:
         process.wait(timeout=_SECONDS_TO_END if idle.is_set() else _SECONDS_TO_BREAK_OFF)
     except subprocess.TimeoutExpired:
         log.debug("vLLM's process did not end by itself")
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:  # also after a second Ctrl-C, since this is called once
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)

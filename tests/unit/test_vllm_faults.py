@@ -1,0 +1,104 @@
+"""What is left, and what is said, where work with vLLM's process is broken off; a stub is in place of vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from heretic_ds.ablation import Ablation, Edit
+from heretic_ds.errors import SearchFailed
+from heretic_ds.placements.vllm.engine import Limits, VllmEngine
+from heretic_ds.placements.vllm.inside.wire import Message
+from heretic_ds.placements.vllm.server import Server
+from heretic_ds.world import ALONE, World
+
+STUB = '''#!{python}
+"""Answers with the edit's direction; edit 9 fails half way, and `hang` tells something and works on."""
+import socket, sys, time
+sys.path.insert(0, {root!r})
+import torch
+from heretic_ds.placements.vllm.inside.wire import Channel, Hangup
+
+channel, weights = Channel(socket.socket(fileno=int(sys.argv[-1]))), None
+try:
+    while True:
+        message = channel.receive()
+        if message.kind == "set_weights":
+            edit = message.fields["edit"]
+            if edit and edit["direction_index"] == 9.0:
+                weights = "half edited"
+                channel.send("failed", error="it broke", memory=False)
+                continue
+            weights = edit and edit["direction_index"]
+        elif message.kind == "hang":
+            channel.send("told")
+            time.sleep(message.fields["seconds"])
+        fields = {{"prepare": {{"obstacle": "none can be"}}, "digest": {{"ranks": [str(weights)]}}}}
+        channel.send("done", answer=message.fields.get("answer"), **fields.get(message.kind, {{}}))
+except Hangup:
+    pass
+'''
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server whose process is a stub."""
+    stub = tmp_path / "python"
+    stub.write_text(STUB.format(python=sys.executable, root=str(Path(__file__).parents[2])))
+    stub.chmod(0o755)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    started = Server(str(stub), {})
+    yield started
+    started.close()
+
+
+def refused(server: Server) -> bool:
+    """Whether it says that its process is gone, and that has left no trace."""
+    with pytest.raises(SearchFailed, match=r"vLLM was interrupted in the middle .*; run the same command again"):
+        server.ask("echo", answer=3)
+    return server.process.poll() is not None and not server.log.parent.exists()
+
+
+def test_an_exchange_that_is_broken_off_is_the_last(server: Server) -> None:
+    """Else every later answer would be that to the command before."""
+
+    def fail(message: Message) -> None:
+        raise ValueError("a scorer's mistake")
+
+    assert server.ask("echo", answer=1).fields["answer"] == 1
+    with pytest.raises(ValueError, match="a scorer's mistake"):
+        server.ask("hang", told=fail, seconds=0.1, answer=2)
+    assert refused(server) and refused(server)
+
+
+def test_a_second_interrupt_leaves_no_process(server: Server) -> None:
+    """Ctrl-C in a pass, and again while its process is given time to end."""
+
+    def twice(message: Message) -> None:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        server.ask("hang", told=twice, seconds=60)
+    assert server.process.poll() == -signal.SIGKILL and refused(server)
+
+
+def test_weights_that_an_edit_has_half_changed_are_brought_back(server: Server) -> None:
+    limits = Limits(frozenset({2}), 4, 100, 8)
+    engine = VllmEngine(World(), ALONE, server, torch.float32, limits)
+    engine.prepare(Ablation(torch.eye(3, 4, dtype=torch.float64), "none", False))
+    engine.apply(Edit(1.0, {}))
+    assert engine.digests() == ["1.0"]
+    engine.restore()
+    with pytest.raises(SearchFailed, match="it broke"):
+        engine.apply(Edit(9.0, {}))
+    assert engine.digests() == ["half edited"]
+    engine.restore()
+    assert engine.digests() == ["None"]
