@@ -54,16 +54,17 @@ class VllmEngine:
         self.max_edits_per_pass = 1
         self.batch_sizes = {"kl": limits.rows, "generate": limits.rows}
         self._applied: Edit | None = None
-        self._present: Edit | None = None
-        """The edit that the weights have now."""
+        self._present: tuple[Edit | None, ...] = (None,)
+        """The edit that the weights have now; empty after a change that failed."""
         self._prepared = self._references = 0
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
         form = [ablation.row_norm, ablation.through_norm]
+        self._applied, self._present = None, ()
         told = self._everywhere(lambda server: server.ask("prepare", ablation.directions_LD, form=form).fields)
         self.max_edits_per_pass = MOST_EDITS if told[0]["obstacle"] is None else 1
-        self._applied = self._present = None
+        self._present = (None,)
         self._prepared += 1
 
     def distributions(
@@ -151,10 +152,11 @@ class VllmEngine:
             self._server = None
 
     def _set_weights(self, edit: Edit | None) -> None:
-        if self._present == edit:
+        if self._present == (edit,):
             return
+        self._present = ()
         self._everywhere(lambda server: server.ask("set_weights", edit=edit and edit.to_dict()).fields)
-        self._present = edit
+        self._present = (edit,)
 
     def _passes(
         self,
