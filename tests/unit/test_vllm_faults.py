@@ -7,14 +7,17 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.errors import SearchFailed
 from heretic_ds.placements.vllm.engine import Limits, VllmEngine
+from heretic_ds.placements.vllm.inside.passes import Divergences, Logits, Reader, References, Span
 from heretic_ds.placements.vllm.inside.wire import Message
 from heretic_ds.placements.vllm.server import Server
 from heretic_ds.world import ALONE, World
@@ -102,3 +105,31 @@ def test_weights_that_an_edit_has_half_changed_are_brought_back(server: Server) 
     assert engine.digests() == ["half edited"]
     engine.restore()
     assert engine.digests() == ["None"]
+
+
+def test_places_that_are_computed_twice_count_once() -> None:
+    """As of a row that vLLM has put off for want of memory, wherever it is cut into passes."""
+
+    class Head:
+        def compute_logits(self, logits_BV: Tensor) -> Tensor:
+            return logits_BV
+
+    vocabulary, length, count = 8, 6, 4
+    original_KV, edited_KV = torch.randn(2, length, vocabulary, generator=torch.Generator().manual_seed(5))
+    what = (Head(), vocabulary, [length], [count])
+
+    def taken(reader: Reader, *passes: range) -> list[tuple[int, int, bytes]]:
+        found = []
+        for each in passes:
+            reader.read([Span(0, 0, each.start, len(each))], edited_KV[each.start : each.stop])
+            found += reader.taken()
+        return found
+
+    references = References(*what)
+    references.read([Span(0, 0, 0, length)], original_KV)
+    for reader in (partial(Divergences, *what, references=references), partial(Logits, *what)):
+        whole = taken(reader(), range(length))
+        assert len(whole) == 1
+        assert taken(reader(), range(4), range(4, 6)) == whole
+        assert taken(reader(), range(4), range(4), range(4, 6)) == whole
+        assert taken(reader(), range(3, 5), range(3), range(3, 6)) == whole
