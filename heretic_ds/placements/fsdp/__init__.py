@@ -114,9 +114,11 @@ class Fsdp(Placement):
             try:
                 world.agree(units.read, "reading the weights")
                 world.agree(lambda: job.opened.check_forward(model, dtype))
-            except UserError as error:
+            except BaseException as error:
                 units.release()
-                if "DTensor" in str(error):  # the type of parameters that nobody has gathered
+                if isinstance(error, UserError) and "DTensor" in str(
+                    error
+                ):  # the type of parameters that nobody has gathered
                     raise UserError(
                         f"{self.phase}=fsdp gathers weights for the module that has them, but others of this "
                         f"{model.config.model_type} model use them, too; set {self.phase}=replicated or tensor_parallel"
