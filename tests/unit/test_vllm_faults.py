@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -22,6 +28,7 @@ from heretic_ds.placements.vllm.inside.wire import Message
 from heretic_ds.placements.vllm.server import Server
 from heretic_ds.world import ALONE, World
 
+ROOT = Path(__file__).parents[2]
 STUB = '''#!{python}
 """Answers with the edit's direction; edit 9 fails half way, and `hang` tells something and works on."""
 import socket, sys, time
@@ -54,7 +61,7 @@ except Hangup:
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server whose process is a stub."""
     stub = tmp_path / "python"
-    stub.write_text(STUB.format(python=sys.executable, root=str(Path(__file__).parents[2])))
+    stub.write_text(STUB.format(python=sys.executable, root=str(ROOT)))
     stub.chmod(0o755)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     started = Server(str(stub), {})
@@ -133,3 +140,99 @@ def test_places_that_are_computed_twice_count_once() -> None:
         assert taken(reader(), range(4), range(4, 6)) == whole
         assert taken(reader(), range(4), range(4), range(4, 6)) == whole
         assert taken(reader(), range(3, 5), range(3), range(3, 6)) == whole
+
+
+def test_references_last_as_long_as_what_is_compared_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the job and in the worker, which has to keep a vocabulary for each place."""
+    inside = "heretic_ds.placements.vllm.inside"
+    writers = SimpleNamespace(VllmEditor=None, find_writers=None, keep_weights=lambda: None, sum_over_ranks=None)
+    monkeypatch.setitem(sys.modules, f"{inside}.writers", writers)  # imports vLLM
+    monkeypatch.delitem(sys.modules, f"{inside}.extension", raising=False)
+    extension = importlib.import_module(f"{inside}.extension")
+    monkeypatch.delitem(sys.modules, f"{inside}.extension")
+    config = SimpleNamespace(get_vocab_size=lambda: 8)
+    resident = extension.Resident(SimpleNamespace(execute_model=None, get_model=lambda: None, model_config=config))
+
+    class Asked:
+        """Has the worker begin what a server is asked for."""
+
+        def ask(self, command: str, *tensors: Tensor, **fields: Any) -> Message:
+            kind = {"remember": "references", "divergences": "divergences"}[command]
+            reading = {"kind": kind, "lengths": [2], "counts": [1], "forget": fields.get("forget", [])}
+            resident.begin([], {**reading, "name": fields["name"]})
+            return Message("done", {}, [torch.zeros(1, 1)])
+
+    limits = Limits(frozenset({2}), 4, 100, 8)
+    engine = VllmEngine(World(), ALONE, Asked(), torch.float32, limits)  # type: ignore[arg-type]
+    first, second = engine.divergence_from_now([[1, 2]]), engine.divergence_from_now([[3, 4]])
+    assert len(resident._references) == 2 and first([None]) == second([None]) == [[0.0]]
+    del first
+    third = engine.divergence_from_now([[5, 6]])
+    assert len(resident._references) == 2 and second([None]) == third([None]) == [[0.0]]
+
+
+def test_a_process_that_does_not_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        Server(str(tmp_path / "nowhere"), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+OWN = """#!{python}
+# Runs what vLLM's process runs, with a stub in place of the module that imports vLLM.
+import runpy, sys, time, types
+
+class Serving:
+    def __init__(self, channel):
+        self.channel = channel
+
+    def echo(self, message):
+        return {{}}
+
+    def hang(self, message):
+        self.channel.send("told")
+        time.sleep(600)
+
+    def close(self):
+        pass
+
+sys.modules["heretic_vllm.serving"] = types.SimpleNamespace(Serving=Serving)
+sys.argv = sys.argv[-3:]
+runpy.run_module("heretic_vllm", run_name="__main__")
+"""
+KILLED = """
+import os, sys
+from heretic_ds.placements.vllm.server import Server
+waits, works = Server(sys.argv[1], {}), Server(sys.argv[1], {})
+waits.ask("echo")
+print(waits.process.pid, works.process.pid, flush=True)
+works.ask("hang", told=lambda message: os.kill(os.getpid(), 9))
+"""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended; one that nobody has asked for its status has."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_job_leaves_neither_processes_nor_folders(tmp_path: Path) -> None:
+    """Whether vLLM's process waits for a command or is at work."""
+    python, temporary = tmp_path / "python", tmp_path / "temporary"
+    python.write_text(OWN.format(python=sys.executable))
+    python.chmod(0o755)
+    temporary.mkdir()
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, str(python)],
+        env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    left, patience = [int(pid) for pid in ended.stdout.split()], time.monotonic() + 30
+    assert len(left) == 2
+    while (any(map(runs, left)) or any(temporary.iterdir())) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not any(map(runs, left)) and list(temporary.iterdir()) == []

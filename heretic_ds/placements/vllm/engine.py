@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -57,6 +58,8 @@ class VllmEngine:
         self._present: tuple[Edit | None, ...] = (None,)
         """The edit that the weights have now; empty after a change that failed."""
         self._prepared = self._references = 0
+        self._unused: list[str] = []
+        """Names of references that nothing here can be compared with any more."""
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
@@ -102,15 +105,20 @@ class VllmEngine:
         name = str(self._references)
 
         def keep(server: Server, together: Sequence[Edit | None], how: dict[str, Any]) -> list[list[float]]:
-            server.ask("remember", *packed(rows), counts=counts, name=name, **how)
+            unused = [self._unused.pop() for _ in range(len(self._unused))]  # to which more may come meanwhile
+            server.ask("remember", *packed(rows), counts=counts, name=name, forget=unused, **how)
             return [[0.0] * len(own)]
 
         def compare(server: Server, together: Sequence[Edit | None], how: dict[str, Any]) -> list[list[float]]:
             found: Tensor = server.ask("divergences", *packed(rows), counts=counts, name=name, **how).tensors[0]
             return found.tolist()
 
+        def measure(edits: Sequence[Edit | None]) -> list[list[float]]:
+            return self._passes(rows, len(prompts), edits, 1, compare)
+
+        weakref.finalize(measure, self._unused.append, name)
         self._passes(rows, len(prompts), [None], 1, keep)
-        return lambda edits: self._passes(rows, len(prompts), edits, 1, compare)
+        return measure
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None

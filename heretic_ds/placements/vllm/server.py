@@ -82,16 +82,21 @@ class Server:
         (self._folder / "heretic_ds").symlink_to(_INSIDE.parents[2])
         self.log = self._folder / "vllm.log"
         ours, theirs = socket.socketpair()
-        with self.log.open("wb") as output, theirs:
-            self.process = subprocess.Popen(
-                [python or sys.executable, "-P", "-m", "heretic_vllm", str(theirs.fileno())],
-                env=_environment(self._folder, environment),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, which ends as one
-            )
+        try:
+            with self.log.open("wb") as output, theirs:
+                self.process = subprocess.Popen(
+                    [python or sys.executable, "-P", "-m", "heretic_vllm", str(self._folder), str(theirs.fileno())],
+                    env=_environment(self._folder, environment),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a group of its own, which ends as one
+                )
+        except BaseException:
+            ours.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self._channel = Channel(ours)
         self._idle = threading.Event()
         """Not set from before a command is sent until its answer is here, hence never again where that did not come."""
