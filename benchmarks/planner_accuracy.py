@@ -129,8 +129,9 @@ def measure(folder: str, placement: str, evaluates: bool) -> None:
     if (
         not placement
     ):  # a job that measures takes memory of its own, so it is one by itself; the others read what it kept
+        if world.decides:
+            print(MARK + "{}", flush=True)
         world.leave()
-        print(MARK + "{}", flush=True)
         return
     settings = settings_for(folder, placement, evaluates)
     job = Job.check(settings, world)

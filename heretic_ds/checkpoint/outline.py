@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,7 +25,7 @@ class Outline(OpenedModel):
 
     @classmethod
     def of(cls, opened: OpenedModel) -> Outline:
-        """The same model, whose skeleton is built once and not for each placement that is asked about it."""
+        """The same model, whose skeleton is built once and copied for each placement that is asked about it."""
         return cls(**vars(opened))
 
     @property
@@ -36,10 +37,11 @@ class Outline(OpenedModel):
         return super().dtypes
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model without memory for its weights; always the same one, which is not to be changed."""
+        """The model without memory for its weights: a copy, which whoever asks may take apart, of one that is built
+        once, which takes several times as long."""
         if dtype not in self._skeletons:
             self._skeletons[dtype] = super().skeleton(dtype)
-        return self._skeletons[dtype]
+        return copy.deepcopy(self._skeletons[dtype])
 
     def ready(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same model in eval mode and without gradients. It will say nothing, so nothing tells it how."""

@@ -37,7 +37,7 @@ _ONE_RANK = World()
 
 
 class PeerRanOut(MemoryError):
-    """Memory ran out on another rank of this pass."""
+    """Memory ran out on another rank of this pass, or whatever else failed there in a first one."""
 
     def __init__(self, by_all: bool) -> None:
         """``by_all``: all partners know; else those nearby do."""
@@ -131,6 +131,30 @@ class Comm:
         if self.partners is not None and size is not None:
             self._gone_well.add(size)
         return True, value
+
+    def agree(self, work: Callable[[], T]) -> T:
+        """What work with collectives gives; an error on any rank is raised on every rank, as by :meth:`World.agree`.
+
+        Every rank of the world calls it. It is for first passes, in which anything may fail on one rank alone: partners
+        learn of it before their next collective, instead of waiting there.
+        """
+        value, error, told = None, None, None
+        with self._guard() if self.partners is not None else _nothing():
+            try:
+                value = work()
+            except PeerRanOut as peer:
+                told = peer
+            except Exception as caught:
+                error = caught
+        if told is None or not told.by_all:
+            self._heard(told is not None or error is not None, among_near=told is None)
+
+        def outcome() -> T:
+            if error is not None:
+                raise error
+            return value  # type: ignore[return-value]  # without one there is an error, of this rank or another
+
+        return self.world.agree(outcome)
 
     def meet(self) -> None:
         """All partners come to this point of a pass, at which some of them are about to wait for others.

@@ -24,10 +24,10 @@ from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.fitness import dtype_name, first_line
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import pad_left
+from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.rows import Row
 from heretic_ds.runner.slots import Slots
-from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class _Streamed:
 
 
 def check_split_model(
-    world: World,
+    comm: Comm,
     model: PreTrainedModel,
     reference: Callable[[list[list[int]]], Tensor],
     what: str,
@@ -164,16 +164,26 @@ def check_split_model(
     """
     count = max(len(_LENGTHS), turns)
     rows = sample_rows(model.config.get_text_config(decoder=True).vocab_size, count)
-    reference_BV = world.decide(lambda: reference(rows), "running the unsplit model")
+    reference_BV = comm.world.decide(lambda: reference(rows), "running the unsplit model")
     order = [(turn + row) % len(rows) for row in range(len(rows))]
+
+    def logits() -> Tensor:
+        return Forward(model, pad_id=0)([Row(rows[row]) for row in order]).logits_BV
+
+    logits_BV = comm.agree(lambda: tried(logits, model, what, otherwise))
+    comm.world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
+
+
+@torch.inference_mode()
+def tried(logits: Callable[[], Tensor], model: PreTrainedModel, what: str, otherwise: str) -> Tensor:
+    """The logits [B, V] that first passes of a split model give, in float32 on the host. Raises UserError where they
+    cannot be run."""
     try:
-        with torch.inference_mode():
-            logits_BV = Forward(model, pad_id=0)([Row(rows[row]) for row in order]).logits_BV.float().cpu()
-    except RuntimeError as error:  # shapes that do not fit: on every rank alike
+        return logits().float().cpu()
+    except RuntimeError as error:  # shapes that do not fit, or no memory
         raise UserError(
             f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
         ) from error
-    world.agree(lambda: check(logits_BV, reference_BV[order], model.dtype, what, otherwise))
 
 
 def check(logits_BV: Tensor, reference_BV: Tensor, dtype: torch.dtype, what: str, otherwise: str) -> None:

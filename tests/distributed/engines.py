@@ -139,6 +139,21 @@ def dtype_reached(world: World, folder: str, phase: str, placement: str) -> str:
         return str(engine.dtype)
 
 
+def dtype_reached_by_all(world: World, folder: str, phase: str, placement: str, lacks: int) -> str:
+    """:func:`dtype_reached` of a llama where one rank alone cannot run a block in float16."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    whole = LlamaMLP.forward
+
+    def forward(self: torch.nn.Module, hidden_BSD: torch.Tensor) -> torch.Tensor:
+        if hidden_BSD.dtype == torch.float16 and world.rank == lacks:
+            raise RuntimeError("not implemented for 'Half'")
+        return whole(self, hidden_BSD)
+
+    with mock.patch.object(LlamaMLP, "forward", forward):
+        return dtype_reached(world, folder, phase, placement)
+
+
 def measure_replicated(folder: Path, count: int = len(LENGTHS)) -> dict[str, Any]:
     """:func:`measure` on the placement `replicated`, in this process alone, by whole passes."""
     job = job_for(World(), str(folder))

@@ -23,7 +23,8 @@ def scaled(folder: Path, name: str, factor: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("phase", "placement"), [("capture", "zero3"), ("evaluate", "tensor_parallel"), ("evaluate", "fsdp")]
+    ("phase", "placement"),
+    [("capture", "zero3"), ("evaluate", "tensor_parallel"), ("evaluate", "fsdp"), ("evaluate", "pipeline")],
 )
 @pytest.mark.parametrize(
     ("name", "factor", "reached"),
@@ -37,3 +38,17 @@ def test_the_first_dtype_that_works_is_taken(ranks, tmp_path, phase, placement, 
     folder = scaled(tmp_path / "model", name, factor)
     found = ranks(2).run(engines.dtype_reached, folder=str(folder), phase=phase, placement=placement)
     assert found == [reached] * 2
+
+
+@pytest.mark.parametrize("lacks", [0, 1])
+@pytest.mark.parametrize(
+    ("phase", "placement"),
+    [("capture", "zero3"), ("evaluate", "tensor_parallel"), ("evaluate", "fsdp"), ("evaluate", "pipeline")],
+)
+def test_what_fails_on_one_rank_alone_is_tried_otherwise_on_all(ranks, tmp_path, phase, placement, lacks):
+    """An operation that the first dtype lacks stops one rank before a collective that the others wait in."""
+    folder = families.save("llama", tmp_path)
+    found = ranks(2).run(
+        engines.dtype_reached_by_all, folder=str(folder), phase=phase, placement=placement, lacks=lacks, timeout=60
+    )
+    assert found == ["torch.float32"] * 2

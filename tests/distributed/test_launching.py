@@ -218,7 +218,7 @@ def test_ctrl_c_twice_ends_everything(launch: Launch, tmp_path: Path) -> None:
     job.started()
     time.sleep(1)
     os.killpg(job.process.pid, signal.SIGINT)
-    job._until((tmp_path / "ranks" / "stopped").exists)
+    job.until((tmp_path / "ranks" / "stopped").exists)
     assert job.process.poll() is None
     os.killpg(job.process.pid, signal.SIGINT)
     assert job.ended() == 130

@@ -88,7 +88,7 @@ def test_the_wheel_holds_configuration_and_demo(wheel: Path) -> None:
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "hydra_plugins").rglob("*.py")}
     assert expected - names == set()
     assert "hydra_plugins/__init__.py" not in names, "the namespace is shared with other plugins"
-    assert not [name for name in names if "/local" in name or name.startswith(("tests", "conf", "setup"))]
+    assert not [name for name in names if "/local/" in name or name.startswith(("tests", "conf", "setup"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

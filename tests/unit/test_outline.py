@@ -47,7 +47,11 @@ def test_the_configuration_alone_tells_shapes_and_writers(whole: Path, bare: Pat
     assert shapes(outline) == shapes(opened)
     assert all(parameter.is_meta for parameter in outline.skeleton().parameters())
     assert find_anatomy(outline.skeleton()).writers == find_anatomy(opened.skeleton()).writers
-    assert outline.skeleton() is outline.skeleton()  # built once for all that ask
+    expected, taken = shapes(outline), outline.skeleton()
+    taken.set_submodule(
+        find_anatomy(taken).embedding, torch.nn.Identity()
+    )  # as pipelines do to find out whether they serve it
+    assert shapes(outline) == expected and len(expected) > len(dict(taken.named_parameters()))
     assert Outline.of(opened).headers == opened.headers
 
 

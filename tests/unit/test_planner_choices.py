@@ -70,9 +70,6 @@ CASES = [
 ]
 
 
-HAS_STAGES = (conf_dir() / "evaluate" / "pipeline.yaml").exists()
-
-
 @cache
 def machine(name: str) -> Machine:
     """A described machine, or one of two that are made of one by worse ways between its devices."""
@@ -103,8 +100,6 @@ def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("model", "name", "expected", "why"), CASES, ids=lambda value: str(value)[:30])
 def test_choice_and_reason(model: str, name: str, expected: str | None, why: str) -> None:
     """Both phases share one placement, and the sentence says what it is and why."""
-    if (expected is None or "pipeline" in f"{expected} {why}") and not HAS_STAGES:
-        pytest.skip("there is no placement in stages yet")
     plan = plan_for(model, name)
     assert told(plan, "evaluate") == expected, plan.sentence
     if expected is not None:

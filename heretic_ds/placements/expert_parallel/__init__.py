@@ -30,7 +30,13 @@ from heretic_ds.placements.costs import (
     estimate,
     largest_streamed,
 )
-from heretic_ds.placements.deepspeed import check_accelerator, collectives_of_deepspeed, quietly, settle_accelerator
+from heretic_ds.placements.deepspeed import (
+    check_accelerator,
+    collectives_of_deepspeed,
+    quietly,
+    settle_accelerator,
+    start_deepspeed,
+)
 from heretic_ds.placements.expert_parallel.edits import ExpertParallelEdits
 from heretic_ds.placements.expert_parallel.layers import ExpertLayers
 from heretic_ds.runner import parity
@@ -113,13 +119,15 @@ class ExpertParallel(Placement):
         """
         world, device, phase = job.world, job.opened.device, self.phase
         replicas = world.replicas(self.options.degree, f"{phase}.degree")
+        start_deepspeed()
+        comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
 
         def load(dtype: torch.dtype) -> tuple[PreTrainedModel, Checkpoint, Anatomy]:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
             layers = world.agree(lambda: ExpertLayers(model, job.anatomy, replicas.degree, phase, device))
             anatomy = layers.replace(replicas.inside)
             world.agree(lambda: layers.fill(checkpoint, device), "reading the weights")
-            world.agree(lambda: job.opened.check_forward(model, dtype))
+            comm.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, anatomy
 
         model, checkpoint, anatomy = job.opened.in_some_dtype(load)
@@ -129,7 +137,7 @@ class ExpertParallel(Placement):
             what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
             skeleton = job.opened.skeleton(model.dtype)
             parity.check_split_model(
-                world,
+                comm,
                 model,
                 lambda rows: parity.streamed_logits(skeleton, job.anatomy, checkpoint, rows, device),
                 what,
@@ -137,6 +145,5 @@ class ExpertParallel(Placement):
                 replicas.member,
                 replicas.degree,
             )
-        comm = Comm.in_lockstep(world, replicas.degree, collectives_of_deepspeed())
         traits = Traits(self.name, rows_move=False, edits=ExpertParallelEdits)
         return runner_of(job, model, comm, traits, anatomy)

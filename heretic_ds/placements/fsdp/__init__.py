@@ -106,6 +106,7 @@ class Fsdp(Placement):
         outside of the module that has them.
         """
         world, device, options = job.world, job.opened.device, self.options
+        comm = Comm.in_lockstep(world, world.size)
 
         def load(dtype: torch.dtype) -> Units:
             model, checkpoint = world.agree(lambda: job.opened.empty_model(dtype))
@@ -113,12 +114,11 @@ class Fsdp(Placement):
             units = Units(model, checkpoint, job.anatomy, world, device, rests_on_host, options.pin_memory)
             try:
                 world.agree(units.read, "reading the weights")
-                world.agree(lambda: job.opened.check_forward(model, dtype))
+                comm.agree(lambda: job.opened.check_forward(model, dtype))
             except BaseException as error:
                 units.release()
-                if isinstance(error, UserError) and "DTensor" in str(
-                    error
-                ):  # the type of parameters that nobody has gathered
+                # DTensor is the type of parameters that nobody has gathered.
+                if isinstance(error, UserError) and "DTensor" in str(error):
                     raise UserError(
                         f"{self.phase}=fsdp gathers weights for the module that has them, but others of this "
                         f"{model.config.model_type} model use them, too; set {self.phase}=replicated or tensor_parallel"
@@ -128,6 +128,5 @@ class Fsdp(Placement):
 
         units = job.opened.in_some_dtype(load)
         log.info("this rank holds %.1f MiB of weights (fsdp)", units.bytes_here / 2**20)
-        comm = Comm.in_lockstep(world, world.size)
         traits = Traits(self.name, rows_move=False, edits=GatheredOutputEdits, close=units.release)
         return runner_of(job, units.model, comm, traits, editor=GatheringEditor(units, job.anatomy))

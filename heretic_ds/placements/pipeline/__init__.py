@@ -120,7 +120,7 @@ class Pipeline(Placement):
             stage, here = _keep(model, job.anatomy, checkpoint, line, tuples)
             shards = world.agree(lambda: split(model, stage.anatomy(job.anatomy), here))
             world.agree(lambda: fill(model, here, shards, job.opened.device), "reading the weights")
-            world.agree(lambda: job.opened.check_forward(model, dtype))
+            comm.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, stage
 
         model, checkpoint, stage = job.opened.in_some_dtype(load)
@@ -134,7 +134,7 @@ class Pipeline(Placement):
         anatomy, count = stage.anatomy(job.anatomy), options.microbatches or line.stages
         make = partial(StagedForward, stage=stage, line=line, microbatches=count)
         if options.parity_check:
-            check_stages(job, make(model, anatomy, 0, False, comm), checkpoint, f"{phase}={self.name}", phase)
+            check_stages(job, comm, make(model, anatomy, 0, False, comm), checkpoint, f"{phase}={self.name}", phase)
         traits = Traits(self.name, slots=False, forward=make, close=line.settle)
         return runner_of(job, model, comm, traits, anatomy, WeightEditor(model, anatomy, reduce))
 

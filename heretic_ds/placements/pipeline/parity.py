@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from heretic_ds.checkpoint import Checkpoint
-from heretic_ds.checkpoint.fitness import first_line
-from heretic_ds.errors import UserError
 from heretic_ds.placements.pipeline.stage import StagedForward
-from heretic_ds.runner.parity import check, sample_rows, streamed_logits
+from heretic_ds.runner.comm import Comm
+from heretic_ds.runner.parity import check, sample_rows, streamed_logits, tried
 from heretic_ds.runner.rows import Row
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
 
 
-def check_stages(job: Job, forward: StagedForward, checkpoint: Checkpoint, what: str, phase: str) -> None:
+def check_stages(job: Job, comm: Comm, forward: StagedForward, checkpoint: Checkpoint, what: str, phase: str) -> None:
     """Compare logits with those of the unsplit model, which rank 0 computes block by block.
 
     The step counts: of some families the decoder, of others the blocks are told what a cache holds, and a stage that
@@ -34,15 +33,13 @@ def check_stages(job: Job, forward: StagedForward, checkpoint: Checkpoint, what:
         return streamed_logits(skeleton, job.anatomy, checkpoint, [*prompts, *longer], device)
 
     reference_BV = job.world.decide(reference, "running the unsplit model")
-    try:
-        with torch.inference_mode():
-            cache = forward.own_cache()
-            begun = forward([Row(prompt) for prompt in prompts], cache)
-            token_B = torch.tensor([row[-1] for row in longer], device=device)
-            logits_BV = torch.cat([begun.logits_BV, forward.step(begun, token_B, cache)]).float().cpu()
-    except RuntimeError as error:  # shapes that do not fit
-        raise UserError(
-            f"{what} cannot run this {model.config.model_type} model ({first_line(error)}); {otherwise}"
-        ) from error
+
+    def logits() -> Tensor:
+        cache = forward.own_cache()
+        begun = forward([Row(prompt) for prompt in prompts], cache)
+        token_B = torch.tensor([row[-1] for row in longer], device=device)
+        return torch.cat([begun.logits_BV, forward.step(begun, token_B, cache)])
+
+    logits_BV = comm.agree(lambda: tried(logits, model, what, otherwise))
     knows = forward.knows_logits
     job.world.agree(lambda: check(logits_BV, reference_BV, model.dtype, what, otherwise) if knows else None)

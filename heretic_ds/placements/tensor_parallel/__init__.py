@@ -119,7 +119,7 @@ class TensorParallel(Placement):
                 )
             world.agree(lambda: fill(model, checkpoint, shards, job.opened.device), "reading the weights")
             if not compared or dtype != job.opened.dtypes[-1]:  # the comparison words better what fails in the last
-                world.agree(lambda: job.opened.check_forward(model, dtype))
+                comm.agree(lambda: job.opened.check_forward(model, dtype))
             return model, checkpoint, backend
 
         model, checkpoint, backend = job.opened.in_some_dtype(load)
@@ -128,7 +128,7 @@ class TensorParallel(Placement):
         if compared:
             skeleton, device = job.opened.skeleton(model.dtype), job.opened.device
             check_split_model(
-                world,
+                comm,
                 model,
                 lambda rows: streamed_logits(skeleton, job.anatomy, checkpoint, rows, device),
                 what=f"{phase}.backend={backend}",

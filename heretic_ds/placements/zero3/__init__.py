@@ -132,12 +132,13 @@ class Zero3(Placement):
         """
         start_deepspeed()
         job.world.agree(lambda: load_reader(self.options), "building the reader")
+        comm = Comm.in_lockstep(job.world, job.world.size, collectives_of_deepspeed())
 
         def load(dtype: torch.dtype) -> Partitions:
             partitions = Partitions(job.opened, dtype, job.anatomy, self.options, job.world)
             try:
                 partitions.load()
-                job.world.agree(lambda: job.opened.check_forward(partitions.model, dtype))
+                comm.agree(lambda: job.opened.check_forward(partitions.model, dtype))
             except UserError:
                 partitions.release()
                 raise
@@ -145,6 +146,5 @@ class Zero3(Placement):
 
         partitions = job.opened.in_some_dtype(load)
         log.info("this rank holds %.1f MiB of weights (zero3)", partitions.bytes_here / 2**20)
-        comm = Comm.in_lockstep(job.world, job.world.size, collectives_of_deepspeed())
         traits = Traits(self.name, rows_move=False, edits=None, retries=False, close=partitions.release)
         return runner_of(job, partitions.model, comm, traits)
