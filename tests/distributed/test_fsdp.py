@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from heretic_ds.errors import UserError
+from heretic_ds.placements import fsdp
 from heretic_ds.placements.fsdp.units import _dim
+from heretic_ds.world import World
 from tests import families
 from tests.distributed import fsdp_ranks as work
 from tests.distributed import output_edits_ranks
@@ -222,3 +226,25 @@ def test_one_rank_is_refused(ranks, folder_of):
     [said] = ranks(1).run(work.refusal, folder=str(folder_of("llama")), phase="capture")
     assert said.startswith("capture=fsdp cuts the model over ranks, but there is only one") and "\n" not in said
     assert said.endswith("set capture=replicated")
+
+
+@pytest.mark.parametrize("error", [UserError("a file is at fault"), MemoryError("no room"), KeyboardInterrupt()])
+def test_what_was_laid_out_is_released_whatever_breaks_off_loading(error, monkeypatch):
+    done = []
+
+    class Breaking:
+        def __init__(self, *what):
+            done.append("laid out")
+
+        def read(self):
+            raise error
+
+        def release(self):
+            done.append("released")
+
+    monkeypatch.setattr(fsdp, "Units", Breaking)
+    opened = SimpleNamespace(device=torch.device("cpu"), empty_model=lambda dtype: (None, None))
+    opened.in_some_dtype = lambda load: load(torch.float32)
+    with pytest.raises(type(error)):
+        fsdp.Fsdp("capture", fsdp.Fsdp.Options()).build(SimpleNamespace(world=World(), opened=opened, anatomy=None))
+    assert done == ["laid out", "released"]

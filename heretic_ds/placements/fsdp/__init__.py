@@ -115,9 +115,10 @@ class Fsdp(Placement):
             try:
                 world.agree(units.read, "reading the weights")
                 comm.agree(lambda: job.opened.check_forward(model, dtype))
-            except UserError as error:
+            except BaseException as error:
                 units.release()
-                if "DTensor" in str(error):  # the type of parameters that nobody has gathered
+                # DTensor is the type of parameters that nobody has gathered.
+                if isinstance(error, UserError) and "DTensor" in str(error):
                     raise UserError(
                         f"{self.phase}=fsdp gathers weights for the module that has them, but others of this "
                         f"{model.config.model_type} model use them, too; set {self.phase}=replicated or tensor_parallel"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -54,16 +55,19 @@ class VllmEngine:
         self.max_edits_per_pass = 1
         self.batch_sizes = {"kl": limits.rows, "generate": limits.rows}
         self._applied: Edit | None = None
-        self._present: Edit | None = None
-        """The edit that the weights have now."""
+        self._present: tuple[Edit | None, ...] = (None,)
+        """The edit that the weights have now; empty after a change that failed."""
         self._prepared = self._references = 0
+        self._unused: list[str] = []
+        """Names of references that nothing here can be compared with any more."""
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
         form = [ablation.row_norm, ablation.through_norm]
+        self._applied, self._present = None, ()
         told = self._everywhere(lambda server: server.ask("prepare", ablation.directions_LD, form=form).fields)
         self.max_edits_per_pass = MOST_EDITS if told[0]["obstacle"] is None else 1
-        self._applied = self._present = None
+        self._present = (None,)
         self._prepared += 1
 
     def distributions(
@@ -101,15 +105,20 @@ class VllmEngine:
         name = str(self._references)
 
         def keep(server: Server, together: Sequence[Edit | None], how: dict[str, Any]) -> list[list[float]]:
-            server.ask("remember", *packed(rows), counts=counts, name=name, **how)
+            unused = [self._unused.pop() for _ in range(len(self._unused))]  # to which more may come meanwhile
+            server.ask("remember", *packed(rows), counts=counts, name=name, forget=unused, **how)
             return [[0.0] * len(own)]
 
         def compare(server: Server, together: Sequence[Edit | None], how: dict[str, Any]) -> list[list[float]]:
             found: Tensor = server.ask("divergences", *packed(rows), counts=counts, name=name, **how).tensors[0]
             return found.tolist()
 
+        def measure(edits: Sequence[Edit | None]) -> list[list[float]]:
+            return self._passes(rows, len(prompts), edits, 1, compare)
+
+        weakref.finalize(measure, self._unused.append, name)
         self._passes(rows, len(prompts), [None], 1, keep)
-        return lambda edits: self._passes(rows, len(prompts), edits, 1, compare)
+        return measure
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
@@ -151,10 +160,11 @@ class VllmEngine:
             self._server = None
 
     def _set_weights(self, edit: Edit | None) -> None:
-        if self._present == edit:
+        if self._present == (edit,):
             return
+        self._present = ()
         self._everywhere(lambda server: server.ask("set_weights", edit=edit and edit.to_dict()).fields)
-        self._present = edit
+        self._present = (edit,)
 
     def _passes(
         self,

@@ -82,18 +82,24 @@ class Server:
         (self._folder / "heretic_ds").symlink_to(_INSIDE.parents[2])
         self.log = self._folder / "vllm.log"
         ours, theirs = socket.socketpair()
-        with self.log.open("wb") as output, theirs:
-            self.process = subprocess.Popen(
-                [python or sys.executable, "-P", "-m", "heretic_vllm", str(theirs.fileno())],
-                env=_environment(self._folder, environment),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a group of its own, which ends as one
-            )
+        try:
+            with self.log.open("wb") as output, theirs:
+                self.process = subprocess.Popen(
+                    [python or sys.executable, "-P", "-m", "heretic_vllm", str(self._folder), str(theirs.fileno())],
+                    env=_environment(self._folder, environment),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a group of its own, which ends as one
+                )
+        except BaseException:
+            ours.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         self._channel = Channel(ours)
         self._idle = threading.Event()
+        """Not set from before a command is sent until its answer is here, hence never again where that did not come."""
         self._idle.set()
         self._end = weakref.finalize(self, _end, self.process, self._channel, self._folder, self._idle)
 
@@ -103,8 +109,10 @@ class Server:
         """What vLLM's process answers to a command; ``told`` is called with what it sends meanwhile.
 
         Raises UserError where memory ran out or the engine refuses what was asked for, SearchFailed where the process
-        has ended.
+        has ended, as it does where an exchange is broken off by whatever else is raised here.
         """
+        if not self._idle.is_set():
+            raise SearchFailed("vLLM was interrupted in the middle of its work; run the same command again")
         self._idle.clear()
         try:
             self._channel.send(command, *tensors, **fields)
@@ -114,6 +122,9 @@ class Server:
                 told(message)
         except Hangup as error:
             raise SearchFailed(self._ended()) from error
+        except BaseException:  # answers would come that nobody waits for, or messages begin in the middle of one
+            self._end()
+            raise
         self._idle.set()
         if message.kind == "failed":
             self._fail(command, message.fields)
@@ -173,7 +184,8 @@ def _end(process: subprocess.Popen[bytes], channel: Channel, folder: Path, idle:
         process.wait(timeout=_SECONDS_TO_END if idle.is_set() else _SECONDS_TO_BREAK_OFF)
     except subprocess.TimeoutExpired:
         log.debug("vLLM's process did not end by itself")
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    finally:  # also after a second Ctrl-C, since this is called once
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)

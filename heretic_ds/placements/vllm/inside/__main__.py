@@ -1,11 +1,13 @@
 """vLLM's process: takes the job's commands from a socket until the job hangs up, or is gone.
 
-``python -m heretic_vllm FD``: the number of the socket, which the job's process has made.
+``python -m heretic_vllm FOLDER FD``: the folder of its log, which goes with the job, and the number of the socket, both
+of which the job's process has made.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,9 +25,9 @@ _LOOK = 1.0
 
 def main() -> None:
     """Serve."""
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    serving = None
+    folder, channel = sys.argv[1], Channel(socket.socket(fileno=int(sys.argv[2])))
+    threading.Thread(target=_end_with, args=(os.getppid(), folder), daemon=True).start()
+    serving, gone = None, False
     try:
         from .serving import Serving
 
@@ -43,7 +45,7 @@ def main() -> None:
                 *tensors, fields = given if isinstance(given, tuple) else (given,)
                 channel.send("done", *tensors, **fields)
     except Hangup:
-        pass
+        gone = True
     except ImportError as error:
         traceback.print_exc()
         channel.send("failed", error=f"{type(error).__name__}: {error}", memory=False)
@@ -51,13 +53,16 @@ def main() -> None:
         serving.close()
     channel.close()
     sys.stdout.flush()
+    if gone:  # perhaps by a signal, without a chance to do this itself
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(0)  # vLLM's threads are of no more use, and some wait
 
 
-def _end_with(parent: int) -> None:
-    """End this process, and those that it has started, once the job's has ended."""
+def _end_with(parent: int, folder: str) -> None:
+    """End this process, and those that it has started, once the job's has ended, and remove the folder."""
     while os.getppid() == parent:
         time.sleep(_LOOK)
+    shutil.rmtree(folder, ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 

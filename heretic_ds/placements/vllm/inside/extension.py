@@ -89,8 +89,10 @@ class Resident:
         if reading is not None:
             self._reader = self._reader_of(**reading)
 
-    def _reader_of(self, kind: str, lengths: list[int], counts: list[int], name: str = "") -> Reader:
+    def _reader_of(self, kind: str, lengths: list[int], counts: list[int], name: str, forget: list[str]) -> Reader:
         what = (self._model, self._runner.model_config.get_vocab_size(), lengths, counts)
+        for unused in forget:
+            self._references.pop(unused, None)  # not there where they were never taken
         if kind == "logits":
             return Logits(*what)
         if kind == "divergences":

@@ -158,18 +158,20 @@ class Divergences(Reader):
     def __init__(self, *args: Any, references: References) -> None:
         super().__init__(*args)
         self._kept = references.kept
-        self._found: dict[tuple[int, int], list[float]] = {}
+        self._found: dict[tuple[int, int], dict[int, float]] = {}
+        """By trial and row, and by place, since vLLM computes places of a row that it has put off once more."""
 
     def take(self, whose: Sequence[tuple[int, int, int]], logits_BV: Tensor) -> None:
         reference_BV = torch.stack([self._kept[index][place] for _, index, place in whose]).to(logits_BV.device)
-        for (trial, index, _), value in zip(whose, first_token_kl(reference_BV, logits_BV).tolist(), strict=True):
-            self._found.setdefault((trial, index), []).append(value)
+        for (trial, index, place), value in zip(whose, first_token_kl(reference_BV, logits_BV).tolist(), strict=True):
+            self._found.setdefault((trial, index), {})[place] = value
 
     def taken(self) -> list[tuple[int, int, bytes]]:
-        complete = {key: values for key, values in self._found.items() if len(values) == self._counts[key[1]]}
-        self._found = {key: values for key, values in self._found.items() if key not in complete}
-        means = {key: torch.tensor(values, dtype=torch.float64).mean() for key, values in complete.items()}
-        return [(*key, mean.numpy().tobytes()) for key, mean in means.items()]
+        result = []
+        for key in [key for key, found in self._found.items() if len(found) == self._counts[key[1]]]:
+            values = [value for _, value in sorted(self._found.pop(key).items())]
+            result.append((*key, torch.tensor(values, dtype=torch.float64).mean().numpy().tobytes()))
+        return result
 
 
 class Logits(Reader):
@@ -177,16 +179,15 @@ class Logits(Reader):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._found: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        self._found: dict[tuple[int, int], dict[int, Tensor]] = {}
 
     def take(self, whose: Sequence[tuple[int, int, int]], logits_BV: Tensor) -> None:
         for (trial, index, place), each_V in zip(whose, logits_BV.float().cpu(), strict=True):
-            self._found.setdefault((trial, index), []).append((place, each_V))
+            self._found.setdefault((trial, index), {})[place] = each_V
 
     def taken(self) -> list[tuple[int, int, bytes]]:
-        complete = [key for key, found in self._found.items() if len(found) == self._counts[key[1]]]
         result = []
-        for key in complete:
-            rows = [each_V for _, each_V in sorted(self._found.pop(key), key=lambda item: item[0])]
-            result.append((*key, torch.stack(rows).numpy().tobytes()))
+        for key in [key for key, found in self._found.items() if len(found) == self._counts[key[1]]]:
+            found = self._found.pop(key)
+            result.append((*key, torch.stack([found[place] for place in sorted(found)]).numpy().tobytes()))
         return result

@@ -137,6 +137,7 @@ class Serving:
         fields, rows = message.fields, unpacked(*message.tensors)
         counts = fields["counts"]
         reading = {"kind": kind, "lengths": list(map(len, rows)), "counts": counts, "name": fields.get("name", "")}
+        reading["forget"] = fields.get("forget", [])
         # What was cached of a row is not computed again, but for the last position.
         params = SamplingParams(
             temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=max(counts) > 1
