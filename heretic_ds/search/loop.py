@@ -60,4 +60,5 @@ def run_search(
 def _tell(search: Search | None, asks: list[Ask], scores: list[TrialScores], seconds: float) -> list[TrialRecord]:
     if search is None:
         raise RuntimeError("the rank that decides holds the study")
-    return [search.tell(ask, trial_scores, seconds) for ask, trial_scores in zip(asks, scores, strict=True)]
+    told = zip(asks, scores, strict=True)
+    return [search.tell(ask, trial_scores, seconds) for ask, trial_scores in told if not search.knows(ask)]

@@ -99,6 +99,7 @@ class Search:
         self._records: dict[int, TrialRecord] = {}
         self._unstored: dict[int, tuple[TrialRecord, _Values | None, str]] = {}
         self._pass: list[Ask] = []
+        self._resumes_pass = False
         self._unfinished: dict[int, FrozenTrial] = {}
         """Trials that something else left running or waiting in the journal, by index."""
         self._mirror = self._replay(self._journal.get_trials(deepcopy=False))
@@ -118,14 +119,22 @@ class Search:
         complete.
 
         A pass is always asked for in full and cut here, so that raising ``trials`` later gives the trials
-        that a longer study would have had. Asking again before telling gives the same trials again.
+        that a longer study would have had. Asking again before telling gives the same trials again. Of a pass that
+        an end cut short, the trials that are recorded are asked for too: the last digits of scores depend on what is
+        computed beside them.
         """
         if self.remaining == 0:
             return []
         if not self._outstanding():
             self._begin_pass()
         allowed = self.remaining - len(self._unstored)
-        return self._outstanding()[: min(self._per_pass, allowed)]
+        asks = self._outstanding()[: min(self._per_pass, allowed)]
+        again = self._resumes_pass and asks == self._outstanding() and len(self._pass) <= self._per_pass
+        return list(self._pass) if again else asks
+
+    def knows(self, ask: Ask) -> bool:
+        """Whether a trial is recorded already; telling its scores again changes nothing."""
+        return ask.index in self._records
 
     def tell(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str = "") -> TrialRecord:
         """Keep one trial's scores; None, or scores that are not finite, make it a failed trial, never chosen.
@@ -133,6 +142,8 @@ class Search:
         Trials of a pass may be told in any order: they reach the journal in theirs, so that it stays a
         prefix.
         """
+        if self.knows(ask):
+            return self._records[ask.index]
         scores = scores and _plain(scores)
         if scores is not None and not scores.usable:
             failure = failure or f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
@@ -160,6 +171,7 @@ class Search:
         # A trial that something else left unfinished is a pass of its own: it was not asked with the others'
         # state.
         count = 1 if self._unfinished else self._per_pass
+        self._resumes_pass = False
         self._pass = [self._sample(pass_) for _ in range(count)]
 
     def _sample(self, pass_: int) -> Ask:
@@ -234,6 +246,7 @@ class Search:
                 mirror.enqueue_trial(known_params(params, self._space))
                 self._unfinished[trial.number] = trial
         if cut:
+            self._resumes_pass = True
             attributes = cut[0].user_attrs
             self._pass = [self._sample(attributes["pass"]) for _ in range(attributes["pass_size"])]
             for trial in cut:

@@ -164,6 +164,19 @@ def test_closing_anywhere_changes_nothing(tmp_path: Path, per_pass: int, stops: 
     assert trials_of(tmp_path / "parts") == trials_of(tmp_path / "whole")
 
 
+def test_a_cut_pass_is_computed_whole_again(tmp_path: Path) -> None:
+    """What is computed beside a trial decides its scores' last digits; those that are recorded stay."""
+    run(open_search(tmp_path / "study.journal", per_pass=4), stop_after=18)
+    search = open_search(tmp_path / "study.journal", per_pass=4)
+    asks, before = search.ask(), search.records
+    assert [ask.index for ask in asks] == [16, 17, 18, 19]
+    assert [search.knows(ask) for ask in asks] == [True, True, False, False]
+    assert search.tell(asks[0], None, 9.0) == before[16] and search.records == before
+    for ask in asks[2:]:
+        search.tell(ask, cheap_scores(ask.edit), 0.1)
+    assert [ask.index for ask in search.ask()] == [20, 21, 22, 23]
+
+
 def test_a_cut_pass_keeps_its_size_when_trials_per_pass_changes(tmp_path: Path) -> None:
     whole = run(open_search(tmp_path / "whole", per_pass=4))
     run(open_search(tmp_path / "parts", per_pass=4), stop_after=18)
@@ -183,7 +196,7 @@ def test_more_trials_than_first_planned_are_those_of_a_longer_study(tmp_path: Pa
     search.trials = 19
     assert run(search) == whole[:19]
     again = open_search(tmp_path / "grown", trials=24, per_pass=4)
-    assert [ask.index for ask in again.ask()] == [19]
+    assert [ask.index for ask in again.ask()] == [16, 17, 18, 19]
     assert run(again) == whole
 
 
