@@ -1,6 +1,6 @@
 """Placements side by side: loading, capture, generation and memory, for every placement and number of ranks.
 
-    python benchmarks/placements.py [--result FILE] [--width 512] [--tokens 16]
+    python benchmarks/placements.py [--result FILE] [--width 512] [--tokens 16] [--only TEXT]
 
 Needs: the package, no GPU and no network; the models are a random llama and a random mixtral of some 30 million
 parameters each with the demo's tokenizer, made anew in a temporary folder. Takes some minutes: each row is a job of its
@@ -209,12 +209,16 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--only", default="", help="rows that hold this text")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="placements_") as folder:
         sizes = {kind: make_model(Path(folder) / kind, options.width, kind) for kind in ("llama", "mixtral")}
-        rows = [launch(Path(folder), row, options.tokens) for row in ROWS]
+        rows: list[dict[str, Any]] = []
+        for row in ROWS:
+            if options.only in " ".join(map(str, row)):
+                rows.append(launch(Path(folder), row, options.tokens))
+                keep(options.result, {"model_bytes": sizes, "rows": rows, "threads_a_rank": 1})
     print(table(rows))
-    keep(options.result, {"model_bytes": sizes, "rows": rows, "threads_a_rank": 1})
     return 0
 
 
