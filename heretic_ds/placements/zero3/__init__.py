@@ -139,7 +139,7 @@ class Zero3(Placement):
             try:
                 partitions.load()
                 comm.agree(lambda: job.opened.check_forward(partitions.model, dtype))
-            except UserError:
+            except BaseException:
                 partitions.release()
                 raise
             return partitions
