@@ -59,6 +59,17 @@ class _Rank:
     time: float = 0.0
 
     @property
+    def consequence(self) -> int:
+        """How likely another rank's end explains this one's, 0 to 2.
+
+        Nobody here sends SIGKILL first; a status of its own may come from a connection that broke; SIGTERM is what the
+        launcher sends to all that are left.
+        """
+        if self.returned == -signal.SIGTERM:
+            return 2
+        return 0 if self.returned is not None and self.returned < 0 else 1
+
+    @property
     def failed(self) -> bool:
         wordless_end = self.ended is not None and self.status is None and self.returned != 0
         return self.status not in (None, 0) or wordless_end
@@ -146,9 +157,10 @@ class Supervisor(Supervised):
             rank = self._ranks.setdefault(number, _Rank(number, _process(words["pid"])))
             if "status" in words:
                 rank.status, rank.text, rank.time = words["status"], words["text"], words["time"]
+        now = time.time()  # ranks that ended between two looks have no order of their own
         for rank in self._ranks.values():
             if rank.ended is None and (rank.process is None or not is_alive(rank.process)):
-                rank.ended = time.time()
+                rank.ended = now
                 rank.returned = None if rank.process is None else _returned(rank.process.pid)
 
     def _outcome(self, launcher_status: int, folder: Path) -> Outcome:
@@ -179,11 +191,14 @@ class Supervisor(Supervised):
 
         The launcher ends ranks only after one has ended. So the first to be gone without a word was not ended by the
         launcher, unless a word from another rank is so much older that this one may have died of that rank's leaving.
+        Ranks that ended between two looks are told apart by `_Rank.consequence`.
         """
         failed = [rank for rank in self._ranks.values() if rank.failed]
         spoken = min((rank for rank in failed if rank.status is not None), key=lambda rank: rank.time, default=None)
         gone = min(
-            (rank for rank in failed if rank.ended is not None), key=lambda rank: rank.ended or 0.0, default=None
+            (rank for rank in failed if rank.ended is not None),
+            key=lambda rank: (rank.ended or 0.0, rank.consequence),
+            default=None,
         )
         if spoken is None or gone is None:
             return spoken or gone

@@ -217,6 +217,9 @@ def rank(number: int, ended: float | None = None, word: float | None = None, ret
         ([rank(0, ended=5.0, returned=-15), rank(1, ended=4.0, returned=-9)], 1),
         ([rank(0, ended=4.0, returned=0), rank(1, ended=5.0, word=4.9)], 1),
         ([rank(0), rank(1, word=4.0)], 1),
+        ([rank(0, ended=4.0, returned=1), rank(1, ended=4.0, returned=-9)], 1),
+        ([rank(0, ended=4.0, returned=-15), rank(1, ended=4.0, returned=1)], 1),
+        ([rank(0, ended=4.0, word=3.9, returned=1), rank(1, ended=4.0, returned=-15)], 0),
         ([rank(0, ended=4.0, returned=0), rank(1)], None),
     ],
 )

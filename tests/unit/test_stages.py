@@ -312,6 +312,9 @@ class EndlessSearch:
     def ask(self) -> list[Any]:
         return [SimpleNamespace(index=len(self.told), edit=None)]
 
+    def knows(self, ask: Any) -> bool:
+        return ask.index in self.told
+
     def tell(self, ask: Any, scores: Any, seconds: float) -> int:
         self.told.append(ask.index)
         return ask.index
