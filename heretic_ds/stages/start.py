@@ -22,6 +22,8 @@ from heretic_ds.report.console import is_live, say
 from heretic_ds.settings import PromptSource
 
 _GIB = 2**30
+_ALIGNED = 80
+"""Columns of a terminal from which on there is room for names in a column of their own."""
 
 
 def start_facts(job: Job, folder: Path) -> dict[str, str]:
@@ -46,11 +48,11 @@ def start_facts(job: Job, folder: Path) -> dict[str, str]:
 
 
 def show_start(console: Console, facts: Mapping[str, str]) -> None:
-    """Print them, a line each; at a terminal aligned, and folded between words."""
+    """Print them, a line each; at a terminal that is wide enough aligned, and folded between words."""
     told = {name: fact for name, fact in facts.items() if name != "version"}
     if not os.environ.get(GREETED):
         say(console, facts["version"])
-    if not is_live(console):
+    if not is_live(console) or console.width < _ALIGNED:
         for name, fact in told.items():
             say(console, f"{name}: {fact}")
         return
@@ -78,7 +80,7 @@ def _device(device: torch.device) -> str:
         free, total = torch.cuda.mem_get_info(device)
         return f"{torch.cuda.get_device_name(device)}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
     memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    counted = f"{cores or os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"
+    counted = f"{cores or os.cpu_count()} cores, {torch.get_num_threads()} used by a rank"
     return f"CPU: {counted}, {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
 
 
