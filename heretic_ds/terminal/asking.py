@@ -85,7 +85,7 @@ class Keys:
         rows = [Choice(f"{place:>2}  {choice}", value=place) for place, choice in enumerate(choices, start=1)]
         how = f"(arrow keys or a number; Enter: {default + 1})"
         question = select(
-            title, rows, default=default + 1, qmark="", pointer=">", instruction=how, use_jk_keys=False, **self._ends
+            title, rows, default=rows[default], qmark="", pointer=">", instruction=how, use_jk_keys=False, **self._ends
         )
         _take_numbers(question, len(rows))
         return int(question.unsafe_ask()) - 1

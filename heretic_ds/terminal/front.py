@@ -51,8 +51,8 @@ def _meaning(record: TrialRecord) -> str:
     if record.kl is None:
         return ""
     return (
-        f"Its KL of {_kl(record)} means that at most {_percent(most_moved(record.kl))} of the probability of an answer's "
-        "first token moved to other tokens, on average over the baseline prompts."
+        f"Its KL of {_kl(record)} means that at most {_percent(most_moved(record.kl))} of the probability of an "
+        "answer's first token moved to other tokens, on average over the baseline prompts."
     )
 
 

@@ -28,9 +28,7 @@ class Trial:
 class Session:
     """Plays typed answers to the menu and records what it did; exceptions among the answers are raised."""
 
-    def __init__(
-        self, *answers: str | BaseException, fail: BaseException | None = None, max_kl: float = 0.1
-    ) -> None:
+    def __init__(self, *answers: str | BaseException, fail: BaseException | None = None, max_kl: float = 0.1) -> None:
         self.answers, self.fail = list(answers), fail
         self.done: list[tuple] = []
         self.records, self.front = [Trial(4), Trial(7, 0, 0.0625), Trial(9, 1, 0.09)], [7, 4]
@@ -105,14 +103,14 @@ def test_enter_alone_takes_the_default_that_was_said() -> None:
 
 
 def test_the_rule_and_what_a_kl_means_are_said() -> None:
-    text = Session("4").text.replace("\n", " ")
+    text = " ".join(Session("4").text.split())
     assert "would choose trial 7: the fewest refusals with a KL of at most 0.1 (export.max_kl)" in text
     assert "KL of 0.0625 means that at most 18 % of the probability of an answer's first token moved" in text
     assert "1  trial 7: 0 refusals, KL 0.0625  (the rule's choice)" in Session("4").text
     session = Session("", "2", "3", "4", max_kl=0.02)
     assert session.done == [("chat", 4)] and "2  trial 4: 3 refusals, KL 0.01  (the rule's choice)" in session.text
     none = Session("", "4", "3", max_kl=0.001)
-    assert none.done == [("more", 4)] and "the closest is trial 4. Its KL of 0.01 means" in none.text.replace("\n", " ")
+    assert none.done == [("more", 4)] and "the closest is trial 4. Its KL of 0.01 means" in " ".join(none.text.split())
     assert "rule's choice" not in none.text and about_the_rule([], 0.1) == ""
 
 
