@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
-Write = Callable[[str], None]
-"""Takes the next piece of a text."""
+from heretic_ds.terminal.text import Write
 
 
 class AnswerStreamer(TextStreamer):

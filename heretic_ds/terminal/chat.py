@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from heretic_ds.errors import UserError
 from heretic_ds.prompts.chat import ChatFormat
-from heretic_ds.terminal.answering import Write, context_length, stream_answer
+from heretic_ds.terminal.answering import context_length, stream_answer
 from heretic_ds.terminal.conversation import Conversation
 from heretic_ds.terminal.faces import Answering, Face
-from heretic_ds.terminal.text import valid
+from heretic_ds.terminal.text import Write, valid
 
 COMMANDS = {
     "/help": "list the commands",
@@ -59,8 +59,8 @@ def chat(
     is the edit that the model is talked to with (None: the original is talked to), and `name` the model's.
     """
     talk = _Chat(model, chat_format, max_new_tokens, face, name, edited)
-    who = f"the original {name}" if edited is None else f"{name} edited by {edited.name}"
-    face.say(f"This is {who}. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves.")
+    how = "as it is, the original" if edited is None else f"with the edit of {edited.name}"
+    face.say(f"You talk to {name}, {how}. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
             line = valid(face.read())
@@ -130,8 +130,7 @@ class _Chat:
         return give
 
     def help(self) -> None:
-        for command, what in COMMANDS.items():
-            self.face.say(f"{command:<10} {what}")
+        self.face.list(COMMANDS)
         self.face.say("A message that begins with such a word is sent as it is after a space.")
 
     def clear(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -12,10 +12,9 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from heretic_ds.terminal.answering import Write
 from heretic_ds.terminal.asking import at_a_terminal
 from heretic_ds.terminal.markdown import MarkdownStream, as_markdown
-from heretic_ds.terminal.text import printable
+from heretic_ds.terminal.text import Write, printable
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
@@ -36,6 +35,10 @@ class Face(Protocol):
 
     def say(self, text: str) -> None:
         """Something that the chat itself has to say."""
+        ...
+
+    def list(self, entries: Mapping[str, str]) -> None:
+        """What the chat has to say of several things, by their names."""
         ...
 
     def answer(self, answering: Answering) -> str:
@@ -72,6 +75,10 @@ class PlainFace:
     def say(self, text: str) -> None:
         self._write(f"[{printable(text)}]\n")
 
+    def list(self, entries: Mapping[str, str]) -> None:
+        for name, what in entries.items():
+            self._write(printable(f"{name:<10} {what}\n"))
+
     def answer(self, answering: Answering) -> str:
         text, stopped = answering(lambda piece: self._write(printable(piece)))
         self._write(" [stopped]\n" if stopped else "\n")
@@ -95,6 +102,12 @@ class TerminalFace:
 
     def say(self, text: str) -> None:
         self._console.print(printable(text), style="dim", markup=False, highlight=False)
+
+    def list(self, entries: Mapping[str, str]) -> None:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for name, what in entries.items():
+            table.add_row(Text(printable(name), no_wrap=True), Text(printable(what)), style="dim")
+        self._console.print(table)
 
     def answer(self, answering: Answering) -> str:
         with MarkdownStream(self._console) as stream:

@@ -73,4 +73,4 @@ def _score(record: TrialRecord, scorer: str) -> str:
 
 
 def _kl(record: TrialRecord) -> str:
-    return "unknown" if record.kl is None else f"{record.kl:.4g}"
+    return "unknown" if record.kl is None else f"{record.kl:.3g}"

@@ -76,7 +76,7 @@ class _Menu:
         by_index, max_kl = {record.index: record for record in records}, self.actions.max_kl
         rule = rule_choice(records, max_kl)
         shown = [
-            trial_label(by_index[index], self.actions.scorer) + ("  (the rule's choice)" if index == rule else "")
+            trial_label(by_index[index], self.actions.scorer) + (" (by the rule)" if index == rule else "")
             for index in front
         ]
         if told := about_the_rule(records, max_kl, self.actions.scorer):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+Write = Callable[[str], None]
+"""Takes the next piece of a text."""
+
 _SEEN = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
 _SEEN |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
 _SEEN |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}

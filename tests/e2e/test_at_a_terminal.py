@@ -51,7 +51,7 @@ def test_menu(tmp_path: Path) -> None:
     words = ["experiment=demo", "run.dir=run", "search.trials=3", "generation.max_new_tokens=10"]
     with Terminal(words, tmp_path, columns=60, XDG_STATE_HOME=str(tmp_path / "state")) as terminal:
         terminal.asked(1)
-        assert "(the rule's choice)" in terminal.text
+        assert "(by the rule)" in terminal.text
         terminal.send("\r")
         terminal.asked(2)
         terminal.send(DOWN + UP + "1\r")
@@ -65,7 +65,7 @@ def test_menu(tmp_path: Path) -> None:
         terminal.send("\r")
         terminal.asked(4)
         terminal.send("2\r")
-        terminal.wait_until(lambda terminal: "This is" in terminal.text)
+        terminal.wait_until(lambda terminal: "You talk to" in terminal.text)
         terminal.asked(5)
         terminal.send(CTRL_D)
         terminal.asked(6)

@@ -15,6 +15,8 @@ from questionary import Question
 from heretic_ds.terminal import asking
 from heretic_ds.terminal.asking import Keys, Lines
 
+pytestmark = pytest.mark.timeout(30)  # a key that is not taken is waited for
+
 UP, DOWN, CTRL_C, CTRL_D = "\x1b[A", "\x1b[B", "\x03", "\x04"
 FRUIT = ["apples", "pears", "plums"]
 MANY = [f"fruit {number}" for number in range(1, 41)]

@@ -204,7 +204,7 @@ def test_unknown_commands_are_named_with_the_known_ones(model, tokenizer) -> Non
     text = talk(model, chat_format(tokenizer), "/foo bar", "/help")
     [line] = [line for line in text.splitlines() if "/foo is no command" in line]
     assert all(command in line for command in COMMANDS)
-    assert all(f"[{command} " in text for command in COMMANDS)
+    assert all(f"{command} " in text.split("</help>")[1] for command in COMMANDS)
 
 
 def test_the_system_prompt_is_set_shown_and_taken_away(model, tokenizer) -> None:
@@ -267,11 +267,12 @@ def test_the_original_answers_the_same_question_with_the_same_weights(model, tok
     plain = talk(weights.model, form, "peas", "beans", edited=weights.edited)
     edited = plain.split("<beans>")[1].split("\n")[0]
     first = plain.split("<peas>")[1].split("\n")[0]
-    assert plain.startswith("[This is gardener edited by trial 3.")
+    assert plain.startswith("[You talk to gardener, with the edit of trial 3.")
     text = talk(weights.model, form, "peas", "beans", "/original", "seeds", edited=weights.edited)
     original = greedy_after(model, tokenizer, first, 5)
     assert original != edited
     assert f"--- original ---\n{original}\n--- trial 3 ---\n{edited}\n" in text
+    talk(weights.model, form, "peas", "/original", edited=weights.edited)
     assert torch.equal(weights.model.lm_head.weight, -weights.original), "the edit is not back"
     assert text.split("<seeds>")[1] == talk(
         weights.model, form, "peas", "beans", "seeds", edited=weights.edited
@@ -281,7 +282,10 @@ def test_the_original_answers_the_same_question_with_the_same_weights(model, tok
 
 def test_the_original_alone_says_so(model, tokenizer) -> None:
     text = talk(model, chat_format(tokenizer), "peas", "/original")
-    assert text.startswith("[This is the original gardener.") and "[this is the original model already" in text
+    assert (
+        text.startswith("[You talk to gardener, as it is, the original.")
+        and "[this is the original model already" in text
+    )
 
 
 def test_the_edit_comes_back_after_an_interrupted_comparison(model, tokenizer) -> None:
@@ -289,6 +293,8 @@ def test_the_edit_comes_back_after_an_interrupted_comparison(model, tokenizer) -
     edited = Edited("trial 3", weights.apply, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     text = talk(weights.model, chat_format(tokenizer), "peas", "/original", "beans", edited=edited)
     assert "[stopped]" in text and "<beans>" in text and weights.done[-1] == "apply"
+    talk(weights.model, chat_format(tokenizer), "peas", "/original", edited=edited)
+    assert weights.done[-2:] == ["apply", "apply"], "it comes back with the next question only"
 
 
 def test_a_conversation_is_saved(model, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
-from heretic_ds.terminal.faces import TerminalFace, show_both
+from heretic_ds.terminal.faces import PlainFace, TerminalFace, show_both
 from heretic_ds.terminal.markdown import MarkdownStream, as_markdown, finished_blocks
 from heretic_ds.terminal.session import CommandCompleter, chat_session, history_file, open_history
 from heretic_ds.terminal.text import printable, valid
@@ -134,6 +134,14 @@ def test_answers_cannot_drive_the_terminal(text: str) -> None:
     screen = Screen()
     with MarkdownStream(screen.console) as stream:
         stream.write(text)
+    plain: list[str] = []
+    face = PlainFace(write=plain.append)
+    assert face.answer(lambda write: (write(text) or text, False)) == text
+    face.compare(lambda write: (write(text) or text, False), text, (text, text))
+    face.say(text)
+    face.list({text: text})
+    screen.console.file.write("".join(plain))
+    TerminalFace(screen.console, None).list({text: text})
     show_both(screen.console, (text, "b"), (text, text))
     TerminalFace(screen.console, None).say(text)
     body = screen.raw
@@ -205,6 +213,17 @@ def test_a_growing_answer_ends_as_the_whole_one(height: int, monkeypatch: pytest
         assert "The end" in growing.text, "an answer is seen before it is complete"
     squeezed = [[line for line in screen.lines if line] for screen in (whole, growing)]
     assert squeezed[0] == squeezed[1]
+
+
+def test_what_is_finished_is_not_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the rest is not drawn anew at once, since it was a moment ago."""
+    screen = Screen()
+    with MarkdownStream(screen.console) as stream:
+        stream.write("peas\n")
+        assert screen.text == "peas"
+        monkeypatch.setattr("heretic_ds.terminal.markdown._SECONDS_BETWEEN_DRAWINGS", 1e9)
+        stream.write("\nbeans\n")
+        assert screen.text == "peas\n\nbeans"
 
 
 def test_nothing_stays_of_an_answer_that_is_not_kept() -> None:

@@ -106,12 +106,12 @@ def test_the_rule_and_what_a_kl_means_are_said() -> None:
     text = " ".join(Session("4").text.split())
     assert "would choose trial 7: the fewest refusals with a KL of at most 0.1 (export.max_kl)" in text
     assert "KL of 0.0625 means that at most 18 % of the probability of an answer's first token moved" in text
-    assert "1  trial 7: 0 refusals, KL 0.0625  (the rule's choice)" in Session("4").text
+    assert "1  trial 7: 0 refusals, KL 0.0625 (by the rule)" in Session("4").text
     session = Session("", "2", "3", "4", max_kl=0.02)
-    assert session.done == [("chat", 4)] and "2  trial 4: 3 refusals, KL 0.01  (the rule's choice)" in session.text
+    assert session.done == [("chat", 4)] and "2  trial 4: 3 refusals, KL 0.01 (by the rule)" in session.text
     none = Session("", "4", "3", max_kl=0.001)
     assert none.done == [("more", 4)] and "the closest is trial 4. Its KL of 0.01 means" in " ".join(none.text.split())
-    assert "rule's choice" not in none.text and about_the_rule([], 0.1) == ""
+    assert "by the rule" not in none.text and about_the_rule([], 0.1) == ""
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)), min_size=2, max_size=6))
