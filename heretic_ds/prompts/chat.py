@@ -43,7 +43,6 @@ class ChatFormat:
         self.thinking: Sequence[ThinkingMarker] = settings.thinking
         if not all(marker.open.strip() for marker in self.thinking):
             raise UserError("prompts.thinking has a marker without `open`; give the text that opens the block")
-        self.system = settings.system if settings.system and settings.system.strip() else None
         given = "" if settings.response_prefix == AUTO else settings.response_prefix
         self.response_prefix = given if response_prefix is None else response_prefix
         self._template = None if settings.template is None else _read_template(settings.template)
@@ -52,9 +51,13 @@ class ChatFormat:
                 "the model has no chat template; set prompts.template to a Jinja chat template or to a file "
                 "that holds one"
             )
-        self._system_folded, self._in_parts = self._try_out()
-        if self._system_folded:
-            log.warning("the chat template takes no system prompt: it is put before the user's message instead")
+        self._use_system(settings.system)
+
+    def with_system(self, system: str | None) -> ChatFormat:
+        """The same format with another system prompt (None: none). Raises UserError where it cannot be rendered."""
+        other = copy.copy(self)
+        other._use_system(system)
+        return other
 
     def with_prefix(self, response_prefix: str) -> ChatFormat:
         """The same format with another response prefix."""
@@ -104,6 +107,12 @@ class ChatFormat:
         elif self.system is not None:
             turns = [("system", self.system), ("user", prompt)]
         return [message(role, text, in_parts) for role, text in turns]
+
+    def _use_system(self, system: str | None) -> None:
+        self.system = system if system and system.strip() else None
+        self._system_folded, self._in_parts = self._try_out()
+        if self._system_folded:
+            log.warning("the chat template takes no system prompt: it is put before the user's message instead")
 
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
         rendered = self.tokenizer.apply_chat_template(
