@@ -119,7 +119,7 @@ docs: $(READY) ## Write anew what docs/ takes from the settings and the tests
 	$(BIN)/python docs/make_families.py
 
 docs-site: $(READY) ## Build the documentation's site into site/; what would be a warning is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(READY) ## Build the wheel into dist/
 	rm -rf build dist
