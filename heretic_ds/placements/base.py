@@ -87,7 +87,7 @@ class Evaluating(Engine, GivesDistributions, Protocol):
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``."""
         ...
 
     def apply(self, edit: Edit) -> None:

@@ -170,7 +170,7 @@ class Runner:
         read: ReadLogits,
         continuations: TokenRows | None = None,
     ) -> list[list[float]]:
-        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
+        """What ``read`` makes of the next-token logits of each prompt under each edit: ``[edit][prompt]``.
 
         After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens. An edit
         of None stands for the weights as they are; they are left as they were found, as far as a caller can tell.
@@ -216,7 +216,7 @@ class Runner:
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``."""
         own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
         stop = Stop(self._ends, self._options.max_new_tokens, decided)
         if "generate" not in self.batch_sizes or not self._decoder.settled:  # else edited weights may stay for a while
