@@ -80,10 +80,13 @@ def draw_layers(path: Path, layers: Sequence[LayerGeometry], model: str) -> None
     figure = _figure((9, 6), f"Residuals of {_plain(model)}, by layer")
     grid = figure.subplots(2, 2, sharex=True)
 
+    def shown(value: float | None, logarithmic: bool) -> bool:
+        return value is not None and (value > 0 or not logarithmic)
+
     def curves(axes: Axes, title: str, **named: tuple[str, str]) -> None:
         for name, (label, colour) in named.items():
             values = [getattr(layer, name) for layer in layers]
-            known = [(entry - 1, value) for entry, value in enumerate(values) if value is not None]
+            known = [(entry - 1, value) for entry, value in enumerate(values) if shown(value, title == "length")]
             if known:
                 axes.plot(*zip(*known, strict=True), color=colour, label=label, marker=".", linewidth=1.4)
         axes.set_title(title, loc="left", fontsize="medium")
@@ -100,7 +103,7 @@ def draw_layers(path: Path, layers: Sequence[LayerGeometry], model: str) -> None
         baseline_norm=("baseline mean", BASELINE),
         direction_norm=("direction", DIRECTION),
     )
-    if all(number > 0 for layer in layers for number in (layer.target_norm, layer.baseline_norm)):
+    if grid[0][0].lines:
         grid[0][0].set_yscale("log")
     curves(
         grid[0][1],

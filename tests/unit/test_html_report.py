@@ -186,6 +186,7 @@ def test_the_page_tells_the_run(folder: Path) -> None:
         "drawn at random up to here (2 trials)",
         "direction of block 1.5, used by every block",
         "attention, block 2: 1.2",
+        "ablation.direction_index=1.5 ablation.profiles.attention.max_weight=1.2 ",
         "length",
         "62 s of work",
     ):
@@ -280,7 +281,7 @@ def test_axes_hold_their_numbers() -> None:
     assert kls.share(0) == 0 and kls.ticks[0][1] == "0" and kls.share(0.002) > 0.2
     assert 0 < logarithmic([0.003]).share(0.003) < 1
     assert logarithmic([]).share(0.1) == pytest.approx(0.5)
-    assert [text for _, text in logarithmic([1e-9, 1.0]).ticks] == ["1e-09", "1e-07", "1e-05", "0.001", "0.1"]
+    assert [text for _, text in logarithmic([1e-9, 1.0]).ticks] == ["1e-9", "1e-7", "1e-5", "0.001", "0.1"]
 
 
 def test_a_line_is_broken_where_numbers_lack() -> None:

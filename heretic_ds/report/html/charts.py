@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 440, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
 """Margins, in which ticks and labels stand."""
 
 Point = tuple[float, float]
@@ -55,7 +55,8 @@ def logarithmic(values: Iterable[float], label: str = "") -> Axis:
     first, last = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     last = max(last, first + 1)
     every = -(-(last - first) // 5)
-    ticks = [(10.0**power, f"{10.0**power:g}") for power in range(first, last + 1, every)]
+    powers = range(first, last + 1, every)
+    ticks = [(10.0**power, f"{10.0**power:g}" if abs(power) < 4 else f"1e{power}") for power in powers]
     low = 10.0**first
     if len(positive) < len(known):
         low /= 10

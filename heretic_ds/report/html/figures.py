@@ -137,7 +137,7 @@ _CURVES = (
         "Cosines",
         "cosine",
         [
-            ("cos_means", "front", "target and baseline mean"),
+            ("cos_means", "limit", "target and baseline mean"),
             ("cos_target_direction", "target", "target mean and direction"),
             ("cos_baseline_direction", "baseline", "baseline mean and direction"),
             ("cos_next", "good", "direction and the next layer's"),
@@ -159,14 +159,12 @@ def geometry(facts: Facts) -> list[Figure]:
     """Curves over the layers, as far as numbers are known."""
     figures, blocks = [], linear([-1, facts.n_blocks - 1], "block (-1: the embedding)", whole=True)
     for title, label, curves in _CURVES:
-        known = {
-            name: [(entry - 1.0, layer.get(name)) for entry, layer in enumerate(facts.layers)] for name, _, _ in curves
-        }
+        lengths = title == "Lengths"
+        known = {name: _by_block(facts, name, zero=not lengths) for name, _, _ in curves}
         values = [value for points in known.values() for _, value in points if value is not None]
         if not values:
             continue
-        lengths = title == "Lengths"
-        axis = logarithmic(values, label) if lengths and min(values) > 0 else linear(values, label)
+        axis = logarithmic(values, label) if lengths else linear(values, label)
         chart = Chart(blocks, axis, f"{title} by block", 220)
         shown = [(name, kind, text) for name, kind, text in curves if any(y is not None for _, y in known[name])]
         for name, kind, text in shown:
@@ -175,6 +173,12 @@ def geometry(facts: Facts) -> list[Figure]:
             chart.dots(dots, kind, 2.5, [f"{text}, block {x:g}: {y:.3g}" for x, y in dots])
         figures.append(Figure(title, chart.svg(), [(kind, text) for _, kind, text in shown]))
     return figures
+
+
+def _by_block(facts: Facts, name: str, zero: bool) -> list[tuple[float, float | None]]:
+    """A number of every layer, as far as it is known; without ``zero``, which has no place on a logarithmic axis."""
+    numbers = [layer.get(name) for layer in facts.layers]
+    return [(entry - 1.0, number if number or zero else None) for entry, number in enumerate(numbers)]
 
 
 def projections(facts: Facts) -> list[Figure]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from heretic_ds.report.geometry import COLUMNS, layer_name, number_text
 from heretic_ds.report.html import figures
-from heretic_ds.report.html.facts import read_facts
+from heretic_ds.report.html.facts import Facts, read_facts
 from heretic_ds.report.plans import duration
 from heretic_ds.report.tables import REFUSALS, direction_text, kl_text, profile_text
 
@@ -72,6 +72,7 @@ def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> 
         front=figures.front(facts),
         history=figures.history(facts),
         profiles=figures.profiles(facts),
+        overrides=_overrides(facts),
         geometry=figures.geometry(facts),
         projections=figures.projections(facts),
         made=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
@@ -79,3 +80,14 @@ def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> 
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
+
+
+def _overrides(facts: Facts) -> str:
+    """The chosen edit as one would give it to ``task=evaluate``."""
+    if facts.selected is None:
+        return ""
+    edit = facts.selected.edit
+    words = [] if edit.direction_index is None else [f"ablation.direction_index={edit.direction_index!r}"]
+    for component, profile in edit.profiles.items():
+        words += [f"ablation.profiles.{component}.{name}={value!r}" for name, value in profile.to_dict().items()]
+    return " ".join(words)
