@@ -15,9 +15,11 @@ from heretic_ds.report.stages import StageProgress
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
+from heretic_ds.stages.geometry import measure_geometry, refuse_missing_projection, show_geometry
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
 from heretic_ds.stages.opening import already_finished, opened, refuse_used_export_folder
 from heretic_ds.stages.planning import make_and_show_plan
+from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.world import World
@@ -55,7 +57,9 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
         chosen = select_and_verify(run, objective)
         report_front(run)
         export_edited(run, chosen.edit, chosen.index)
-        return finish(run)
+        scores = finish(run)
+        write_report(run)
+        return scores
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
@@ -91,4 +95,20 @@ def plan(settings: Settings, world: World, console: Console) -> None:
     make_and_show_plan(settings, world, console)
 
 
-_TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat, "plan": plan}
+def geometry(settings: Settings, world: World, console: Console) -> None:
+    """Measure and draw how the residuals of the two kinds of train prompts lie towards each other, layer by layer."""
+    refuse_missing_projection(settings, world)
+    with opened(settings, world, console) as run:
+        find_response_prefix(run)
+        show_geometry(run, measure_geometry(run))
+        write_report(run)
+
+
+_TASKS = {
+    "abliterate": abliterate,
+    "evaluate": evaluate,
+    "export": export,
+    "chat": chat,
+    "plan": plan,
+    "geometry": geometry,
+}

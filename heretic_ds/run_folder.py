@@ -56,6 +56,8 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.log = path / "run.log"
         self.front_plot = path / "pareto.png"
+        self.report = path / "report.html"
+        self.geometry = path / "geometry.json"
         self._measured = path / "measured.json"
 
     @classmethod

@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
 
-TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
+TASKS = ("abliterate", "evaluate", "export", "chat", "plan", "geometry")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
 
@@ -46,9 +46,14 @@ class TaskSettings:
 
     name: str = within("abliterate", choices=TASKS)
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
-    (write one trial of an earlier run), ``chat`` (talk to the model, edited or not) or ``plan`` (say what it takes)."""
+    (write one trial of an earlier run), ``chat`` (talk to the model, edited or not), ``plan`` (say what it takes) or
+    ``geometry`` (measure and draw the residuals that directions are made of)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
+    projection: str = within("pca", choices=("pca", "pacmap"))
+    """How ``task=geometry`` draws residuals on a plane; ``pacmap`` needs the extra ``report``."""
+    blocks: list[int] = field(default_factory=list)
+    """Blocks whose residuals ``task=geometry`` draws; empty: twelve, evenly spread."""
 
 
 @dataclass
@@ -266,6 +271,14 @@ class RunSettings:
 
 
 @dataclass
+class ReportSettings:
+    """What a search leaves to look at."""
+
+    html: bool = True
+    """Write ``report.html`` in the run folder: scores, front, history, profiles, geometry and answers on one page."""
+
+
+@dataclass
 class PlanSettings:
     """What ``task=plan`` gives beside its tables."""
 
@@ -297,6 +310,7 @@ class Settings:
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    report: ReportSettings = field(default_factory=ReportSettings)
 
 
 def option_owners(group: str) -> dict[str, list[str]]:

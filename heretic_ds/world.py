@@ -69,6 +69,16 @@ class Replicas:
         dist.all_gather_object(shares, list(items), group=self.across)
         return [shares[i % self.count][i // self.count] for i in range(n)]
 
+    def brought(self, tensor: Tensor) -> list[Tensor]:
+        """The host tensors of all replicas, alike in shape, by replica: on rank 0, none elsewhere. All call it."""
+        if self.member:
+            return []
+        if self.across is None:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.index == 0 else None
+        dist.gather(tensor, found, dst=dist.get_global_rank(self.across, 0), group=self.across)
+        return found or []
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a host tensor over replicas."""
         if self.across is not None:

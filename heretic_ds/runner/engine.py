@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
 from heretic_ds.runner.reuse import Reuse
 from heretic_ds.runner.rows import Row, Stop, answering, first_cut, rows_of
-from heretic_ds.runner.taps import tapped
+from heretic_ds.runner.taps import TakeResiduals, tapped, to_rank_0
 from heretic_ds.scoring.base import Decided, ReadLogits
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,7 @@ class RunnerOptions:
     cuda_graphs: bool = False
     """Capture steps of decoding where placement, device and model allow it."""
     prefill_reuse: bool = False
-    """Passes of edited models over prompts leave out what is the original model's, where placement and model allow it.
-    """
+    """Passes of edited models over prompts leave out what is the original's, where placement and model allow it."""
 
 
 class Runner:
@@ -148,6 +148,13 @@ class Runner:
                 means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
                 work.advance(len(batch))
         return self._forward.joined(means.mean(self._comm.shares.total))
+
+    @torch.inference_mode()
+    def residuals(self, prompts: TokenRows, take: TakeResiduals, winsorize_quantile: float = 1.0) -> None:
+        """Hand the residuals of every prompt at its last position to ``take``, on rank 0, as they come."""
+        self._batches.find(self._own_rows(prompts), "capture", self._residuals)
+        passes = partial(self._batches.over, phase="capture", work=self._residuals, cut=self._cut)
+        to_rank_0(prompts, self.anatomy, self._comm.shares, passes, self._forward.joined, take, winsorize_quantile)
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""

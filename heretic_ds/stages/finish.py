@@ -28,8 +28,12 @@ from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import PromptSettings
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
+from heretic_ds.stages.reporting import write_report
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = 6
+"""Prompts whose answers before and after are kept in the results."""
 
 
 def report_front(run: Run) -> None:
@@ -57,7 +61,15 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
             run.engine.apply(edit)
         scores = objective.score([None])[0]
     run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
+    run.results["examples"] = _examples(run, objective)
     return scores
+
+
+def _examples(run: Run, objective: Objective) -> list[dict[str, str]]:
+    """The first few target prompts with their answers before and after the edit that was verified last."""
+    prompts = run.job.texts["target.eval"][:EXAMPLES]
+    told = zip(prompts, objective.original_answers, objective.answers, strict=False)
+    return [{"prompt": prompt, "original": before, "edited": after} for prompt, before, after in told]
 
 
 def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialScores:
@@ -86,8 +98,9 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
             return record
         log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
     run.engine.restore()
-    run.results["verified"] = None
+    run.results["verified"], run.results["examples"] = None, []
     report_front(run)
+    write_report(run)
     nearest = closest(run.records)
     found = f"the closest was trial {nearest.index} with KL {nearest.kl:.3g}" if nearest else "no trial was finished"
     raise SearchFailed(f"no trial stays within export.max_kl={max_kl:g}: {found}; nothing was exported")

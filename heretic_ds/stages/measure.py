@@ -106,7 +106,7 @@ def _captured_directions(run: Run) -> Tensor:
     log.info("directions: from %d target and %d baseline prompts, %s", *counts, took(work))
     if run.folder is not None:
         tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
-        write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": _direction_fingerprint(run)}))
+        write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": direction_fingerprint(run)}))
     return directions_LD
 
 
@@ -119,7 +119,7 @@ def _stored_directions(run: Run, folder: Path) -> Tensor | None:
             return None
         try:
             with safe_open(file, framework="pt") as tensors:
-                fits = (tensors.metadata() or {}).get("fingerprint") == _direction_fingerprint(run)
+                fits = (tensors.metadata() or {}).get("fingerprint") == direction_fingerprint(run)
                 return tensors.get_tensor("directions") if fits else None
         except SafetensorError as error:
             raise UserError(f"{file} is damaged ({error}); remove it, and it is made anew") from error
@@ -127,7 +127,7 @@ def _stored_directions(run: Run, folder: Path) -> Tensor | None:
     return run.world.decide(read)
 
 
-def _direction_fingerprint(run: Run) -> str:
+def direction_fingerprint(run: Run) -> str:
     """Digest of all that directions depend on: the model's files, the train prompts as put to it, the settings."""
     settings, folder = run.settings, run.job.opened.source.folder
     facts = {

@@ -23,6 +23,7 @@ from heretic_ds.stages.finish import export_edited, objective_of, report_front, 
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
+from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import continue_search
 from heretic_ds.terminal.asking import asker_at
 from heretic_ds.terminal.chat import COMMANDS, Edited, chat
@@ -68,6 +69,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         run.results.pop("finished", None)
         export_edited(run, by_index(index).edit, index, target)
         report_front(run)
+        write_report(run)
 
     def talk_to(index: int) -> None:
         _talk(run.job, run.engine, run.console, _worn(run.engine, by_index(index).edit, f"trial {index}"))
