@@ -21,14 +21,13 @@ def answers(prompts: dict[str, Path], *overrides: str) -> dict[str, dict[str, st
     from heretic_ds.cli import compose
     from heretic_ds.job import Job
     from heretic_ds.placements import build_engine
-    from heretic_ds.report.console import no_bars_without_a_terminal
+    from heretic_ds.report.library_bars import counted_here
     from heretic_ds.world import World
 
-    world = World.join()
-    no_bars_without_a_terminal(world)
     sources = [f"prompts.{kind}.{part}.source={prompts[kind]}" for kind in KINDS for part in ("train", "eval")]
-    job = Job.check(compose(["experiment=demo_real", "evaluate=replicated", *sources, *overrides]), world)
-    engine = build_engine(job, "evaluate")
+    with counted_here():
+        job = Job.check(compose(["experiment=demo_real", "evaluate=replicated", *sources, *overrides]), World.join())
+        engine = build_engine(job, "evaluate")
     found = {}
     for kind in KINDS:
         asked = job.prompts(f"{kind}.eval")
