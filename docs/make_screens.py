@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,36 +46,40 @@ class Scene:
 
 SCENES = {
     "help": Scene(["--help"]),
-    "start": Scene([*DEMO, *_SHORT, "run.interactive=false"], last=r"refusals\s+KL"),
-    "search": Scene([*DEMO, *_SHORT, "run.interactive=false"], first=r"refusals\s+KL", last="Pareto front"),
-    "end": Scene([*DEMO, *_SHORT, "run.interactive=false"], first="on edited weights"),
+    "start": Scene([*DEMO, *_SHORT, "run.interactive=false"], last="the best so far"),
+    "search": Scene([*DEMO, *_SHORT, "run.interactive=false"], first="the best so far", last="on edited weights"),
+    "end": Scene([*DEMO, *_SHORT, "run.interactive=false"], first=r"trial \d+: "),
     "evaluate": Scene([*DEMO, "task=evaluate"]),
     "plan": Scene([*DEMO, "task=plan", "hardware=h100x8"]),
 }
 
 
-def captured(scene: Scene, columns: int, folder: Path) -> list[str]:
+@cache
+def screen(
+    words: tuple[str, ...], before: tuple[str, ...], keys: tuple[tuple[str, str], ...], columns: int
+) -> list[str]:
+    """All lines of what is on the screen in the end; scenes may share it."""
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for command in filter(None, (before, words)):
+            with Terminal([*HERETIC, *command], Path(folder), columns, env={"OMP_NUM_THREADS": "1"}) as terminal:
+                seen = 0
+                for pattern, pressed in keys if command is words else ():
+                    terminal.wait_until(lambda shown: re.search(pattern, shown.text[seen:]) is not None)  # noqa: B023
+                    seen = len(terminal.text)
+                    terminal.type(pressed)
+                terminal.end()
+                lines = [line.replace(folder, "~") for line in terminal.shown]
+    return lines
+
+
+def captured(scene: Scene, columns: int) -> list[str]:
     """The lines that a scene keeps of a screen of so many columns."""
-    for words in (scene.before, scene.words):
-        if not words:
-            continue
-        with Terminal([*HERETIC, *words], folder, columns, env={"OMP_NUM_THREADS": "1"}) as terminal:
-            seen = 0
-            for pattern, keys in scene.keys if words is scene.words else ():
-                terminal.wait_until(lambda shown: re.search(pattern, shown.text[seen:]) is not None)  # noqa: B023
-                seen = len(terminal.text)
-                terminal.type(keys)
-            terminal.end()
-            lines = terminal.shown
+    lines = screen(tuple(scene.words), tuple(scene.before), tuple(scene.keys), columns)
     first = next((place for place, line in enumerate(lines) if re.search(scene.first, line)), 0)
     rest = range(first + 1, len(lines)) if scene.last else ()
     last = next((place for place in rest if re.search(scene.last, lines[place])), len(lines))
-    return [_without_machine(line) for line in lines[first:last]]
-
-
-def _without_machine(line: str) -> str:
-    """A line without what is only this machine's."""
-    return line.replace(tempfile.gettempdir(), "/tmp").replace(str(Path.home()), "~")
+    return lines[first:last]
 
 
 def main(names: Sequence[str]) -> None:
@@ -82,8 +87,7 @@ def main(names: Sequence[str]) -> None:
     TARGET.mkdir(exist_ok=True)
     for name in names or SCENES:
         for columns in COLUMNS:
-            with tempfile.TemporaryDirectory() as folder:
-                lines = captured(SCENES[name], columns, Path(folder))
+            lines = captured(SCENES[name], columns)
             frame = "-" * columns
             (TARGET / f"{name}-{columns}.txt").write_text("\n".join([frame, *lines, frame]) + "\n", encoding="utf-8")
             print(f"{name}, {columns} columns: {len(lines)} lines", flush=True)

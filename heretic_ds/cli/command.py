@@ -6,6 +6,8 @@ Torch and everything that imports it is loaded only once a job starts, so that `
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import math
 import os
 import re
@@ -195,6 +197,7 @@ def _dispatch(settings: Settings) -> Objective | None:
     """Runs the task. Torch and transformers are imported here and not earlier."""
     from heretic_ds import pipeline
 
+    atexit.register(gc.freeze)  # else Python looks through all of these modules once more at its end: a silent second
     return pipeline.run(settings)
 
 

@@ -177,7 +177,8 @@ class Run:
     def close(self) -> None:
         """Release the model."""
         if self._engine is not None:
-            self._engine.close()
+            with progress.work("releasing the model"):
+                self._engine.close()
         self._engine = self._layout = None
 
     @contextmanager
