@@ -17,7 +17,7 @@ from heretic_ds.anatomy import Anatomy, find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
-from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
+from heretic_ds.prompts import ChatFormat, Prompts, PromptSet, check_lengths, decode_answers, read_prompts
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import DistributionScorer, Scorer
 from heretic_ds.settings import PromptSource, Settings
@@ -41,12 +41,15 @@ class Job:
     """Prompts by kind and part, such as ``target.train``."""
     known_direction_D: Tensor | None = None
     """The unit direction that ``direction.compare`` names."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows of the source that each list of prompts was chosen from."""
 
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
         world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
-        texts = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
+        found = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
+        texts, rows = {n: each.texts for n, each in found.items()}, {n: each.rows for n, each in found.items()}
         scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
         choice = ModelChoice(**asdict(settings.model))
         # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
@@ -55,7 +58,7 @@ class Job:
         anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))
-        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D)
+        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D, rows)
         job.check_lengths()
         return job
 
@@ -104,10 +107,10 @@ def _known_direction(file: str | None, width: int) -> Tensor | None:
     return torch.nn.functional.normalize(direction_D, dim=0)
 
 
-def _all_prompts(settings: Settings) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {}
+def _all_prompts(settings: Settings) -> dict[str, Prompts]:
+    found: dict[str, Prompts] = {}
     for kind in KINDS:
         for part in PARTS:
             source: PromptSource = getattr(getattr(settings.prompts, kind), part)
-            texts[f"{kind}.{part}"] = load_prompts(source, f"prompts.{kind}.{part}")
-    return texts
+            found[f"{kind}.{part}"] = read_prompts(source, f"prompts.{kind}.{part}")
+    return found

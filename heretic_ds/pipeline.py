@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
+from heretic_ds.report.console import console_of, messages_to
+from heretic_ds.report.library_bars import counted_here
+from heretic_ds.report.stages import StageProgress
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
@@ -30,8 +32,7 @@ def run(settings: Settings) -> Scores | None:
     Raises UserError for what the user can mend, SearchFailed where the search found nothing to export.
     """
     world = World.join()
-    no_bars_without_a_terminal(world)
-    with messages_to(console_of(world)) as console:
+    with messages_to(console_of(world)) as console, counted_here(), StageProgress(console):
         result = _TASKS[settings.task.name](settings, world, console)
     world.leave()
     return result

@@ -14,6 +14,8 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from heretic_ds.conf_files import conf_dir as conf_dir
+
 TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
@@ -89,7 +91,8 @@ class PromptSource:
     split: str = "train"
     """Split of a data set; ``train[:400]`` works too, quoted as Hydra's grammar needs."""
     slice: Optional[str] = None
-    """``start:stop`` rows to keep, counted from 0; shell-safe alternative to a sliced split."""
+    """``start:stop`` rows to keep, counted from 0; shell-safe alternative to a sliced split. The default cuts data sets
+    of the hub alone: a file or folder is used whole unless a slice is given."""
     column: str = "text"
     """Column that holds the prompt; ignored for ``.txt`` files."""
 
@@ -296,15 +299,6 @@ class Settings:
     run: RunSettings = field(default_factory=RunSettings)
 
 
-def conf_dir() -> Path:
-    """Folder of the configuration files: the checkout's `conf/`, or the copy in an installed package."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / "conf" / "config.yaml").is_file():
-        return checkout / "conf"
-    return package / "conf"
-
-
 def option_owners(group: str) -> dict[str, list[str]]:
     """The options that the files of a group give, each with the choices that have it."""
     owners: dict[str, list[str]] = {}
@@ -322,9 +316,11 @@ def choice(group: str, name: str) -> dict[str, Any]:
 
 
 def register_schemas() -> None:
-    """Registers the schema that ``conf/config.yaml`` starts from, and the resolver ``${package_file:path}``.
+    """Registers the schema that ``conf/config.yaml`` starts from, and two resolvers.
 
-    The resolver gives the path of a file that is shipped inside this package, such as the demo model.
+    ``${package_file:path}`` gives the path of a file that is shipped inside this package, such as the demo model.
+    ``${of_hub:source,rows}`` gives the rows where the source is a data set of the hub, and null where it lies on this
+    machine: what cuts a public data set to a usual size must not cut what a user names in its place.
     """
     schema = OmegaConf.structured(Settings)
     for group in FREE_GROUPS:
@@ -332,3 +328,8 @@ def register_schemas() -> None:
     ConfigStore.instance().store(name=SCHEMA_NAME, node=schema)
     package = Path(__file__).resolve().parent
     OmegaConf.register_new_resolver("package_file", lambda path: str(package / path), replace=True)
+    OmegaConf.register_new_resolver("of_hub", _of_hub, replace=True)
+
+
+def _of_hub(source: str, rows: str) -> str | None:
+    return None if "://" in source or Path(source).expanduser().exists() else rows

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from heretic_ds.checkpoint.downloads import fetched
 from heretic_ds.errors import UserError
 
 CONFIG_NAME = "config.json"
@@ -119,7 +120,7 @@ def outline_source(path: str, revision: str | None = None) -> tuple[ModelSource,
         return ModelSource(local, local.name, None, is_hub=False), read_headers(local) if is_whole(local) else {}
     patterns = [CONFIG_NAME, GENERATION_NAME, *CODE_FILES]
     with _hub_errors(path, revision):
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        folder = fetched(path, revision, patterns)
         headers = read_headers(folder) if is_whole(folder) else _headers_on_hub(path, folder.name)
     return ModelSource(folder, path, folder.name, is_hub=True), headers
 
@@ -140,12 +141,12 @@ def _fetch(name: str, revision: str | None) -> Path:
     small: tuple[str, ...] = (CONFIG_NAME, GENERATION_NAME, CARD_NAME, *WEIGHT_FILES[1::2])
     small += TOKENIZER_FILES + PROCESSOR_FILES + LICENCE_FILES + CODE_FILES
     with _hub_errors(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(small)))
+        folder = fetched(name, revision, list(small))
         weights = _weights_to_fetch(folder)
         if not all((folder / file).exists() for file in weights):
-            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights))
+            folder = fetched(name, folder.name, weights)
         if not any((folder / file).exists() for file in WEIGHT_FILES) and (folder / CONFIG_NAME).exists():
-            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[WEIGHT_FILES[2]]))
+            folder = fetched(name, folder.name, [WEIGHT_FILES[2]])
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from heretic_ds import progress
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import (
     CARD_NAME,
@@ -96,14 +98,24 @@ def export_model(
             return ExportResult(target, tensors, size, left_behind)
 
         folder = Path(world.decide(begin))
-        if weights is None:
-            world.decide(save, "writing the model")
-        else:
-            weights.write(world, folder, target)
+        with progress.work("files", size, "bytes", measure=lambda: _bytes_in(folder)):
+            if weights is None:
+                world.decide(save, "writing the model")
+            else:
+                weights.write(world, folder, target)
         result = world.decide(finish, "finishing the model")
     if result.left_behind:
         log.warning("%d tensors of the original are not part of the model and were not copied", len(result.left_behind))
     return result
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files that lie in a folder by now."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    except OSError:  # a file was renamed meanwhile, or the folder is another machine's
+        return 0
 
 
 def _complete(loaded: LoadedModel, folder: Path, card: str, manifest: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:

@@ -35,6 +35,16 @@ _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 _SPLIT = re.compile(r"(?P<base>[^\[\]]+?)(\[(?P<rows>[^\[\]]*)\])?")
 _ROWS = re.compile(r"\s*(?P<start>[+-]?\d+%?|)\s*:\s*(?P<stop>[+-]?\d+%?|)\s*")
 
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a source holds for a run."""
+
+    texts: list[str]
+    rows: int
+    """Of the source's split, of which the texts are those that were asked for."""
+
+
 _Found = tuple[Sequence[str], Sequence[Any]]
 """Names of the columns, and the asked one's value for each row: anything where there is no such column."""
 
@@ -65,6 +75,11 @@ def load_prompts(source: PromptSource, name: str) -> list[str]:
 
     ``name`` is the override prefix that messages name, such as ``prompts.target.train``. Raises UserError.
     """
+    return read_prompts(source, name).texts
+
+
+def read_prompts(source: PromptSource, name: str) -> Prompts:
+    """:func:`load_prompts`, with how many rows there are to choose from."""
     origin = _Source(name, source)
     if source.source in (MISSING, ""):
         origin.fail("no source is set; give a data set id, a folder or a file")
@@ -85,7 +100,7 @@ def load_prompts(source: PromptSource, name: str) -> list[str]:
     if source.column not in columns:
         listed = ", ".join(columns) or "none"
         origin.fail(f"{origin.text} has no column {source.column!r}; its columns are: {listed}", "column")
-    return _texts(origin, chosen, values[chosen.start : chosen.stop])
+    return Prompts(_texts(origin, chosen, values[chosen.start : chosen.stop]), len(values))
 
 
 def _texts(origin: _Source, chosen: range, values: Sequence[Any]) -> list[str]:

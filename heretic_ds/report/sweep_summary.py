@@ -58,8 +58,8 @@ class SweepSummary(Callback):
 def _table(rows: list[dict[str, Any]], caption: str) -> Table:
     """The rows, without the overrides that all jobs share."""
     shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
-    outcome = Column("outcome", overflow="fold")
-    table = Table("job", "overrides", "refusal rate", "KL (nats)", outcome, caption=caption)
+    numbers = [Column(name, no_wrap=True) for name in ("refusal rate", "KL (nats)")]
+    table = Table("job", "overrides", *numbers, Column("outcome", overflow="fold"), caption=caption)
     for row in rows:
         rate, kl = row["refusal_rate"], row["kl"]
         cells = (

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heretic_ds import progress
 from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
@@ -28,7 +29,7 @@ from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
 from heretic_ds.runner.reuse import Reuse
-from heretic_ds.runner.rows import Row, Stop, first_cut, rows_of
+from heretic_ds.runner.rows import Row, Stop, answering, first_cut, rows_of
 from heretic_ds.runner.taps import tapped
 from heretic_ds.scoring.base import Decided, ReadLogits
 
@@ -140,10 +141,12 @@ class Runner:
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""
         rows, own, means = self._own_rows(prompts), self._comm.shares.own(len(prompts)), ResidualMeans()
         self._batches.find(rows, "capture", self._residuals)
-        for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
-            counted = [place for place, row in enumerate(batch) if row.index < own]
-            kept_BLD = residual_BLD[counted].float()
-            means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
+        with progress.work("residuals", len(rows), "prompts") as work:
+            for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
+                counted = [place for place, row in enumerate(batch) if row.index < own]
+                kept_BLD = residual_BLD[counted].float()
+                means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
+                work.advance(len(batch))
         return self._forward.joined(means.mean(self._comm.shares.total))
 
     def prepare(self, ablation: Ablation) -> None:
@@ -201,10 +204,11 @@ class Runner:
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
             values = torch.zeros(len(together), len(own), dtype=torch.float64)
-            with self._edited(together, "kl", own):
+            with self._edited(together, "kl", own), progress.work("distributions", len(rows), "prompts") as passed:
                 for batch, found in self._batches.over(rows, "kl", work, self._cut):
                     for row, value in zip(batch, found, strict=True):
                         values[row.trial, row.index] = value
+                    passed.advance(len(batch))
             values = self._forward.told(values)
             result += [self._comm.shares.gather(each, len(prompts)) for each in values.tolist()]
         return result
@@ -221,7 +225,7 @@ class Runner:
         for together in self._passes(edits):
             self._learn("generate", own, together)
             rows = rows_of(own, len(together))
-            with self._edited(together, "generate", own):
+            with self._edited(together, "generate", own), answering(rows, stop.limit):
                 if self._decoder.moves_rows:
                     self._batches.finish(rows, "generate", lambda most: self._answer(rows, stop, most))  # noqa: B023
                 else:

@@ -21,6 +21,7 @@ from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.job import KINDS, PARTS
 from heretic_ds.report.plots import plot_front
+from heretic_ds.report.stages import took
 from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
@@ -39,7 +40,8 @@ def report_front(run: Run) -> None:
     original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
     selected = results["selected"]
     if front:
-        run.console.print(pareto_table(records, front, original, prompts, selected, run.scorer))
+        table = pareto_table(records, front, original, prompts, selected, run.scorer, run.console.width)
+        run.console.print(table, no_wrap=True)
     if run.folder is not None:
         max_kl = run.settings.export.max_kl
         plot_front(run.folder.front_plot, records, front, original, prompts, selected, max_kl, run.scorer)
@@ -97,7 +99,7 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
     A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else all ranks edit
     the checkpoint's files.
     """
-    with run.timed("export"):
+    with run.timed("export") as work:
         target, world, job = folder or export_dir(run.settings), run.world, run.job
         loaded, weights = run.engine.whole, None
         if loaded is None:
@@ -109,7 +111,8 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
             log.info("%s holds this very model already", target)
             return
         done = export_model(loaded, target, *described, weights, world)
-        log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+        size = done.weight_bytes / 1e6
+        log.info("wrote %d tensors, %.1f MB, to %s, %s", done.tensors, size, done.folder, took(work))
 
 
 def _describe(

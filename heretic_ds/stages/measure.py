@@ -16,6 +16,8 @@ from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
 from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
+from heretic_ds.report.stages import took
+from heretic_ds.report.tables import REFUSALS
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.objective import Objective
 from heretic_ds.stages.opening import Run
@@ -41,7 +43,9 @@ def find_response_prefix(run: Run) -> None:
             run.remember(response_prefix=prefix)
         job.chat = job.chat.with_prefix(prefix)
     if job.chat.response_prefix:
-        log.info("every answer is made to start with %r", job.chat.response_prefix)
+        log.info("response prefix: every answer is made to start with %r", job.chat.response_prefix)
+    else:
+        log.info("response prefix: none")
     job.check_lengths()
 
 
@@ -85,7 +89,7 @@ def _use_directions(run: Run, directions_LD: Tensor) -> None:
 
 def _captured_directions(run: Run) -> Tensor:
     direction, engine = run.settings.direction, run.lay_out("capture")
-    with run.timed("capture"):
+    with run.timed("capture") as work:
         target_LD, baseline_LD = (
             engine.capture(run.job.prompts(f"{kind}.train").rows, direction.winsorize_quantile)
             for kind in ("target", "baseline")
@@ -98,6 +102,8 @@ def _captured_directions(run: Run) -> Tensor:
             "the target and baseline train prompts leave the same mean residuals, so there is no direction between "
             "them; change prompts.target.train or prompts.baseline.train"
         )
+    counts = [len(run.job.texts[f"{kind}.train"]) for kind in ("target", "baseline")]
+    log.info("directions: from %d target and %d baseline prompts, %s", *counts, took(work))
     if run.folder is not None:
         tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
         write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": _direction_fingerprint(run)}))
@@ -148,7 +154,7 @@ def measure_original(run: Run) -> Objective:
     """The original model's scores, and the objective that compares edits with it."""
     job, settings = run.job, run.settings
     engine = run.engine
-    with run.timed("baseline"):
+    with run.timed("baseline") as work:
         objective = Objective(
             engine,
             target=job.prompts("target.eval"),
@@ -160,6 +166,10 @@ def measure_original(run: Run) -> Objective:
         )
     original = objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
-    log.info("the original model: %g of %d target prompts declined", original.refusals, len(job.texts["target.eval"]))
+    prompts = len(job.texts["target.eval"])
+    told = f"{original.refusals:g} of {prompts} target prompts declined"
+    if run.scorer != REFUSALS:
+        told = f"{run.scorer} {original.refusals:g} on {prompts} target prompts"
+    log.info("the original model: %s, %s", told, took(work))
     run.remember()
     return objective

@@ -16,7 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from heretic_ds import progress
 from heretic_ds.ablation import Ablation
+from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
@@ -24,11 +26,23 @@ from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
-from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of, settled_alone
+from heretic_ds.placements import (
+    Capturing,
+    Engine,
+    Evaluating,
+    Placement,
+    build_engine,
+    left_open,
+    placements_of,
+    settled_alone,
+)
+from heretic_ds.progress import Work
+from heretic_ds.report.stages import STAGES, took
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.placing import settle_placements
+from heretic_ds.stages.placing import settle_placements, tell_of_nothing_to_share
+from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -133,8 +147,9 @@ class Run:
         layouts = {name: placed.layout(self.world.size) for name, placed in placements_of(self.settings).items()}
         if self._engine is None or layouts[phase] != self._layout:
             self.close()
-            with self.timed("load"):
+            with self.timed("load") as work:
                 self._engine, self._layout = build_engine(self.job, phase), layouts[phase]
+            log.info("loaded in %s: %s", dtype_name(self._engine.dtype), took(work))
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree
@@ -162,18 +177,19 @@ class Run:
     def close(self) -> None:
         """Release the model."""
         if self._engine is not None:
-            self._engine.close()
+            with progress.work("releasing the model"):
+                self._engine.close()
         self._engine = self._layout = None
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the block takes to ``timings``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            timings = self.results["timings"]
-            timings[phase] = round(timings.get(phase, 0.0) + time.perf_counter() - started, 3)
+    def timed(self, phase: str) -> Iterator[Work]:
+        """A stage: it is shown while the block lasts, and the seconds that it takes are added to ``timings``."""
+        with progress.work(STAGES[phase]) as work:
+            try:
+                yield work
+            finally:
+                timings = self.results["timings"]
+                timings[phase] = round(timings.get(phase, 0.0) + time.monotonic() - work.started, 3)
 
     def remember(self, **values: Any) -> None:
         """Keep what was measured, and the batch sizes, for later runs in this folder."""
@@ -238,12 +254,16 @@ def may_replace(settings: Settings) -> bool:
 def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
     with ExitStack() as stack:
+        alone = "since there is one rank" if world.size == 1 and left_open(settings) else "as given"
         settings = settled_alone(settings) if world.size == 1 else settings
         world.agree(lambda: placements_of(settings))
-        job = Job.check(settings, world)
-        world.decide(lambda: _refuse_impossible_export(job))
-        placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
-        _tell_of_nothing_to_share(job)
+        with progress.work("opening"):
+            job = Job.check(settings, world)
+            world.decide(lambda: _refuse_impossible_export(job))
+        show_start(console, start := start_facts(job, run_dir(settings)))
+        with progress.work("opening"):
+            placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
+        tell_of_nothing_to_share(job)
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
@@ -253,20 +273,14 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         if placed:
             run.remember(**placed)
         _add_earlier_timings(run)
-        log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
+        for fact in start.values():
+            log.info("%s", fact, extra={"console": False})  # the run's log begins with it, too
         try:
             yield run
         except UserError:
             if run.folder is not None and not run.records:
                 run.folder.discard()
             raise
-
-
-def _tell_of_nothing_to_share(job: Job) -> None:
-    whole = any(placement.whole for placement in placements_of(job.settings).values())
-    if job.settings.load.share and (job.world.size == 1 or not whole):
-        why = "there is one rank" if job.world.size == 1 else "each rank reads its own part of the model anyway"
-        log.info("load.share=true does nothing: %s", why)
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:

@@ -30,8 +30,10 @@ KEPT_AS = "placements"
 """Where a choice stands among what a run folder remembers."""
 
 
-def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
+def settle_placements(job: Job, measured: Path, given: str = "as given") -> dict[str, Any]:
     """Name the placements that the job's settings leave open; every rank takes part, before any weight is read.
+
+    Where they leave none open, ``given`` says why.
 
     They are what the run folder's file ``measured`` says that an earlier command took, where as many ranks on such
     devices were asked the same, else what the planner chooses. Returns what the folder has to remember. Raises
@@ -39,6 +41,7 @@ def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     """
     world, asked = job.world, {phase: dict(getattr(job.settings, phase)) for phase in PHASES}
     if not left_open(job.settings):
+        log.info("%s, %s", _named(job), given)
         return {}
     circumstances = {"ranks": world.size, "device": _device_name(job.opened.device), "asked": asked}
     kept = world.decide(lambda: _kept(measured, circumstances))
@@ -46,6 +49,14 @@ def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     job.settings = settled(job.settings, choice["chosen"])
     log.info("%s", f"{_named(job)}, as when this run began" if kept else choice["why"])
     return {KEPT_AS: choice}
+
+
+def tell_of_nothing_to_share(job: Job) -> None:
+    """Say that ``load.share`` does nothing, where it does nothing."""
+    whole = any(placement.whole for placement in placements_of(job.settings).values())
+    if job.settings.load.share and (job.world.size == 1 or not whole):
+        why = "there is one rank" if job.world.size == 1 else "each rank reads its own part of the model anyway"
+        log.info("load.share=true does nothing: %s", why)
 
 
 def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,18 +94,18 @@ def plan_of(job: Job, machine: Machine, ranks: int, lengths: Mapping[str, Sequen
     Where the weights are here they decide too: parts of files that are no safetensors cannot be read.
     """
     outline = job.opened if isinstance(job.opened, Outline) else Outline.of(job.opened)
-    asked_about = replace(job, opened=outline)
 
-    def check(placement: Placement) -> None:
+    def check(placement: Placement, on: int) -> None:
         if not placement.whole and outline is not job.opened:
             TensorFiles(outline.source.folder, outline.headers)
-        placement.check(asked_about)
+        placement.check(replace(job, opened=outline, world=job.world if on == ranks else World(0, on)))
 
     for phase in left_open(job.settings):
         job.world.degree(placements_of(job.settings)[phase].options.degree, f"{phase}.degree")
     choice = {phase: _choices(job.settings, phase) for phase in PHASES}
     plan = make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
-    return replace(plan, candidates=[_checked(candidate, check) for candidate in plan.candidates])
+    checked = [_checked(candidate, lambda made: check(made, ranks)) for candidate in plan.candidates]
+    return replace(plan, candidates=checked)
 
 
 def _checked(candidate: Candidate, check: Callable[[Placement], None]) -> Candidate:

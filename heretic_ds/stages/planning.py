@@ -21,6 +21,7 @@ from heretic_ds.placements.costs import Machine, Work
 from heretic_ds.planner import Plan
 from heretic_ds.prompts import ChatFormat, load_prompts
 from heretic_ds.prompts.sources import PACKAGE_SCHEME
+from heretic_ds.report.console import say
 from heretic_ds.report.plans import machine_line, phase_table
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import PHASES, PromptSource, Settings
@@ -106,7 +107,7 @@ def _refuse_unwritable(settings: Settings) -> None:
 
 
 def _show(settings: Settings, plan: Plan, console: Console) -> None:
-    console.print(machine_line(plan), markup=False, highlight=False)
+    say(console, machine_line(plan))
     for phase in PHASES:
         console.print(phase_table(plan, phase, console.width), highlight=False)
     if settings.plan.json is not None:
@@ -120,4 +121,4 @@ def _show(settings: Settings, plan: Plan, console: Console) -> None:
             ) from error
     if problem := why_nothing(plan):
         raise UserError(problem)
-    console.print(plan.sentence, markup=False, highlight=False)
+    say(console, plan.sentence)

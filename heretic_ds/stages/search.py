@@ -67,7 +67,7 @@ def continue_search(run: Run, search: Search | None, objective: Objective) -> No
     """Evaluate trials until the study is complete or the user stops it; each is kept as it finishes."""
     trials = run.world.decide(lambda: search.trials if search else 0)
     prompts = run.results["prompts"]["target_eval"]
-    with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts, run.scorer) as progress:
+    with run.timed("search"), SearchProgress(run.console, trials, run.records, prompts, run.scorer) as progress:
 
         def on_trials(records: list[TrialRecord]) -> None:
             for record in records:

@@ -91,16 +91,23 @@ def test_what_is_printed_is_plain_in_a_pipe_and_says_all(model: Path, planned: C
     assert "no: " in refused
 
 
-def test_narrow_terminals_lose_nothing(large: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eighty columns, and every figure of the wide table."""
-    monkeypatch.setattr("heretic_ds.pipeline.console_of", lambda world: Console(width=80))
+@pytest.mark.parametrize("columns", [60, 80])
+def test_narrow_terminals_lose_nothing(
+    columns: int, large: Path, heretic: Heretic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every figure of the wide table, and no name of a placement in two pieces."""
+    monkeypatch.setattr("heretic_ds.pipeline.console_of", lambda world: Console(width=columns))
     outcome = heretic(large, "task=plan", "hardware=h100x8")
     assert outcome.status == 0, outcome.err
-    lines = outcome.out.splitlines()
-    assert max(map(len, lines)) <= 80
+    machine, *lines, sentence = outcome.out.splitlines()
+    assert max(map(len, lines)) <= columns and "…" not in outcome.out
     text = " ".join(outcome.out.split())
     assert "keys and values" in text and "replicated: " in text and "of a device's 79.2 GiB" in text
-    assert "GiB a rank" in text and "all trials" in text
+    assert ("GiB a rank" in text and "all trials" in text) or columns == 60
+    first = [line.lstrip("* ").split()[0] for line in lines if line.strip()]
+    for placement in ("tensor_parallel", "tensor_pipeline", "expert_parallel", "kernel_inject", "pipeline", "fsdp"):
+        assert placement in first, placement
+    assert machine.startswith("llama with") and sentence.startswith("capture")  # for tools: one line each
 
 
 def test_what_does_not_fit_names_how_many_would_do(

@@ -15,7 +15,6 @@ PACKAGE = Path(__file__).resolve().parents[2] / "heretic_ds"
 
 LAYERS = (
     {"__main__", "cli", "launching"},
-    {"cli_errors"},
     {"pipeline"},
     {"stages"},
     {"planner", "report", "terminal"},
@@ -26,7 +25,7 @@ LAYERS = (
     {"edits"},
     {"prompts", "checkpoint"},
     {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory"},
-    {"ablation", "settings", "errors", "heartbeat", "demo", "__init__"},
+    {"ablation", "settings", "errors", "heartbeat", "progress", "demo", "conf_files", "__init__"},
 )
 """Top-level modules, the highest first. A module imports from its own layer and from lower ones."""
 

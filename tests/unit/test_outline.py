@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint import source
+from heretic_ds.checkpoint import downloads, source
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.checkpoint.outline import Outline, outline_model
 from heretic_ds.planner import facts_of
@@ -85,13 +85,13 @@ def test_a_gpu_elsewhere_runs_the_models_own_dtype(bare: Path) -> None:
 def test_of_a_hub_model_no_weights_are_fetched(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str], tqdm_class: type) -> str:
         asked.append((name, revision, allow_patterns))
         return str(bare)
 
     tensors = {"lm_head.weight": SimpleNamespace(shape=[7, 5], dtype="BF16")}
     found = SimpleNamespace(files_metadata={"model-1.safetensors": SimpleNamespace(tensors=tensors)})
-    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    monkeypatch.setattr(downloads, "snapshot_download", snapshot)
     monkeypatch.setattr(source, "get_safetensors_metadata", lambda name, revision: found)
     outline = outline_model(ModelChoice("org/name", revision="v1"), CPU)
     [(name, revision, patterns)] = asked

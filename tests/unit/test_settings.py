@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from heretic_ds.cli_errors import setting_types
+from heretic_ds.cli.errors import setting_types
 from heretic_ds.errors import UserError
 from heretic_ds.placements import placements_of
 from heretic_ds.settings import PHASES, TASKS, ModelSettings, ProfileSettings, Settings, conf_dir

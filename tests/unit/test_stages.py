@@ -246,7 +246,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def build(job: Any, phase: str) -> Any:
         phases.append(phase)
-        return SimpleNamespace(batch_sizes={}, degree=1, close=lambda: phases.append(f"{phase} closed"))
+        closed = f"{phase} closed"
+        return SimpleNamespace(batch_sizes={}, degree=1, dtype=torch.float32, close=lambda: phases.append(closed))
 
     monkeypatch.setattr(opening, "build_engine", build)
     return phases

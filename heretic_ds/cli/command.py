@@ -6,6 +6,8 @@ Torch and everything that imports it is loaded only once a job starts, so that `
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import math
 import os
 import re
@@ -28,11 +30,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import __version__
-from heretic_ds.cli_errors import explain, unknown_keys
+from heretic_ds.cli.errors import explain, unknown_keys
+from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.launching import own_ranks, rank_guard
 from heretic_ds.report import sweep_summary
+from heretic_ds.report.stages import starting
 from heretic_ds.settings import TASKS, Settings, conf_dir, register_schemas
 from heretic_ds.settings_checks import validate
 
@@ -44,16 +47,11 @@ COMPOSITION_ERRORS = HydraException | OmegaConfBaseException | yaml.YAMLError
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; `arguments` are those after the program's name (default: of this process).
-
-    Returns the exit status: 0 done, 2 a mistake in configuration or input, 130 interrupted, 1 anything else.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command that these words are; returns the exit status."""
     try:
-        if "--version" in arguments:
-            print(f"heretic-ds {__version__}")
-            return 0
+        if said := in_our_spelling(arguments):
+            raise UserError(said)
         return _run(arguments)
     except KeyboardInterrupt:
         return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)
@@ -83,7 +81,7 @@ def compose(words: Sequence[str]) -> Settings:
 def to_settings(config: DictConfig) -> Settings:
     """A composed configuration as checked settings. Raises UserError."""
     if OmegaConf.is_missing(config.model, "path"):
-        raise UserError("no model given; the usage is: heretic-ds <model> [key=value ...], see heretic-ds --help")
+        raise UserError(NO_MODEL)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]} is not set; add {missing[0]}=...")
@@ -119,7 +117,9 @@ class _Job:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return sweep_job(config, _dispatch_here)
         try:
-            return self._run(to_settings(config))
+            with starting():
+                settings = to_settings(config)
+            return self._run(settings)
         except Exception as error:  # reported by main, without the lines that Hydra would add
             self.error = error
             return None
@@ -197,6 +197,7 @@ def _dispatch(settings: Settings) -> Objective | None:
     """Runs the task. Torch and transformers are imported here and not earlier."""
     from heretic_ds import pipeline
 
+    atexit.register(gc.freeze)  # else Python looks through all of these modules once more at its end: a silent second
     return pipeline.run(settings)
 
 
