@@ -70,7 +70,7 @@ class MarkdownStream:
         self._live.update(Text(""))
         self._live.stop()
         if self._keep and self._growing.strip():
-            self._print(self._growing)
+            self._print(self._growing, first=not self._printed)
 
     def write(self, text: str) -> None:
         """Show one more piece."""
@@ -78,9 +78,9 @@ class MarkdownStream:
         if self._keep:
             done, rest = finished_blocks(self._growing)
             if done.strip():
-                self._growing = rest
-                self._live.update(self._view())
-                self._print(done)
+                first, self._growing, self._printed = not self._printed, rest, True
+                self._live.update(self._view(), refresh=True)  # else what is finished would stay below itself
+                self._print(done, first)
         if (now := time.monotonic()) - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._drawn = now
             self._live.update(self._view(), refresh=True)
@@ -89,11 +89,10 @@ class MarkdownStream:
         growing = _LastLines(as_markdown(self._growing))
         return Group("", growing) if self._printed else growing
 
-    def _print(self, block: str) -> None:
-        if self._printed:
+    def _print(self, block: str, first: bool) -> None:
+        if not first:
             self._console.print()
         self._console.print(as_markdown(block))
-        self._printed = True
 
 
 class _LastLines:
