@@ -98,6 +98,7 @@ def test_pacmap_is_named_where_it_is_missing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_pacmap_draws(heretic: Heretic, material: Material, tmp_path: Path) -> None:
     pytest.importorskip("pacmap", reason='pip install "heretic-ds[report]"')
     words = material.words(material.model("llama"), "run.dir=run", "task=geometry", "task.projection=pacmap")

@@ -344,7 +344,7 @@ def test_chromium_has_nothing_to_say(texts: str, folder: Path) -> None:
     """Its console stays empty, and the script has run: headings can be reached by the keyboard."""
     program = browser()
     if program is None:
-        pytest.skip("no Chromium: pip install playwright && playwright install --with-deps chromium")
+        pytest.skip("no Chromium: apt-get install chromium, or pip install playwright && playwright install chromium")
     if texts == "hostile":
         example = dict.fromkeys(("prompt", "original", "edited"), HOSTILE)
         (folder / "results.json").write_text(json.dumps(results(model=HOSTILE, examples=[example], command=HOSTILE)))

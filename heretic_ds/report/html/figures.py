@@ -76,18 +76,18 @@ def history(facts: Facts) -> list[Figure]:
     startup = min(int(facts.setting("search.startup_trials", 0)), max(record.index for record, _, _ in scored) + 1)
     trials = linear([0, max(record.index for record, _, _ in scored)], "trial", whole=True)
     figures = []
-    kls = [kl for _, _, kl in scored]
-    for title, place, axis in (
-        (f"{facts.scorer} by trial".capitalize(), 1, _refusal_axis(facts)),
-        ("KL by trial", 2, logarithmic(kls, "KL divergence (nats)")),
+    counts, kls = [refusals for _, refusals, _ in scored], [kl for _, _, kl in scored]
+    for title, values, axis in (
+        (f"{facts.scorer} by trial".capitalize(), counts, _refusal_axis(facts)),
+        ("KL by trial", kls, logarithmic(kls, "KL divergence (nats)")),
     ):
-        chart, values = Chart(trials, axis, title, 220), [each[place] for each in scored]
+        chart = Chart(trials, axis, title, 220)
         if startup:
             chart.upright(startup - 0.5, "muted")
         places = [float(record.index) for record, _, _ in scored]
         chart.dots(list(zip(places, values, strict=True)), "other", 3, [_told(facts, *each) for each in scored])
         legend = [("other", "trial")]
-        if place == 1:
+        if values is counts:
             chart.steps(list(zip(places, accumulate(values, min), strict=True)), "front")
             legend.append(("front", "fewest so far"))
         if startup:
