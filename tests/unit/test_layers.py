@@ -26,11 +26,12 @@ LAYERS = (
     {"edits"},
     {"prompts", "checkpoint"},
     {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory"},
-    {"ablation", "settings", "errors", "heartbeat", "demo", "__init__"},
+    {"ablation", "foreign", "settings", "errors", "heartbeat", "demo", "__init__"},
 )
 """Top-level modules, the highest first. A module imports from its own layer and from lower ones."""
 
 FORBIDDEN = {
+    "foreign": ("torch", "transformers", "omegaconf", "hydra", "heretic_ds.settings"),
     "ablation": ("torch.distributed", "omegaconf", "hydra", "transformers"),
     "runner": ("deepspeed", "heretic_ds.job", "heretic_ds.settings", "heretic_ds.placements"),
     "edits": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),
