@@ -12,6 +12,7 @@ import huggingface_hub.utils
 import transformers.utils.logging
 from rich.console import Console
 
+from heretic_ds.foreign.text import printable
 from heretic_ds.world import World
 
 _WIDTH_OF_FILES = 160
@@ -44,7 +45,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self._target.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        self._target.print(printable(self.format(record)), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
