@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from heretic_ds.foreign.libraries import quiet_libraries
 from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
@@ -31,7 +32,7 @@ def run(settings: Settings) -> Scores | None:
     """
     world = World.join()
     no_bars_without_a_terminal(world)
-    with messages_to(console_of(world)) as console:
+    with quiet_libraries(), messages_to(console_of(world)) as console:
         result = _TASKS[settings.task.name](settings, world, console)
     world.leave()
     return result
