@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 _PROBE = "Which vegetables grow in the shade?"
 _TEMPLATE_LIMIT = MEBIBYTE
-_AT_ONCE = 1000
+_AT_ONCE = 250
 """Conversations that one process renders."""
 _ROOM = 100_000
 """Characters that a template may add to a conversation, or ten times the conversation's own where that is more."""
