@@ -28,7 +28,7 @@ _ANSWER = 2**28
 """Most bytes that a child may answer with."""
 
 
-class TooMuch(Exception):
+class TooMuch(RuntimeError):
     """Foreign code took more time, memory or room than it was given, or broke down; the text says which."""
 
 

@@ -360,7 +360,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 _ASK = "{{ messages[0]['content'] }}"
 _TEMPLATES: list[tuple[str, str, str]] = [
-    ("endless", "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "took more than"),
+    (
+        "endless",
+        "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        " s); set prompts.template",
+    ),
     ("power", "{{ 9 ** 9 ** 9 }}", "cannot render a prompt"),
     ("long_text", "{{ 'a' * 10 ** 11 }}", "MiB of memory"),
     ("long_list", "{{ ([0] * 10 ** 12) | length }}", "MiB of memory"),
