@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from heretic_ds.foreign.libraries import quiet_libraries
 from heretic_ds.report.console import console_of, messages_to
 from heretic_ds.report.library_bars import counted_here
 from heretic_ds.report.stages import StageProgress
@@ -34,7 +35,7 @@ def run(settings: Settings) -> Scores | None:
     Raises UserError for what the user can mend, SearchFailed where the search found nothing to export.
     """
     world = World.join()
-    with messages_to(console_of(world)) as console, counted_here(), StageProgress(console):
+    with quiet_libraries(), messages_to(console_of(world)) as console, counted_here(), StageProgress(console):
         result = _TASKS[settings.task.name](settings, world, console)
     world.leave()
     return result

@@ -71,6 +71,8 @@ class ModelSettings:
     """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+    allow_pickle: bool = False
+    """Whether weights that are there as pickled ``.bin`` files alone are read, by PyTorch's restricted unpickler."""
     attn_implementation: Optional[str] = None
     """Attention implementation passed to transformers (``eager``, ``sdpa``, ...); null leaves its choice."""
 

@@ -14,6 +14,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import reason
 from heretic_ds.settings import AUTO, Settings
 
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -48,8 +49,8 @@ def find_class(path: str, setting: str, kind: type, *others: type) -> Any:
     module, _, name = path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{setting}: {path} cannot be imported: {error}") from error
+    except Exception as error:  # a module's own code runs here
+        raise UserError(f"{setting}: {path} cannot be imported: {reason(error)}") from error
     if not (isinstance(found, type) and issubclass(found, (kind, *others))):
         package = kind.__module__.removesuffix(".base")
         raise UserError(f"{setting}: {path} is not a class derived from {package}.{kind.__name__}")
@@ -94,6 +95,11 @@ def _check_rest(settings: Settings) -> _Findings:
     yield (
         settings.plan.json is None or settings.task.name == "plan",
         f"plan.json is set, but task={settings.task.name} makes no plan to write; leave it null, or choose task=plan",
+    )
+    yield (
+        "/" not in (settings.model.attn_implementation or "") or settings.model.trust_remote_code,
+        f"model.attn_implementation={settings.model.attn_implementation} is code on the hub; set "
+        "model.trust_remote_code=true if you trust its author, or choose eager or sdpa",
     )
     given, named = bool(settings.model.path.strip()), bool(settings.scoring.scorers)
     yield given, "model.path is empty; give a hub id or a local folder: heretic-ds <model>"

@@ -33,6 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 from heretic_ds.cli.errors import explain, unknown_keys
 from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
+from heretic_ds.foreign.reading import reason
+from heretic_ds.foreign.text import printable
 from heretic_ds.launching import own_ranks, rank_guard
 from heretic_ds.report import sweep_summary
 from heretic_ds.report.stages import starting
@@ -151,7 +153,7 @@ def _run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         if job.started:
             raise
-        raise UserError(str(error)) from error  # Hydra's word on flags that exclude one another
+        raise UserError(reason(error)) from error  # Hydra's word on flags that exclude one another
     if job.error is not None:
         raise job.error
     return job.status or (EXIT_FAILED if sweep_summary.failed_jobs else 0)
@@ -244,6 +246,7 @@ def _hydra_errors_raised() -> Iterator[None]:
 
 def _say(text: str, status: int, shared: bool = True) -> int:
     """Tells the user how this process ends, on stderr unless the launcher of ranks will; returns the status."""
+    text = printable(text)
     if not rank_guard.leave_word(text, status, shared):
         print(text, file=sys.stderr)
     return status

@@ -14,6 +14,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from heretic_ds.foreign.text import in_one_line
 from heretic_ds.settings import FREE_GROUPS, Settings, option_owners
 from heretic_ds.settings_checks import type_name
 
@@ -67,7 +68,7 @@ def _explain_grammar(error: OverrideParseException) -> str:
     rows = re.fullmatch(r".*\[(\d*:\d*)\]", value)
     if key.endswith(".split") and rows:
         advice += f", or choose the rows with {key.removesuffix('split')}slice={rows[1]}"
-    return f"cannot read the override {override}; {advice}"
+    return f"cannot read the override {in_one_line(override)}; {in_one_line(advice)}"
 
 
 def _explain_choice(error: MissingConfigException) -> str:
@@ -121,7 +122,8 @@ def _unknown_key(key: str) -> str:
     section, _, last = key.rpartition(".")
     group: Any = known.get(section)
     siblings = [entry.name for entry in fields(group)] if is_dataclass(group) else []
-    near = [name for name in known if name.rpartition(".")[2] == last]
+    meant = difflib.get_close_matches(last, siblings, n=1, cutoff=0.8)
+    near = [f"{section}.{name}" for name in meant] or [name for name in known if name.rpartition(".")[2] == last]
     if not near and siblings:
         near = [f"{section}.{name}" for name in difflib.get_close_matches(last, siblings, n=1)]
     elif not near:

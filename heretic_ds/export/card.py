@@ -16,11 +16,15 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES
+from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions, public_data_name, public_model_name
+from heretic_ds.foreign.reading import MEBIBYTE, read_text, reading
 
 log = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
+_CARD_LIMIT, _FRONT_LIMIT = 4 * MEBIBYTE, 2**16
+_MOST_VALUES, _LONGEST_VALUE = 200, 200
 _KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -58,7 +62,7 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
         base_model_relation="finetune",
         library_name="transformers",
         tags=["abliterated", "directional-ablation", "heretic-ds"],
-        **_base_front_matter(source / CARD_NAME),
+        **terms_of(source / CARD_NAME)[0],
     )
     card = ModelCard.from_template(
         front,
@@ -75,12 +79,41 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
     return str(card)
 
 
-def _base_front_matter(card: Path) -> dict[str, Any]:
-    """The keys to keep of the front matter of the base model's own card; empty where it has none."""
-    block = REGEX_YAML_BLOCK.search(card.read_text("utf-8-sig", "replace") if card.is_file() else "")
+def terms_of(card: Path) -> tuple[dict[str, Any], str | None]:
+    """What is carried over of the front matter of the base model's own card, and why something is not.
+
+    A card is text by anybody: what is not a short text in one line is left out, and never in the way of an export.
+    """
+    if not card.is_file():
+        return {}, None
     try:
+        front = _front_matter(card)
+    except UserError as error:
+        return {}, str(error)
+    stated = {key: front[key] for key in _KEPT_KEYS if front.get(key)}
+    kept = {key: value for key, value in stated.items() if _is_plain(value)}
+    dropped = [key for key in stated if key not in kept]
+    return kept, f"{card} has no plain text as its {', '.join(dropped)}" if dropped else None
+
+
+def warn_of_terms(folder: Path) -> None:
+    """Say, before a long search, that a model's licence will not be in the card of its edited copy."""
+    _, problem = terms_of(folder / CARD_NAME)
+    if problem is not None:
+        log.warning("%s: it is not carried over to the edited model's card", problem)
+
+
+def _front_matter(card: Path) -> dict[str, Any]:
+    with reading(card, "its licence is unknown", "has a front matter that cannot be read"):
+        block = REGEX_YAML_BLOCK.search(read_text(card, _CARD_LIMIT, encoding="utf-8-sig", errors="replace"))
+        if block is not None and len(block[2]) > _FRONT_LIMIT:
+            raise UserError(f"{card} has a front matter of {len(block[2])} characters")
         front = yaml.safe_load(block[2]) if block else None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        log.warning("the front matter of %s cannot be read, its licence is not carried over: %s", card, error)
-        front = None
-    return {key: front[key] for key in _KEPT_KEYS if front.get(key)} if isinstance(front, dict) else {}
+    return front if isinstance(front, dict) else {}
+
+
+def _is_plain(value: object) -> bool:
+    """A short text in one line, or a list of such."""
+    if isinstance(value, list):
+        return len(value) <= _MOST_VALUES and all(isinstance(each, str) and _is_plain(each) for each in value)
+    return isinstance(value, str) and len(value) <= _LONGEST_VALUE and value.isprintable() and bool(value.strip())

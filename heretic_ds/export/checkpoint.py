@@ -28,10 +28,10 @@ from heretic_ds.checkpoint.source import (
     TOKENIZER_FILES,
     TensorInfo,
     read_headers,
-    read_json,
 )
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
+from heretic_ds.foreign.reading import path_of, read_json
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def export_model(
     Every rank of `world` calls this, and an error on one of them is raised on all.
     """
     size = model_bytes(loaded.model)
-    target = Path(target).expanduser().resolve()
+    target = path_of(str(target), "export.dir").resolve()
     with ExitStack() as unfinished:
 
         def begin() -> str:
@@ -193,7 +193,7 @@ def _left_behind(loaded: LoadedModel, written: set[str]) -> tuple[str, ...]:
     if loaded.quantization is not None or not (loaded.source / CONFIG_NAME).is_file():
         return ()
     tied = set(getattr(loaded.model, "all_tied_weights_keys", {}))
-    names = set(read_headers(loaded.source)) - written - tied
+    names = set(read_headers(loaded.source, allow_pickle=True)) - written - tied
     return tuple(sorted(name for name in names if not name.endswith("rotary_emb.inv_freq")))
 
 

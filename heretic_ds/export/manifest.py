@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CONFIG_NAME, is_hub_id, read_json
+from heretic_ds.checkpoint.source import CONFIG_NAME, is_hub_id
+from heretic_ds.foreign.reading import path_of, read_json
 
 SCHEMA = 1
 _PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")
@@ -76,5 +77,5 @@ def public_model_name(loaded: LoadedModel) -> str:
 
 def public_data_name(source: str) -> str:
     """A prompt source as it may be published: a hub data set's id, but only the last part of a path."""
-    path = Path(source).expanduser()
+    path = path_of(source, "prompts")
     return source if is_hub_id(source) and not path.exists() else path.name

@@ -29,6 +29,7 @@ from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
 from heretic_ds.errors import UserError
 from heretic_ds.export.target import failures_named
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
+from heretic_ds.foreign.reading import reading
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class EditedFiles:
     def write_file(self, folder: Path, file: str) -> None:
         """Write one file, with the other metadata that the original's has."""
         forms = {name: self.forms[name] for name, info in self.headers.items() if info.file == file}
-        with safe_open(self.source / file, framework="pt") as original:
+        with reading(self.source / file), safe_open(self.source / file, framework="pt") as original:
             metadata = {**(original.metadata() or {}), "format": "pt"}
         tensors = TensorFiles(self.source, self.headers)
 

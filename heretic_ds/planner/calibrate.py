@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import read_json
 from heretic_ds.memory import host_memory, release_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
@@ -86,10 +87,8 @@ def _processor() -> str:
 def _load(file: Path) -> Machine | None:
     """What is kept; None where there is nothing, or nothing that makes a machine."""
     try:
-        return machine_of(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError, UserError) as error:
+        return machine_of(read_json(file)) if file.exists() else None
+    except UserError as error:
         log.warning("%s is damaged (%s): this machine is measured anew", file, error)
         return None
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from heretic_ds.foreign.text import printable
+
 if TYPE_CHECKING:
     from heretic_ds.world import World
 
@@ -56,7 +58,8 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "console", True):
-            say(self._target, self.format(record), "yellow" if record.levelno >= logging.WARNING else None)
+            text = printable(self.format(record))
+            say(self._target, text, "yellow" if record.levelno >= logging.WARNING else None)
 
 
 @contextmanager

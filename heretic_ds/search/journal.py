@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,16 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import writing
+from heretic_ds.foreign.reading import MEBIBYTE, loads, read_bytes
 
 STUDY_NAME = "heretic_ds"
 DIRECTIONS = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
 METRIC_NAMES = ["refusals (share of the original's)", "KL divergence (aimed)"]
 _SPACE_ATTRIBUTE = "search_space"
+_STUDY_MADE, _TRIAL_MADE = 0, 4
+"""Codes of the records of a journal that begin with these."""
+_LIMIT = 1024 * MEBIBYTE
 _ADVICE = "give another run.dir, or remove this file to search anew"
 
 
@@ -39,7 +44,7 @@ def open_study(path: Path, space: dict[str, Any]) -> optuna.Study:
     _repair(path)
     try:
         storage = JournalStorage(JournalFileBackend(str(path)))
-    except (AssertionError, LookupError, TypeError, ValueError) as error:  # records that do not fit together
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:  # that do not fit together
         raise UserError(f"{path} is damaged ({error!r}); {_ADVICE}") from error
     if STUDY_NAME in optuna.get_all_study_names(storage):
         study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
@@ -60,23 +65,42 @@ def open_study(path: Path, space: dict[str, Any]) -> optuna.Study:
 
 
 def _repair(path: Path) -> None:
-    """Cut off a last line that a kill left half written: the next record would be glued to it."""
+    """Cut off a last line that a kill left half written: the next record would be glued to it.
+
+    All other damage is something else's work, and trials may be missing or stand in other places: it is refused.
+    """
     if not path.exists():
         return
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if line.endswith(b"\n") and _is_record(line):
-            continue
-        if number < len(lines):
+    content = read_bytes(path, _LIMIT, _ADVICE)
+    lines = content.split(b"\n")
+    trials: Counter[str] = Counter()
+    for number, line in enumerate(lines[:-1], start=1):
+        record = _record(line)
+        if record is None or (number == 1 and record.get("op_code") != _STUDY_MADE):
             raise UserError(f"{path} is damaged at line {number}; {_ADVICE}")
-        with path.open("r+b") as file:
-            file.truncate(len(content) - len(line))
+        if record.get("op_code") == _TRIAL_MADE:
+            study, index = str(record.get("study_id")), _index(record)
+            if index not in (None, trials[study]):
+                raise UserError(
+                    f"{path} is damaged at line {number}: trial {index} stands where trial {trials[study]} belongs; "
+                    f"{_ADVICE}"
+                )
+            trials[study] += 1
+    if lines[-1]:
+        with writing(path.parent, "run.dir"), path.open("r+b") as file:
+            file.truncate(len(content) - len(lines[-1]))
             os.fsync(file.fileno())
 
 
-def _is_record(line: bytes) -> bool:
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        record = loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _index(record: dict[str, Any]) -> Any:
+    """The number that a trial was kept with; None where it was not, as by earlier versions and other programs."""
+    attributes = record.get("user_attrs")
+    return attributes.get("index") if isinstance(attributes, dict) else None

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import writing
 from heretic_ds.search.journal import DIRECTIONS, open_study, quiet_optuna
 from heretic_ds.search.space import edit_of, known_params, search_space
 from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores
@@ -31,7 +32,7 @@ from heretic_ds.settings import SearchSettings
 logger = logging.getLogger(__name__)
 
 _Values = tuple[float, float]
-_KEPT = ("refusals", "kl", "scores", "seconds", "pass")
+_KEPT = ("index", "refusals", "kl", "scores", "seconds", "pass")
 """What the journal keeps of a trial's record beside its parameters."""
 
 _FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
@@ -203,10 +204,11 @@ class Search:
             distributions=self._space,
             user_attrs=attributes,
         )
-        if left is None:
-            self._append(index, finished)
-        else:
-            self._finish(left, finished)
+        with writing(self._path.parent, "run.dir"):
+            if left is None:
+                self._append(index, finished)
+            else:
+                self._finish(left, finished)
         self._mirror.tell(index, values, finished.state)
         self._records[index] = record
 

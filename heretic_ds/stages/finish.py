@@ -12,13 +12,14 @@ from typing import Any
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import is_whole, read_json
+from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.card import CardFacts, model_card
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.manifest import build_manifest
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.reading import read_json
 from heretic_ds.job import KINDS, PARTS
 from heretic_ds.report.plots import plot_front
 from heretic_ds.report.stages import took

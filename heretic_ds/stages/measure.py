@@ -8,12 +8,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
 from heretic_ds.report.stages import took
@@ -117,12 +118,14 @@ def _stored_directions(run: Run, folder: Path) -> Tensor | None:
         file = folder / "directions.safetensors"
         if not file.is_file():
             return None
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                fits = (tensors.metadata() or {}).get("fingerprint") == direction_fingerprint(run)
-                return tensors.get_tensor("directions") if fits else None
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); remove it, and it is made anew") from error
+        advice = "remove it, and it is made anew"
+        with reading(file, advice, "is damaged"), safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get("fingerprint") != direction_fingerprint(run):
+                return None
+            directions_LD = tensors.get_tensor("directions")
+            if tuple(directions_LD.shape) != (run.job.anatomy.n_blocks + 1, run.job.anatomy.width):
+                raise UserError(f"{file} holds directions of shape {tuple(directions_LD.shape)}; {advice}")
+            return directions_LD
 
     return run.world.decide(read)
 

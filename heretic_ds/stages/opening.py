@@ -19,11 +19,13 @@ from rich.console import Console
 from heretic_ds import progress
 from heretic_ds.ablation import Ablation
 from heretic_ds.checkpoint.fitness import dtype_name
-from heretic_ds.checkpoint.source import is_whole, read_json
+from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.errors import UserError
+from heretic_ds.export.card import warn_of_terms
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
+from heretic_ds.foreign.reading import path_of, read_json
 from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
 from heretic_ds.placements import (
@@ -38,7 +40,7 @@ from heretic_ds.placements import (
 )
 from heretic_ds.progress import Work
 from heretic_ds.report.stages import STAGES, took
-from heretic_ds.run_folder import RunFolder, finished_results
+from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.placing import settle_placements, tell_of_nothing_to_share
@@ -55,14 +57,15 @@ RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json",
 def run_dir(settings: Settings) -> Path:
     """The run folder: ``run.dir``, or ``runs/<model name>``, so that the same command finds its run again."""
     if settings.run.dir is not None:
-        return Path(settings.run.dir).expanduser()
-    name = Path(settings.model.path.rstrip("/")).expanduser().name or "model"
+        return path_of(settings.run.dir, "run.dir")
+    name = path_of(settings.model.path.rstrip("/"), "model.path").name or "model"
     return Path("runs") / (f"{name}-evaluate" if settings.task.name == "evaluate" else name)
 
 
 def export_dir(settings: Settings) -> Path:
     """The export folder: ``export.dir``, or ``model`` in the run folder."""
-    return run_dir(settings) / "model" if settings.export.dir is None else Path(settings.export.dir).expanduser()
+    given = settings.export.dir
+    return run_dir(settings) / "model" if given is None else path_of(given, "export.dir")
 
 
 def request(settings: Settings) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def _holds_own_export(settings: Settings) -> bool:
     manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
     if not (manifest.is_file() and measured.is_file()):
         return False
-    run_id = read_json(measured).get("run_id")
+    run_id = read_measured(measured.parent).get("run_id")
     return run_id is not None and read_json(manifest).get("run_id") == run_id and is_whole(manifest.parent)
 
 
@@ -245,7 +248,7 @@ def may_replace(settings: Settings) -> bool:
     manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
     if settings.export.overwrite or not (manifest.is_file() and measured.is_file()):
         return settings.export.overwrite
-    written, run_id = read_json(manifest), read_json(measured).get("run_id")
+    written, run_id = read_json(manifest), read_measured(measured.parent).get("run_id")
     same_trial = settings.export.trial is not None and settings.export.trial == written.get("trial")
     return run_id is not None and written.get("run_id") == run_id and (settings.task.name == "abliterate" or same_trial)
 
@@ -304,7 +307,7 @@ def _add_earlier_timings(run: Run) -> None:
     run.earlier = stored = run.world.decide(lambda: run.folder.load_results() if run.folder is not None else None)
     if stored is not None and run.settings.task.name == "abliterate":
         timings = run.results["timings"]
-        for phase, seconds in stored["timings"].items():
+        for phase, seconds in stored.get("timings", {}).items():
             timings[phase] = round(timings.get(phase, 0.0) + seconds, 3)
 
 
@@ -316,6 +319,7 @@ def _refuse_impossible_export(job: Job) -> None:
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
+        warn_of_terms(job.opened.source.folder)
 
 
 def _begun(job: Job) -> dict[str, Any]:

@@ -13,12 +13,12 @@ import torch
 
 from heretic_ds.checkpoint import TensorFiles
 from heretic_ds.checkpoint.outline import Outline
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import Placement, left_open, placements_of, settled
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner import Candidate, Plan, facts_of, machine_here, machine_of, make_plan, placements_for
+from heretic_ds.run_folder import read_measured
 from heretic_ds.settings import PHASES, Settings
 from heretic_ds.world import World
 
@@ -61,8 +61,8 @@ def tell_of_nothing_to_share(job: Job) -> None:
 
 def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
     """The choice of an earlier run in the folder; None where there is none, or where it was made for something else."""
-    kept = read_json(measured).get(KEPT_AS) if measured.is_file() else None
-    if kept is None:
+    kept = read_measured(measured.parent).get(KEPT_AS)
+    if kept is None or not {"chosen", "why"} <= kept.keys():
         return None
     changed = [name for name, value in circumstances.items() if kept.get(name) != value]
     if not changed:

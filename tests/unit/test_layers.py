@@ -25,11 +25,23 @@ LAYERS = (
     {"edits"},
     {"prompts", "checkpoint"},
     {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory"},
-    {"ablation", "geometry", "settings", "errors", "heartbeat", "progress", "demo", "conf_files", "__init__"},
+    {
+        "ablation",
+        "geometry",
+        "foreign",
+        "settings",
+        "errors",
+        "heartbeat",
+        "progress",
+        "demo",
+        "conf_files",
+        "__init__",
+    },
 )
 """Top-level modules, the highest first. A module imports from its own layer and from lower ones."""
 
 FORBIDDEN = {
+    "foreign": ("torch", "transformers", "omegaconf", "hydra", "heretic_ds.settings"),
     "ablation": ("torch.distributed", "omegaconf", "hydra", "transformers"),
     "geometry": ("torch.distributed", "omegaconf", "hydra", "transformers", "heretic_ds.settings"),
     "runner": ("deepspeed", "heretic_ds.job", "heretic_ds.settings", "heretic_ds.placements"),

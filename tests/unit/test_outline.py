@@ -89,7 +89,7 @@ def test_of_a_hub_model_no_weights_are_fetched(bare: Path, monkeypatch: pytest.M
         asked.append((name, revision, allow_patterns))
         return str(bare)
 
-    tensors = {"lm_head.weight": SimpleNamespace(shape=[7, 5], dtype="BF16")}
+    tensors = {"lm_head.weight": SimpleNamespace(shape=[7, 32], dtype="BF16")}
     found = SimpleNamespace(files_metadata={"model-1.safetensors": SimpleNamespace(tensors=tensors)})
     monkeypatch.setattr(downloads, "snapshot_download", snapshot)
     monkeypatch.setattr(source, "get_safetensors_metadata", lambda name, revision: found)
@@ -97,7 +97,7 @@ def test_of_a_hub_model_no_weights_are_fetched(bare: Path, monkeypatch: pytest.M
     [(name, revision, patterns)] = asked
     assert (name, revision) == ("org/name", "v1")
     assert "config.json" in patterns and not [each for each in patterns if "safetensors" in each or "bin" in each]
-    assert outline.headers == {"lm_head.weight": source.TensorInfo((7, 5), "BF16", "model-1.safetensors", 0)}
+    assert outline.headers == {"lm_head.weight": source.TensorInfo((7, 32), "BF16", "model-1.safetensors", 0)}
     assert (outline.source.name, outline.source.is_hub) == ("org/name", True)
 
     def pickled(name: str, revision: str) -> None:
