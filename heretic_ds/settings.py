@@ -315,22 +315,6 @@ class Settings:
     report: ReportSettings = field(default_factory=ReportSettings)
 
 
-def option_owners(group: str) -> dict[str, list[str]]:
-    """The options that the files of a group give, each with the choices that have it."""
-    owners: dict[str, list[str]] = {}
-    for file in sorted((conf_dir() / group).glob("*.yaml")):
-        for name in map(str, OmegaConf.load(file)):
-            if name != "_target_":
-                owners.setdefault(name, []).append(file.stem)
-    return owners
-
-
-def choice(group: str, name: str) -> dict[str, Any]:
-    """What the file of one choice of a group gives."""
-    given: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / group / f"{name}.yaml"))
-    return given
-
-
 def register_schemas() -> None:
     """Registers the schema that ``conf/config.yaml`` starts from, and two resolvers.
 

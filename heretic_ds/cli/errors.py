@@ -14,8 +14,9 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from heretic_ds.conf_files import option_owners
 from heretic_ds.foreign.text import in_one_line
-from heretic_ds.settings import FREE_GROUPS, Settings, option_owners
+from heretic_ds.settings import FREE_GROUPS, Settings
 from heretic_ds.settings_checks import type_name
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from heretic_ds.conf_files import choice
 from heretic_ds.placements.costs import Machine
-from heretic_ds.settings import choice
 from tests.e2e.conftest import Heretic, Material, files_below
 
 Plan = dict[str, Any]
