@@ -40,7 +40,7 @@ def machine_line(plan: Plan) -> str:
 def phase_table(plan: Plan, phase: str, width: int) -> Group:
     """All placements of a phase, what is chosen first, for a console of so many columns."""
     wide, narrow, rows = width >= _WIDE, width < _NARROW, best_of_each(plan, phase)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0 if narrow else 1))
     table.add_column("placement", no_wrap=not wide)
     for name in ("GiB a rank", *_SECONDS[phase]):
         table.add_column(_SHORT.get(name, name) if narrow else name, justify="right", no_wrap=True)
