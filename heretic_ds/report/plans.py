@@ -16,9 +16,10 @@ from heretic_ds.planner import Candidate, Plan
 
 _GIB = 2**30
 _WIDE = 120
-"""Columns from which on what lies in memory, and why something does not fit, have columns of their own."""
+"""Columns from which on options, what lies in memory, and why something does not fit, stand in the table; else below
+it, so that no name is broken."""
 _NARROW = 80
-"""Columns below which names of columns are short, and options stand below the table: no name is broken."""
+"""Columns below which names of columns are short."""
 _SHORT = {"GiB a rank": "GiB", "all trials": "all"}
 _TITLES = {
     "capture": "capture: the residuals of all training prompts",
@@ -40,7 +41,7 @@ def machine_line(plan: Plan) -> str:
 def phase_table(plan: Plan, phase: str, width: int) -> Group:
     """All placements of a phase, what is chosen first, for a console of so many columns."""
     wide, narrow, rows = width >= _WIDE, width < _NARROW, best_of_each(plan, phase)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0 if narrow else 1))
     table.add_column("placement", no_wrap=not wide)
     for name in ("GiB a rank", *_SECONDS[phase]):
         table.add_column(_SHORT.get(name, name) if narrow else name, justify="right", no_wrap=True)
@@ -51,9 +52,9 @@ def phase_table(plan: Plan, phase: str, width: int) -> Group:
         verdict = "chosen" if taken else "yes" if candidate.fits else "no"
         reason = f"{verdict}: {candidate.why}" if verdict == "no" else verdict
         last = [_kinds(candidate.cost), reason] if wide else [verdict]
-        cells = [_name(candidate, taken, with_options=not narrow), *_figures(candidate), *last]
+        cells = [_name(candidate, taken, with_options=wide), *_figures(candidate), *last]
         table.add_row(*map(Text, cells), style="bold" if taken else None)
-    notes = [] if wide else list(_notes(rows, with_options=narrow))
+    notes = [] if wide else list(_notes(rows))
     return Group(Text(_TITLES[phase], style="bold"), table, *notes, Text())
 
 
@@ -85,10 +86,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _notes(rows: Sequence[Candidate], with_options: bool) -> Iterator[Padding]:
-    """Below a narrow table: what lies in memory, and why something does not fit; options where the table has none."""
+def _notes(rows: Sequence[Candidate]) -> Iterator[Padding]:
+    """Below a narrow table: its options, what lies in memory, and why something does not fit."""
     for candidate in rows:
-        name = _name(candidate, False, with_options).strip()
+        name = _name(candidate, False).strip()
         told = [candidate.why] if not candidate.fits else []
         if candidate.cost is not None:
             told.insert(0, f"{_kinds(candidate.cost)} (GiB)")
