@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs" / "example"
 TEMPLATE = "page.md.j2"
 ANSWER_TOKENS = 60
-COPIES = {"results.json": "results.json", "pareto.png": "pareto.png", "report.html": "report.html"}
-"""What is taken over from the run folder where it is there, and under which name."""
+COPIES = ("results.json", "pareto.png", "report.html")
+"""What is taken over from the run folder, where it is there."""
 CARD = "model_card.md"
 SHOWN = {"target": 6, "baseline": 4}
 """How many answers the page shows of each kind: the first ones of the eval file, whatever they are."""
@@ -38,8 +38,8 @@ Asked = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Answers by ``original`` or ``edited``, kind and prompt."""
 
 
-def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that the page says, from what was measured."""
+def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any], note: str = "") -> dict[str, Any]:
+    """Everything that the page says, from what was measured; ``note`` is about the time that it took."""
     settings = compose(["experiment=demo_real"])
     trials = {trial["index"]: trial for trial in results["trials"]}
     original, edited = asked["original"], asked["edited"]
@@ -55,6 +55,7 @@ def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any]) 
         "chosen": trials[results["selected"]],
         "minutes": sum(results["timings"].values()) / 60,
         "machine": machine,
+        "note": note,
         "kept": {name: len(read_lines(KEPT / f"{name}.txt")) for name in files},
         "candidates": {kind: len(lines) for kind, lines in candidates.items()},
         "shown_by": {kind: counted(list(first[kind].values())) for kind in KINDS},
@@ -95,36 +96,44 @@ def page(told: Mapping[str, Any]) -> str:
     return here.get_template(TEMPLATE).render(**told)
 
 
-def write(run: Path, target: Path = TARGET) -> None:
-    """Ask both models and write everything. Raises UserError where the run is not finished."""
+def ask_both(run: Path, original: str) -> dict[str, dict[str, dict[str, str]]]:
+    """What the original model and the exported one answer to the eval prompts."""
+    prompts = {kind: KEPT / f"{kind}_eval.txt" for kind in KINDS}
+    longer, models = f"generation.max_new_tokens={ANSWER_TOKENS}", {"original": original, "edited": f"{run}/model"}
+    return {name: answers(prompts, longer, f"model.path={path}") for name, path in models.items()}
+
+
+def write(run: Path, note: str = "", keep_answers: bool = False, target: Path = TARGET) -> None:
+    """Write everything; the models are not asked where their answers are kept.
+
+    Raises UserError where the run is not finished, or exported nothing.
+    """
     from benchmarks.figures import machine  # beside this package, whose modules are run as benchmarks.demo_real
 
-    file = run / "results.json"
+    file, card = run / "results.json", run / "model" / "README.md"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not results.get("finished") or results.get("selected") is None:
-        raise UserError(f"{run} holds no finished search; run `make demo-real` first")
-    prompts = {kind: KEPT / f"{kind}_eval.txt" for kind in KINDS}
-    longer = f"generation.max_new_tokens={ANSWER_TOKENS}"
-    asked = {
-        "original": answers(prompts, longer, f"model.path={results['model']}"),
-        "edited": answers(prompts, longer, f"model.path={run}/model"),
-    }
+    if not results.get("finished") or not card.is_file():
+        raise UserError(f"{run} holds no finished search with its exported model; run `make demo-real` first")
+    kept = target / "answers.json"
+    asked = json.loads(kept.read_text(encoding="utf-8")) if keep_answers else ask_both(run, results["model"])
     target.mkdir(parents=True, exist_ok=True)
-    for name, copy in COPIES.items():
+    for name in COPIES:
         if (run / name).is_file():
-            shutil.copyfile(run / name, target / copy)
-    shutil.copyfile(run / "model" / "README.md", target / CARD)
-    (target / "answers.json").write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    (target / "README.md").write_text(page(facts(results, asked, machine())), encoding="utf-8")
+            shutil.copyfile(run / name, target / name)
+    shutil.copyfile(card, target / CARD)
+    kept.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (target / "README.md").write_text(page(facts(results, asked, machine(), note)), encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_real.write_example")
     parser.add_argument("--run", type=Path, default=Path("runs/demo-real"), help="run folder (default runs/demo-real)")
+    parser.add_argument("--note", default="", help="a sentence for the page, about the time that the run took")
+    parser.add_argument("--keep-answers", action="store_true", help="take answers.json as it is; ask no model")
     options = parser.parse_args(arguments)
     try:
-        write(options.run)
+        write(options.run, options.note, options.keep_answers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
