@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 DRAWN = 12
 """Blocks that are drawn where the settings name none."""
+_TOLD_EVERY = 2.0
+"""Seconds between two words on how far the measuring is: a layer of 800 prompts of width 4096 takes about one."""
 
 
 def refuse_missing_projection(settings: Settings, world: World) -> None:
@@ -105,7 +108,11 @@ def _captured(run: Run, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _layers(store: ResidualStore) -> Iterator[Tensor]:
     """Residuals [N, D] of each entry of the stream. Raises UserError where some are not finite."""
+    told = time.monotonic()
     for entry in range(store.entries):
+        if time.monotonic() - told > _TOLD_EVERY:
+            log.info("measured %d of %d layers", entry, store.entries)
+            told = time.monotonic()
         residual_ND = store.layer(entry)
         if not residual_ND.isfinite().all():
             raise UserError("the residuals of the train prompts are not finite; set model.dtype=float32")

@@ -248,6 +248,13 @@ def test_runs_that_found_little(changes: dict[str, Any], said: str, folder: Path
     assert said.replace(" ", "") in read.text.replace(" ", "")
 
 
+def test_a_search_that_was_cut_short(folder: Path) -> None:
+    (folder / "config.yaml").write_text(CONFIG + "  trials: 9\n")
+    (folder / "results.json").write_text(json.dumps(results(verified=None, selected=None)))
+    read = assert_inert(page(folder, "refusals", "org/some-model"))
+    assert "not finished: 5 of 9 trials" in read.text and "No edit was chosen" not in read.text
+
+
 def test_geometry_of_means_alone(folder: Path) -> None:
     """What a search leaves is enough for lengths and cosines; the page says how to have the rest."""
     (folder / "geometry.json").unlink()
