@@ -56,7 +56,7 @@ def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) ->
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
         "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES, "search_edits",
-        "select_and_verify", "report_front", "export_edited", "finish", "closed",
+        "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
     ]  # fmt: skip
 
 

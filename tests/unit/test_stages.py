@@ -162,6 +162,7 @@ class FakeRun(SimpleNamespace):
             },
         )  # fmt: skip
         self.engine = SimpleNamespace(apply=self.applied.append, restore=lambda: self.applied.append(None))
+        self.job = SimpleNamespace(texts={"target.eval": ["How are you?"] * 10})
 
     def timed(self, phase: str) -> Any:
         return Run.timed(self, phase)  # type: ignore[arg-type]
@@ -172,6 +173,8 @@ class FakeRun(SimpleNamespace):
 
 class Verified:
     """An objective that finds, on edited weights, what it is given for each of the verifications."""
+
+    original_answers, answers = ["no"] * 10, ["fine"] * 10
 
     def __init__(self, *scores: tuple[float, float]) -> None:
         self.scores = list(scores)
