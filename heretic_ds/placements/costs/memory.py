@@ -16,8 +16,8 @@ from heretic_ds.placements.costs.use import MIB, Use, rows_of, together
 ALLOCATOR = 36 * MIB
 """What the C library's allocator holds beside what is in use, while models of 30 to 400 million parameters run."""
 UNEVEN = 48 * MIB
-"""More of that where there are experts, whose tokens come and go in blocks of all sizes: one job's peak on two ranks was
-912 to 1020 MiB in five runs."""
+"""More of that where there are experts, whose tokens come and go in blocks of all sizes: one job had peaks of 912 to
+1020 MiB on two ranks in five runs."""
 CUDA_CONTEXT = 600 * MIB
 """Device memory of a process before it holds anything: context, kernels, workspace of cuBLAS. Vendors state no number;
 some 500 MiB for PyTorch on an H100."""
