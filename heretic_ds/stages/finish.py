@@ -62,15 +62,8 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
             run.engine.apply(edit)
         scores = objective.score([None])[0]
     run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
-    run.results["examples"] = _examples(run, objective)
+    run.results["examples"] = objective.examples(EXAMPLES)
     return scores
-
-
-def _examples(run: Run, objective: Objective) -> list[dict[str, str]]:
-    """The first few target prompts with their answers before and after the edit that was verified last."""
-    prompts = run.job.texts["target.eval"][:EXAMPLES]
-    told = zip(prompts, objective.original_answers, objective.answers, strict=False)
-    return [{"prompt": prompt, "original": before, "edited": after} for prompt, before, after in told]
 
 
 def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialScores:

@@ -184,6 +184,9 @@ class Verified:
         refusals, kl = self.scores.pop(0)
         return [TrialScores(refusals, kl, {"refusals": refusals})]
 
+    def examples(self, most: int) -> list[dict[str, str]]:
+        return [{"prompt": "a", "original": "b", "edited": f"{len(self.scores)} left"}][:most]
+
 
 RECORDS = [record(0, 4, 0.01), record(1, 1, 0.08), record(2, 2, 0.05), record(3, 0, 0.5)]
 

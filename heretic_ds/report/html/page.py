@@ -90,4 +90,4 @@ def _overrides(facts: Facts) -> str:
     words = [] if edit.direction_index is None else [f"ablation.direction_index={edit.direction_index!r}"]
     for component, profile in edit.profiles.items():
         words += [f"ablation.profiles.{component}.{name}={value!r}" for name, value in profile.to_dict().items()]
-    return " ".join(words)
+    return "\n".join(words)
