@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import __version__
+from heretic_ds import __version__, command_line
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.launching import own_ranks, rank_guard
@@ -125,6 +125,7 @@ class _Job:
             return None
 
     def _run(self, settings: Settings) -> Objective | None:
+        command_line.note(self.words)
         if ranks := own_ranks.ranks_to_start(settings):
             self.status = own_ranks.start_ranks(settings, self.words, ranks)
             return None
@@ -210,6 +211,7 @@ def sweep_job(config: DictConfig, dispatch: Callable[[Settings], Objective | Non
     if not any(override.lstrip("+").startswith("run.dir=") for override in hydra.overrides.task):
         config.run.dir = os.path.relpath(hydra.runtime.output_dir)
     config.run.interactive = False
+    command_line.note(hydra.overrides.task)
     status, message, objective = 0, None, None
     try:
         objective = dispatch(to_settings(config))

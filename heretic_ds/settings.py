@@ -14,6 +14,8 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from heretic_ds.settings_tracking import TrackingSettings
+
 TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
@@ -294,6 +296,7 @@ class Settings:
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     run: RunSettings = field(default_factory=RunSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
 def conf_dir() -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import uuid4
 
 import torch
@@ -19,7 +19,6 @@ from rich.console import Console
 from heretic_ds.ablation import Ablation
 from heretic_ds.checkpoint.source import is_whole, read_json
 from heretic_ds.errors import UserError
-from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.job import Job
@@ -28,13 +27,16 @@ from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, buil
 from heretic_ds.run_folder import RunFolder, finished_results
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.facts import begun, in_lines
 from heretic_ds.stages.placing import settle_placements
 from heretic_ds.world import World
+
+if TYPE_CHECKING:
+    from heretic_ds.stages.tracking import Following
 
 log = logging.getLogger(__name__)
 
 
-SCHEMA = 1
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
 
@@ -80,6 +82,8 @@ class Run:
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    following: Following | None = None
+    """Those who follow the search beside the run folder; rank 0 alone has them."""
     earlier: dict[str, Any] | None = None
     """``results.json`` as an earlier run left it."""
     _ablation: Ablation | None = None
@@ -180,6 +184,8 @@ class Run:
         sizes = dict(self.measured.get("batch_sizes", {}))
         if self._engine is not None:
             sizes[self._where] = dict(self._engine.batch_sizes)
+        if sizes != self.measured.get("batch_sizes", {}) and self.folder is not None:
+            self.folder.write_log(f"batch sizes: {sizes.get(self._where, {})}")
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)
@@ -189,6 +195,8 @@ class Run:
         peaks = self.world.gather(peak_memory())
         self.results["peak_memory_bytes"] = {kind: [peak[kind] for peak in peaks] for kind in ("host", "device")}
         self.remember()
+        self.results["batch_sizes"] = self.measured["batch_sizes"]
+        self.results["response_prefix"] = self.job.chat.response_prefix
         if self.folder is not None:
             self.folder.save_results(self.results, request(self.settings) if finished else None)
 
@@ -244,7 +252,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         world.decide(lambda: _refuse_impossible_export(job))
         placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
         _tell_of_nothing_to_share(job)
-        run = Run(job, console, results=_begun(job))
+        run = Run(job, console, results=begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
@@ -256,10 +264,16 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
         try:
             yield run
+            if run.following is not None:
+                run.following.end()
+                run.following = None
         except UserError:
             if run.folder is not None and not run.records:
                 run.folder.discard()
             raise
+        finally:
+            if run.following is not None:
+                run.following.interrupted()
 
 
 def _tell_of_nothing_to_share(job: Job) -> None:
@@ -275,6 +289,8 @@ def _take_folder(run: Run, stack: ExitStack) -> None:
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"))
+    for line in in_lines(run.results):
+        run.folder.write_log(line)
     if "run_id" not in run.folder.measured:
         run.folder.remember(run_id=uuid4().hex)  # by which the run knows its own export again
 
@@ -302,28 +318,3 @@ def _refuse_impossible_export(job: Job) -> None:
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
-
-
-def _begun(job: Job) -> dict[str, Any]:
-    """``results.json`` before anything was measured."""
-    settings = job.settings
-    return {
-        "schema": SCHEMA,
-        "task": settings.task.name,
-        "model": settings.model.path,
-        "world": {
-            "size": job.world.size,
-            **{
-                phase: {"placement": placement.name, "degree": placement.options.degree}
-                for phase, placement in placements_of(settings).items()
-            },
-        },
-        "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
-        "baseline": None,
-        "trials": [],
-        "pareto": [],
-        "selected": None,
-        "verified": None,
-        "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
-        "versions": package_versions(),
-    }
