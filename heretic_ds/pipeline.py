@@ -23,6 +23,7 @@ from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
 from heretic_ds.stages.talk import menu, talk, wants_menu
+from heretic_ds.stages.tracking import check_tracking
 from heretic_ds.world import World
 
 Scores = tuple[float, float]
@@ -43,6 +44,7 @@ def run(settings: Settings) -> Scores | None:
 
 def abliterate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Search for the edit that removes the behaviour, verify it on really edited weights, export the edited model."""
+    check_tracking(settings, world)
     interactive = wants_menu(settings, world)
     if not interactive:
         if results := already_finished(settings, world):

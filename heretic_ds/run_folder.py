@@ -106,6 +106,7 @@ class RunFolder:
         self._made, self._fresh = made, fresh
         self._open = ExitStack()
         self._open.callback(lock.close)
+        self._log: logging.Handler = logging.NullHandler()
         self.results = path / _RESULTS_NAME
         self.journal = path / "study.journal"
         self.directions = path / _DIRECTIONS
@@ -114,6 +115,7 @@ class RunFolder:
         self.front_plot = path / "pareto.png"
         self.report = path / "report.html"
         self.geometry = path / "geometry.json"
+        self.artifacts = path / "artifacts"
         self._measured = path / _MEASURED_NAME
 
     @classmethod
@@ -181,7 +183,14 @@ class RunFolder:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(level)
         logger.addHandler(handler)
+        self._log = handler
         self._open.callback(logger.removeHandler, handler)
+
+    def write_log(self, text: str) -> None:
+        """Append a line to ``run.log`` alone, once it is attached: what the terminal shows otherwise, or not at all."""
+        line = " ".join(text.split())
+        record = logging.LogRecord(__name__, logging.INFO, __file__, 0, line, None, None)
+        self._log.handle(record)
 
     def close(self) -> None:
         """Let go of the log, and let other processes use the folder. Harmless when called again."""

@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
+from heretic_ds.settings_tracking import TrackingSettings
 
 TASKS = ("abliterate", "evaluate", "export", "chat", "plan", "geometry")
 PHASES = ("capture", "evaluate")
@@ -313,6 +314,7 @@ class Settings:
     export: ExportSettings = field(default_factory=ExportSettings)
     run: RunSettings = field(default_factory=RunSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
 
 def register_schemas() -> None:

@@ -12,11 +12,14 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.settings import AUTO, Settings
+from heretic_ds.settings_tracking import TrackingSettings
 
+_WITHOUT_URI = ("none", "tensorboard", "trackio", "wandb")
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 _TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -110,6 +113,20 @@ def _check_rest(settings: Settings) -> _Findings:
     for key, value in (("search.trials_per_pass", per_pass), ("run.launch", launch)):
         counts = value == AUTO or (value.isdecimal() and int(value) > 0)
         yield counts, f"{key} is {value}; it has to be {AUTO}, or a whole number of at least 1"
+    yield from _check_tracking(settings.tracking)
+
+
+def _check_tracking(tracking: TrackingSettings) -> _Findings:
+    yield bool(tracking.project.strip()), "tracking.project is empty; give a name"
+    yield (
+        tracking.uri is None or tracking.name not in _WITHOUT_URI,
+        f"tracking.uri is for tracking=mlflow, but tracking is {tracking.name}; leave it null",
+    )
+    yield (
+        "@" not in urlsplit(tracking.uri or "").netloc,
+        "tracking.uri holds a user or a password, which would be kept in the run folder; give them as "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    )
 
 
 def _check_profiles(settings: Settings) -> _Findings:

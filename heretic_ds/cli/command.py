@@ -30,6 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from heretic_ds import command_line
 from heretic_ds.cli.errors import explain, unknown_keys
 from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
@@ -127,6 +128,7 @@ class _Job:
             return None
 
     def _run(self, settings: Settings) -> Objective | None:
+        command_line.note(self.words)
         if ranks := own_ranks.ranks_to_start(settings):
             self.status = own_ranks.start_ranks(settings, self.words, ranks)
             return None
@@ -213,6 +215,7 @@ def sweep_job(config: DictConfig, dispatch: Callable[[Settings], Objective | Non
     if not any(override.lstrip("+").startswith("run.dir=") for override in hydra.overrides.task):
         config.run.dir = os.path.relpath(hydra.runtime.output_dir)
     config.run.interactive = False
+    command_line.note(hydra.overrides.task)
     status, message, objective = 0, None, None
     try:
         objective = dispatch(to_settings(config))

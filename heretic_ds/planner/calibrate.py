@@ -25,6 +25,7 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import read_json
+from heretic_ds.machine import processor
 from heretic_ds.memory import host_memory, release_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
@@ -70,18 +71,12 @@ def cache_folder() -> Path:
 
 
 def _key(device: torch.device, threads: int, ranks: int) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
     here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
     where = [platform.node(), name, count, host_memory()]
     told = [*where, torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def _load(file: Path) -> Machine | None:

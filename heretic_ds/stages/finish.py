@@ -21,13 +21,14 @@ from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.foreign.reading import read_json
 from heretic_ds.job import KINDS, PARTS
-from heretic_ds.report.plots import plot_front
+from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import PromptSettings
+from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
 
@@ -48,8 +49,8 @@ def report_front(run: Run) -> None:
         table = pareto_table(records, front, original, prompts, selected, run.scorer, run.console.width)
         run.console.print(table, no_wrap=True)
     if run.folder is not None:
-        max_kl = run.settings.export.max_kl
-        plot_front(run.folder.front_plot, records, front, original, prompts, selected, max_kl, run.scorer)
+        facts = FrontFacts(model_title(run.job), original, prompts, run.settings.export.max_kl, run.scorer)
+        plot_front(run.folder.front_plot, records, front, facts, selected)
     run.save()
 
 

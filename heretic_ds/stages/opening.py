@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import uuid4
 
 import torch
@@ -22,7 +22,6 @@ from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.errors import UserError
 from heretic_ds.export.card import warn_of_terms
-from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.foreign.reading import path_of, read_json
@@ -43,14 +42,17 @@ from heretic_ds.report.stages import STAGES, took
 from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.facts import begun, in_lines
 from heretic_ds.stages.placing import settle_placements, tell_of_nothing_to_share
 from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
 
+if TYPE_CHECKING:
+    from heretic_ds.stages.tracking import Following
+
 log = logging.getLogger(__name__)
 
 
-SCHEMA = 1
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
 
@@ -97,6 +99,8 @@ class Run:
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    following: Following | None = None
+    """Those who follow the search beside the run folder; rank 0 alone has them."""
     earlier: dict[str, Any] | None = None
     """``results.json`` as an earlier run left it."""
     _ablation: Ablation | None = None
@@ -199,6 +203,8 @@ class Run:
         sizes = dict(self.measured.get("batch_sizes", {}))
         if self._engine is not None:
             sizes[self._where] = dict(self._engine.batch_sizes)
+        if sizes != self.measured.get("batch_sizes", {}) and self.folder is not None:
+            self.folder.write_log(f"batch sizes: {sizes.get(self._where, {})}")
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)
@@ -208,6 +214,8 @@ class Run:
         peaks = self.world.gather(peak_memory())
         self.results["peak_memory_bytes"] = {kind: [peak[kind] for peak in peaks] for kind in ("host", "device")}
         self.remember()
+        self.results["batch_sizes"] = self.measured["batch_sizes"]
+        self.results["response_prefix"] = self.job.chat.response_prefix
         if self.folder is not None:
             self.folder.save_results(self.results, request(self.settings) if finished else None)
 
@@ -267,7 +275,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         with progress.work("opening"):
             placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
         tell_of_nothing_to_share(job)
-        run = Run(job, console, results=_begun(job))
+        run = Run(job, console, results=begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
@@ -280,10 +288,16 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
             log.info("%s", fact, extra={"console": False})  # the run's log begins with it, too
         try:
             yield run
+            if run.following is not None:
+                run.following.end()
+                run.following = None
         except UserError:
             if run.folder is not None and not run.records:
                 run.folder.discard()
             raise
+        finally:
+            if run.following is not None:
+                run.following.interrupted()
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
@@ -292,6 +306,8 @@ def _take_folder(run: Run, stack: ExitStack) -> None:
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"))
+    for line in in_lines(run.results):
+        run.folder.write_log(line)
     if "run_id" not in run.folder.measured:
         run.folder.remember(run_id=uuid4().hex)  # by which the run knows its own export again
 
@@ -320,28 +336,3 @@ def _refuse_impossible_export(job: Job) -> None:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
         warn_of_terms(job.opened.source.folder)
-
-
-def _begun(job: Job) -> dict[str, Any]:
-    """``results.json`` before anything was measured."""
-    settings = job.settings
-    return {
-        "schema": SCHEMA,
-        "task": settings.task.name,
-        "model": settings.model.path,
-        "world": {
-            "size": job.world.size,
-            **{
-                phase: {"placement": placement.name, "degree": placement.options.degree}
-                for phase, placement in placements_of(settings).items()
-            },
-        },
-        "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
-        "baseline": None,
-        "trials": [],
-        "pareto": [],
-        "selected": None,
-        "verified": None,
-        "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
-        "versions": package_versions(),
-    }

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.ablation.profile import Profile
-from heretic_ds.report.plots import plot_front
+from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.progress import SearchProgress
 from heretic_ds.report.stages import StageProgress, duration
 from heretic_ds.report.tables import TrialTable, pareto_table, trial_line
@@ -102,7 +103,7 @@ def test_another_scorer_goes_by_its_name(tmp_path: Path) -> None:
         progress.update(records[0])
     assert out.getvalue().count("vowels") == 2 and "300" in out.getvalue()
     assert "refusals" not in out.getvalue() and "/100" not in out.getvalue()
-    plot_front(tmp_path / "pareto.png", records, [0], 300, 100, selected=0, scorer="vowels")
+    plot_front(tmp_path / "pareto.png", records, [0], FrontFacts("model", 300, 100, scorer="vowels"), selected=0)
     assert colour_share(tmp_path / "pareto.png", 0xD9, 0x60, 0x0A) > 0  # in sight, above the number of prompts
 
 
@@ -184,8 +185,34 @@ def test_plot_works_for_any_trials(tmp_path: Path, records: list[TrialRecord]) -
     complete = [one.index for one in records if one.complete]
     front = complete[:1]
     selected = front[0] if front else None
-    plot_front(tmp_path / "pareto.png", records, front, 97, 100, selected=selected, max_kl=0.1)
+    plot_front(tmp_path / "pareto.png", records, front, FrontFacts("model", 97, 100, 0.1), selected=selected)
     assert imread(tmp_path / "pareto.png").shape[:2] == (750, 1125)
     assert (colour_share(tmp_path / "pareto.png", 0xD9, 0x60, 0x0A) > 0) == bool(complete)
     assert (colour_share(tmp_path / "pareto.png", 0x1F, 0x5F, 0xA8) > 0) == bool(complete)
     assert [file.name for file in tmp_path.iterdir()] == ["pareto.png"]
+
+
+def columns_of(path: Path, red: int, green: int, blue: int) -> tuple[float, float]:
+    """The first and the last column with a colour, as shares of the picture's width."""
+    pixels = imread(path)[..., :3]
+    columns = (abs(pixels - [red / 255, green / 255, blue / 255]).max(axis=-1) < 0.02).any(axis=0).nonzero()[0]
+    return float(columns[0]) / pixels.shape[1], float(columns[-1]) / pixels.shape[1]
+
+
+@pytest.mark.parametrize("max_kl", [0.1, 1e-4, 1e-9, None])
+def test_trials_take_the_width_of_the_picture(tmp_path: Path, max_kl: float | None) -> None:
+    """Wherever the limit lies: at 0.1 it once left a third of the width to a demo's trials, of 3e-5 to 3e-4 nats."""
+    records = [record(0, 60, 2.8e-5), record(1, 3, 1e-4), record(2, 0, 3.05e-4)]
+    plot_front(tmp_path / "pareto.png", records, [0, 1, 2], FrontFacts("model", 67, 67, max_kl))
+    left, right = columns_of(tmp_path / "pareto.png", 0x1F, 0x5F, 0xA8)
+    assert left < 0.2 and right > 0.9
+
+
+def test_the_picture_names_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    draw = Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **how: titles.append(text) or draw(self, text, **how))
+    plot_front(tmp_path / "pareto.png", [record(0, 5, 0.02)], [0], FrontFacts("some/$\\frac{$ \x1b[31mmodel", 9, 9))
+    assert titles == ["some/$\\frac{$  [31mmodel", "1 trial"]  # not read as a formula, which would not be one
+    plot_front(tmp_path / "pareto.png", [], [], FrontFacts("m" * 200, 9, 9))
+    assert titles[2] == "..." + "m" * 57
