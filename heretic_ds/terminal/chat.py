@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.prompts.chat import ChatFormat
 from heretic_ds.terminal.answering import context_length, stream_answer
 from heretic_ds.terminal.conversation import Conversation
@@ -173,7 +173,7 @@ class _Chat:
         if not path:
             raise UserError("give a file to write to: /save chat.md, or /save chat.json")
         self.need_a_turn()
-        file = Path(path).expanduser()
+        file = path_of(path, "/save")
         self.conversation.save(file, self.name if self.edited is None else f"{self.name}, {self.edited.name}")
         self.face.say(f"the conversation is in {file}")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from heretic_ds.search.trials import TrialRecord
-    from heretic_ds.settings_tracking import TrackingSettings
+    from heretic_ds.settings.tracking import TrackingSettings
 
 
 @dataclass(frozen=True)

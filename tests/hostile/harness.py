@@ -22,7 +22,7 @@ from typing import Any
 
 from heretic_ds import cli
 from heretic_ds.settings import Settings
-from heretic_ds.settings_checks import validate
+from heretic_ds.settings.checks import validate
 from tests import families
 
 KINDS = ("target.train", "target.eval", "baseline.train", "baseline.eval")

@@ -51,7 +51,9 @@ OWN = {
     "memory": "/proc and the system's control groups",
     "placements.vllm.inside.wire": "the socket between two processes of this program",
     "placements.vllm.server": "the answer and the log of a server that this program started",
-    "planner.calibrate": "/proc",
+    "planner.here": "/proc",
+    "report.html.page": "its own style and script",
+    "search.dashboard": "what this run has written, to make it an artifact",
     "world": "what ranks of one job tell each other",
 }
 """Modules that read something else than foreign files, and what."""

@@ -55,7 +55,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
-        "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES, "search_edits",
+        "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES, "search_edits",
         "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
     ]  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_nothing_is_exported_where_nothing_was_found(told: SimpleNamespace, comp
 def test_the_menu_takes_over_after_the_search(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     told.answers["wants_menu"] = True
     assert pipeline.run(compose_settings()) == "menu"  # type: ignore[comparison-overlap]
-    assert told.names == ["wants_menu", "opened", *MEASURES, "search_edits", "menu", "closed"]
+    assert told.names == ["check_tracking", "wants_menu", "opened", *MEASURES, "search_edits", "menu", "closed"]
 
 
 def test_evaluate(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:

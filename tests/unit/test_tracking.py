@@ -12,7 +12,7 @@ from heretic_ds.ablation.profile import Profile
 from heretic_ds.errors import UserError
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import conf_dir
-from heretic_ds.settings_tracking import TrackingSettings
+from heretic_ds.settings.tracking import TrackingSettings
 from heretic_ds.tracking import make_tracker
 from heretic_ds.tracking.base import Tracker, metrics_of, outcome_of
 from tests.conftest import ComposeSettings

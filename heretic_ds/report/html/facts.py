@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from heretic_ds.foreign.reading import read_json, read_text, reading
 from heretic_ds.geometry.measures import of_means
 from heretic_ds.search.pareto import pareto_front
 from heretic_ds.search.trials import TrialRecord
@@ -58,12 +58,14 @@ class Facts:
 
 
 def read_facts(folder: Path, scorer: str) -> Facts:
-    """What the folder holds. Raises OSError and ValueError where files are missing or damaged."""
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    config = folder / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    records = [TrialRecord.from_dict(entry) for entry in results["trials"]]
-    return Facts(results, yaml.safe_load(text) or {}, text, scorer, records, pareto_front(records), **_geometry(folder))
+    """What the folder holds. Raises UserError where files are missing or damaged."""
+    config, results = folder / "config.yaml", read_json(folder / "results.json")
+    text = read_text(config) if config.is_file() else ""
+    with reading(config):
+        settings = yaml.safe_load(text) or {}
+    with reading(folder / "results.json"):
+        records = [TrialRecord.from_dict(entry) for entry in results["trials"]]
+    return Facts(results, settings, text, scorer, records, pareto_front(records), **_geometry(folder))
 
 
 def _geometry(folder: Path) -> dict[str, Any]:
@@ -72,7 +74,7 @@ def _geometry(folder: Path) -> dict[str, Any]:
     file = folder / "geometry.json"
     if not file.is_file():
         return {"layers": means}
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     if fingerprint not in (None, found["asked"]["fingerprint"]):
         return {"layers": means, "geometry_is_stale": True}
     return {
@@ -87,7 +89,7 @@ def _means(file: Path) -> tuple[list[dict[str, float | None]], str | None]:
     """Geometry of the means that directions were made of, and what they were made of; nothing without them."""
     if not file.is_file():
         return [], None
-    with safe_open(file, framework="pt") as tensors:
+    with reading(file), safe_open(file, framework="pt") as tensors:
         if not {"target_mean", "baseline_mean"} <= set(tensors.keys()):
             return [], None
         means = of_means(tensors.get_tensor("target_mean"), tensors.get_tensor("baseline_mean"))

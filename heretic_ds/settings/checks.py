@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.settings import AUTO, Settings
-from heretic_ds.settings_tracking import TrackingSettings
+from heretic_ds.settings.tracking import TrackingSettings
 
 _WITHOUT_URI = ("none", "tensorboard", "trackio", "wandb")
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

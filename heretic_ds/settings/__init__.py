@@ -1,4 +1,4 @@
-"""Every setting as a typed, documented structured config; :mod:`heretic_ds.settings_checks` checks their values.
+"""Every setting as a typed, documented structured config; :mod:`heretic_ds.settings.checks` checks their values.
 
 The YAML files under ``conf/`` choose values; the dataclasses here give the schema: names, types, defaults, bounds,
 and a docstring below each field from which the configuration reference in ``docs/`` is generated.
@@ -7,6 +7,7 @@ and a docstring below each field from which the configuration reference in ``doc
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -15,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
-from heretic_ds.settings_tracking import TrackingSettings
+from heretic_ds.settings.tracking import TrackingSettings
 
 TASKS = ("abliterate", "evaluate", "export", "chat", "plan", "geometry")
 PHASES = ("capture", "evaluate")
@@ -328,10 +329,11 @@ def register_schemas() -> None:
     for group in FREE_GROUPS:
         OmegaConf.set_struct(schema[group], False)
     ConfigStore.instance().store(name=SCHEMA_NAME, node=schema)
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     OmegaConf.register_new_resolver("package_file", lambda path: str(package / path), replace=True)
     OmegaConf.register_new_resolver("of_hub", _of_hub, replace=True)
 
 
 def _of_hub(source: str, rows: str) -> str | None:
-    return None if "://" in source or Path(source).expanduser().exists() else rows
+    here = source.startswith(("~", ".", "/")) or os.path.exists(source)
+    return None if "://" in source or here else rows
