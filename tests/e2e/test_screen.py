@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from tests.pseudo_terminal import HERETIC, Terminal
+from tests.pseudo_terminal import HERETIC, ROOT, Terminal
 
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 DEMO = (
@@ -70,11 +70,9 @@ def test_no_stage_is_silent(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_no_stage_of_a_real_model_is_silent(tmp_path: Path) -> None:
-    folder = os.environ.get("HERETIC_REAL_MODEL", "")
+    folder = os.environ.get("HERETIC_REAL_MODEL") or str(ROOT / ".models" / "SmolLM2-135M-Instruct")
     if not Path(folder, "config.json").is_file():
-        pytest.skip(
-            "no real model: run `make demo-real`, and set HERETIC_REAL_MODEL to the model's folder that it makes"
-        )
+        pytest.skip("no real model: run `make demo-real`, or set HERETIC_REAL_MODEL to the folder of one")
     words = ("prompts=demo", "scoring.markers=[a,e]", "search.trials=2", "run.interactive=false", "run.dir=run")
     short = ("generation.max_new_tokens=20", "export.max_kl=50")
     with Terminal([*HERETIC, folder, *words, *short], tmp_path, 80) as terminal:
