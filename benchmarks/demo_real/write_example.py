@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,18 +35,25 @@ CARD = "model_card.md"
 SHOWN = {"target": 6, "baseline": 4}
 """How many answers the page shows of each kind: the first ones of the eval file, whatever they are."""
 
+NAMES = re.compile(r"\b(AI|[Cc]hatbot|SmolLM|[Aa]ssistant|language model)\b")
+"""By which a model names itself, also in answers that hold no marker."""
+
 Asked = Mapping[str, Mapping[str, Mapping[str, str]]]
 """Answers by ``original`` or ``edited``, kind and prompt."""
 
 
-def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any], note: str = "") -> dict[str, Any]:
-    """Everything that the page says, from what was measured; ``note`` is about the time that it took."""
+def facts(
+    results: Mapping[str, Any], asked: Asked | None, machine: Mapping[str, Any], note: str = ""
+) -> dict[str, Any]:
+    """Everything that the page says, from what was measured; ``note`` is about the time that it took.
+
+    Without answers of the two models the page leaves out what needs them.
+    """
     settings = compose(["experiment=demo_real"])
     trials = {trial["index"]: trial for trial in results["trials"]}
-    original, edited = asked["original"], asked["edited"]
-    candidates = {kind: read_lines(CANDIDATES / f"{kind}.txt") for kind in KINDS}
     files = [f"{kind}_{part}" for kind in KINDS for part in ("train", "eval")]
     first = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    example = read_lines(KEPT / "target_eval.txt")[1]
     return {
         "results": results,
         "dtype": settings.model.dtype,
@@ -57,13 +65,23 @@ def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any], 
         "machine": machine,
         "note": note,
         "kept": {name: len(read_lines(KEPT / f"{name}.txt")) for name in files},
-        "candidates": {kind: len(lines) for kind, lines in candidates.items()},
+        "candidates": {kind: len(read_lines(CANDIDATES / f"{kind}.txt")) for kind in KINDS},
         "shown_by": {kind: counted(list(first[kind].values())) for kind in KINDS},
+        "example": (example, first["target"][example]),
+        "longer": _longer_answers(asked) if asked else None,
+    }
+
+
+def _longer_answers(asked: Asked) -> dict[str, Any]:
+    """What the page says of the answers that both models gave once more."""
+    original, edited = asked["original"], asked["edited"]
+    return {
         "tokens": ANSWER_TOKENS,
         "asked": {kind: len(original[kind]) for kind in KINDS},
-        "longer": {name: counted(list(asked[name]["target"].values())) for name in asked},
+        "counts": {name: counted(list(asked[name]["target"].values())) for name in asked},
+        "veiled": sum(NAMES.search(text) is not None and not counted([text]) for text in edited["target"].values()),
         "same": sum(original["baseline"][prompt] == edited["baseline"][prompt] for prompt in original["baseline"]),
-        "answers": {
+        "shown": {
             kind: [(prompt, original[kind][prompt], edited[kind][prompt]) for prompt in list(original[kind])[:count]]
             for kind, count in SHOWN.items()
         },
@@ -73,6 +91,8 @@ def facts(results: Mapping[str, Any], asked: Asked, machine: Mapping[str, Any], 
 def profile(trial: Mapping[str, Any], component: str) -> str:
     """A profile of a trial in short: the largest weight and its layer, the weight at the foot and its distance."""
     given = trial["profiles"][component]
+    if not given["max_weight"] and not given["min_weight"]:
+        return "not edited"
     return (
         f"{given['max_weight']:.2f} at {given['max_weight_position']:.1f}, "
         f"{given['min_weight']:.2f} at ±{given['min_weight_distance']:.1f}"
@@ -103,8 +123,8 @@ def ask_both(run: Path, original: str) -> dict[str, dict[str, dict[str, str]]]:
     return {name: answers(prompts, longer, f"model.path={path}") for name, path in models.items()}
 
 
-def write(run: Path, note: str = "", keep_answers: bool = False, target: Path = TARGET) -> None:
-    """Write everything; the models are not asked where their answers are kept.
+def write(run: Path, note: str = "", which: str = "new", target: Path = TARGET) -> None:
+    """Write everything; the models are asked for ``new`` answers, or those ``kept`` are taken, or ``none``.
 
     Raises UserError where the run is not finished, or exported nothing.
     """
@@ -115,13 +135,16 @@ def write(run: Path, note: str = "", keep_answers: bool = False, target: Path = 
     if not results.get("finished") or not card.is_file():
         raise UserError(f"{run} holds no finished search with its exported model; run `make demo-real` first")
     kept = target / "answers.json"
-    asked = json.loads(kept.read_text(encoding="utf-8")) if keep_answers else ask_both(run, results["model"])
+    asked = ask_both(run, results["model"]) if which == "new" else None
+    if which == "kept":
+        asked = json.loads(kept.read_text(encoding="utf-8"))
     target.mkdir(parents=True, exist_ok=True)
     for name in COPIES:
         if (run / name).is_file():
             shutil.copyfile(run / name, target / name)
     shutil.copyfile(card, target / CARD)
-    kept.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if asked:
+        kept.write_text(json.dumps(asked, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (target / "README.md").write_text(page(facts(results, asked, machine(), note)), encoding="utf-8")
 
 
@@ -130,10 +153,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_real.write_example")
     parser.add_argument("--run", type=Path, default=Path("runs/demo-real"), help="run folder (default runs/demo-real)")
     parser.add_argument("--note", default="", help="a sentence for the page, about the time that the run took")
-    parser.add_argument("--keep-answers", action="store_true", help="take answers.json as it is; ask no model")
+    parser.add_argument(
+        "--answers",
+        choices=("new", "kept", "none"),
+        default="new",
+        help="ask both models, take answers.json, or neither",
+    )
     options = parser.parse_args(arguments)
     try:
-        write(options.run, options.note, options.keep_answers)
+        write(options.run, options.note, options.answers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -293,5 +293,8 @@ def test_the_page_says_what_was_measured():
     assert "| 2 | 5 | 0.003 | per layer | 1.25 at 20.5, 0.50 at ±9.0 |" in page
     assert "| Ate you? | I'm sorry, but as a chatbot I \\| don't eat. | Pie. |" in page
     assert page.count("| 10.0 |") == 3
+    without = write_example.page(write_example.facts(results, None, {"cores": 2, "cpu": "Some CPU"}, "It was idle."))
+    assert "60 tokens" not in without and "Ate you?" not in without and "GPU. It was idle." in without
+    assert "| answers with a marker, of 9, 30 tokens | 9 | 4 |\n| KL divergence" in without
     for name, count in told["kept"].items():
         assert count == len(ask.read_lines(select_prompts.KEPT / f"{name}.txt"))
