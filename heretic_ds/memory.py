@@ -89,7 +89,55 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())])
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine has, or that a container or a batch system grants of it."""
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _limits())])
+
+
+def _limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+    """Limits of Linux control groups on this process, each with the bytes in use that cannot be dropped at once.
+
+    A group's limit holds for all groups in it, so those above the process's own count too. Empty elsewhere.
+    """
+    try:
+        paths = [line.split(":", 2)[1:] for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return []
+    found = []
+    for controllers, path in paths:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = groups / "memory" if controllers else groups  # version 1 has a tree for each controller
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        here = root / path.lstrip("/")
+        # In a container the path may be the host's, where only the root is to be seen.
+        for folder in [folder for folder in (here, *here.parents) if folder == root or root in folder.parents]:
+            limit, used = (_bytes_in(folder / name) for name in names)
+            if limit is not None and used is not None:
+                found.append((limit, used - _droppable(folder / "memory.stat")))
+    return found
+
+
+def _bytes_in(file: Path) -> int | None:
+    """The number in a control group's file; None where there is none, or no limit."""
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _droppable(stat: Path) -> int:
+    """Bytes of files that were read and that the system forgets as soon as memory is asked for."""
+    try:
+        rows = dict(line.split(" ", 1) for line in stat.read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return 0
+    return int(rows.get("total_inactive_file") or rows.get("inactive_file") or 0)
 
 
 def give_back_memory() -> None:

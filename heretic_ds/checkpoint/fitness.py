@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
+from heretic_ds.memory import host_memory
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -60,7 +60,7 @@ def dtype_candidates(wanted: str, own: torch.dtype, device: torch.device, parame
             raise UserError(f"model.dtype={wanted} is unknown; expected auto, float32, bfloat16 or float16.")
         return [DTYPES[wanted]]
     if own == torch.float16 and device.type == "cpu":
-        roomy = 4 * parameters < 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        roomy = 4 * parameters < 0.8 * host_memory()
         return [torch.float32, torch.bfloat16] if roomy else [torch.bfloat16]
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if own == torch.float16:

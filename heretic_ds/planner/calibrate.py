@@ -25,7 +25,7 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.machine import processor
-from heretic_ds.memory import release_memory
+from heretic_ds.memory import host_memory, release_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
 from heretic_ds.world import World
@@ -73,7 +73,8 @@ def _key(device: torch.device, threads: int, ranks: int) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
     here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
-    told = [platform.node(), name, count, torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
+    where = [platform.node(), name, count, host_memory()]
+    told = [*where, torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -104,7 +105,7 @@ def _measure(device: torch.device, world: World) -> dict[str, Any]:
     """All rates; every rank measures at the same time, since that is how they will work, and the slowest counts."""
     on_cuda = device.type == "cuda"
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    host = float(host_memory())
     devices = torch.cuda.device_count() if on_cuda else max(1, local)
     memory = float(torch.cuda.mem_get_info(device)[1]) if on_cuda else host / devices
     mine = {

@@ -29,8 +29,8 @@ LEAST_ROWS = 8
 MOST_NODES = 64
 """Computers up to which is looked for how many would do."""
 
-Check = Callable[[Placement], object]
-"""Raises UserError for a placement that this job, on these ranks, cannot have."""
+Check = Callable[[Placement, int], object]
+"""Raises UserError for a placement that this job, on so many ranks, cannot have."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class Candidate:
     made: Placement | None = field(default=None, repr=False, compare=False)
     seconds: float = float("inf")
     """Of the whole phase with loading."""
+
+
+Acceptance = Callable[[Candidate, Callable[..., None]], bool]
+"""Whether a candidate passes the check; a refusal is said by the second argument, a method of a logger."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,10 @@ def make_plan(
         found += tried
         prompts = facts.work.train_prompts if phase == "capture" else facts.work.target_prompts
         least = min(LEAST_ROWS, facts.work.batch or LEAST_ROWS, math.ceil(prompts / resources.ranks))
-        chosen[phase] = _best(tried, chosen.get("evaluate"), least, check)
+        accepted = _acceptance(check, resources.ranks)
+        chosen[phase] = _best(tried, chosen.get("evaluate"), least, accepted)
     missing = any(each is None for each in chosen.values())
-    smallest = _smallest(facts, machine, resources.ranks, placements) if missing else None
+    smallest = _smallest(facts, machine, resources.ranks, placements, check) if missing else None
     return Plan(
         model=facts.name,
         machine=machine,
@@ -153,7 +158,7 @@ def _seconds(facts: Facts, cost: Cost) -> float:
 
 
 def _best(
-    tried: Sequence[Candidate], evaluating: Candidate | None, least: int, check: Check | None
+    tried: Sequence[Candidate], evaluating: Candidate | None, least: int, accepted: Acceptance
 ) -> Candidate | None:
     """A whole model on each rank where that fits, with at least so many rows; else the candidate that is done first."""
 
@@ -166,17 +171,17 @@ def _best(
 
     left = [candidate for candidate in tried if candidate.fits]
     whole = [each for each in left if each.made and each.made.whole and each.cost and each.cost.batch >= least]
-    return _first(whole, seconds, check) or _first(left, seconds, check)
+    return _first(whole, seconds, accepted) or _first(left, seconds, accepted)
 
 
-def _first(tried: Sequence[Candidate], seconds: Callable[[Candidate], float], check: Check | None) -> Candidate | None:
+def _first(tried: Sequence[Candidate], seconds: Callable[[Candidate], float], accepted: Acceptance) -> Candidate | None:
     """The fastest of those that pass the check, or a simpler one that takes hardly longer."""
     left = list(tried)
     while left:
         soonest = min(map(seconds, left))
         alike = [candidate for candidate in left if seconds(candidate) <= ALIKE * soonest]
         best = min(alike, key=lambda candidate: (_burden(candidate), seconds(candidate)))
-        if _accepted(best, check):
+        if accepted(best, log.info):
             return best
         left.remove(best)
     return None
@@ -186,19 +191,26 @@ def _burden(candidate: Candidate) -> int:
     return candidate.made.burden if candidate.made else 0
 
 
-def _accepted(candidate: Candidate, check: Check | None) -> bool:
-    if check is None or candidate.made is None:
+def _acceptance(check: Check | None, ranks: int) -> Acceptance:
+    def accepted(candidate: Candidate, say: Callable[..., None]) -> bool:
+        if check is None or candidate.made is None:
+            return True
+        try:
+            check(candidate.made, ranks)
+        except UserError as error:
+            say("%s=%s cannot be chosen: %s", candidate.phase, candidate.placement, error)
+            return False
         return True
-    try:
-        check(candidate.made)
-    except UserError as error:
-        log.info("%s=%s cannot be chosen: %s", candidate.phase, candidate.placement, error)
-        return False
-    return True
+
+    return accepted
 
 
 def _smallest(
-    facts: Facts, machine: Machine, ranks: int, placements: Mapping[str, Sequence[type[Placement] | Placement]]
+    facts: Facts,
+    machine: Machine,
+    ranks: int,
+    placements: Mapping[str, Sequence[type[Placement] | Placement]],
+    check: Check | None,
 ) -> int | None:
     """The least number of such devices, on as many computers as they need, on which every phase finds a placement."""
     here = machine.devices_per_node
@@ -208,8 +220,12 @@ def _smallest(
         if count <= ranks or _is_short(facts, machine, count):
             continue
         larger = replace(machine, nodes=max(1, count // here), devices_per_node=min(count, here))
-        resources = Resources(larger, count)
-        if all(any(c.fits for c in _candidates(least, resources, phase, given)) for phase, given in placements.items()):
+        resources, accepted = Resources(larger, count), _acceptance(check, count)
+        served = (
+            any(each.fits and accepted(each, log.debug) for each in _candidates(least, resources, phase, given))
+            for phase, given in placements.items()
+        )
+        if all(served):
             return count
     return None
 

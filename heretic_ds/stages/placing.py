@@ -83,18 +83,18 @@ def plan_of(job: Job, machine: Machine, ranks: int, lengths: Mapping[str, Sequen
     Where the weights are here they decide too: parts of files that are no safetensors cannot be read.
     """
     outline = job.opened if isinstance(job.opened, Outline) else Outline.of(job.opened)
-    asked_about = replace(job, opened=outline)
 
-    def check(placement: Placement) -> None:
+    def check(placement: Placement, on: int) -> None:
         if not placement.whole and outline is not job.opened:
             TensorFiles(outline.source.folder, outline.headers)
-        placement.check(asked_about)
+        placement.check(replace(job, opened=outline, world=job.world if on == ranks else World(0, on)))
 
     for phase in left_open(job.settings):
         job.world.degree(placements_of(job.settings)[phase].options.degree, f"{phase}.degree")
     choice = {phase: _choices(job.settings, phase) for phase in PHASES}
     plan = make_plan(facts_of(outline, job.anatomy, job.settings, lengths), machine, ranks, choice, check)
-    return replace(plan, candidates=[_checked(candidate, check) for candidate in plan.candidates])
+    checked = [_checked(candidate, lambda made: check(made, ranks)) for candidate in plan.candidates]
+    return replace(plan, candidates=checked)
 
 
 def _checked(candidate: Candidate, check: Callable[[Placement], None]) -> Candidate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -72,3 +73,39 @@ def test_a_peak_is_this_processs_own_whatever_started_it():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(taken) == 2**26 and 2**24 <= int(ended.stdout) < 2**26
+
+
+def group(folder: Path, **values: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in values.items():
+        (folder / name.replace("_", ".", 1)).write_text(f"{value}\n")
+
+
+def test_limits_of_a_container_count(tmp_path: Path) -> None:
+    """The limit of a group above counts too; files that were only read are free memory."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+    group(groups / "job", memory_max=1000, memory_current=700, memory_stat="anon 100\ninactive_file 300")
+    group(groups / "job" / "step", memory_max="max", memory_current=600)
+    own.write_text("0::/job/step\n")
+    assert memory._limits(groups, own) == [(1000, 400)]
+    own.write_text("0::/not/to/be/seen/from/inside\n")
+    assert memory._limits(groups, own) == []
+    group(groups, memory_max=800, memory_current=50)
+    assert memory._limits(groups, own) == [(800, 50)]
+    assert memory._limits(groups, tmp_path / "no such file") == []
+
+
+def test_limits_of_the_first_version_of_control_groups(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    for name, value in (("limit_in_bytes", 500), ("usage_in_bytes", 90), ("stat", "total_inactive_file 40")):
+        group(tmp_path / "memory" / "job", **{f"memory_{name}": value})
+    own.write_text("4:cpu,memory:/job\n3:cpuset:/job\n1:name=systemd:/\n0::/\n")
+    assert memory._limits(tmp_path, own) == [(500, 50)]
+
+
+def test_free_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_limits", lambda: [(2**62, 0), (5000, 3000)])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (memory.free_bytes(CPU), memory.host_memory()) == (1000, 5000)
+    monkeypatch.setattr(memory, "_limits", lambda: [(5000, 6000)])
+    assert memory.free_bytes(CPU) == 0

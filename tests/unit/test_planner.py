@@ -82,7 +82,7 @@ def test_what_the_check_refuses_is_not_chosen() -> None:
     choice = {phase: [Replicated, TensorParallel, Fsdp] for phase in ("evaluate", "capture")}
 
     def refuse(*names: str) -> Any:
-        def check(placement: Placement) -> None:
+        def check(placement: Placement, ranks: int) -> None:
             if placement.name in names:
                 raise UserError(f"{placement.name} is not to be had")
 
@@ -92,6 +92,19 @@ def test_what_the_check_refuses_is_not_chosen() -> None:
     assert refuse("replicated").placement == "tensor_parallel"
     assert refuse("replicated", "tensor_parallel").placement == "fsdp"
     assert refuse("replicated", "tensor_parallel", "fsdp") is None
+
+
+def test_devices_that_would_do_pass_the_check_too() -> None:
+    """A count on which all that fits is refused is not named."""
+    facts, gpu = planned("32B"), machine("rtx4090")
+    choice = {phase: [Replicated, TensorParallel, Fsdp] for phase in ("evaluate", "capture")}
+
+    def check(placement: Placement, ranks: int) -> None:
+        if placement.name == "fsdp" or ranks < 8:
+            raise UserError(f"{placement.name} does not serve this on {ranks} ranks")
+
+    assert make_plan(facts, gpu, None, choice).smallest_devices == 4
+    assert make_plan(facts, gpu, None, choice, check).smallest_devices == 8
 
 
 def test_options_that_are_given_stay() -> None:
