@@ -55,8 +55,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
-        "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES, "search_edits",
-        "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
+        "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES,
+        "search_edits", "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
     ]  # fmt: skip
 
 
