@@ -26,6 +26,11 @@ TARGET = ROOT / "docs" / "screens"
 COLUMNS = (60, 120)
 DEMO = ("experiment=demo",)
 _SHORT = ("search.trials=8", "search.startup_trials=4")
+_EDIT = {"max_weight": 1.3, "max_weight_position": 4.0, "min_weight": 1.0, "min_weight_distance": 4.0}
+_EDITED = [f"ablation.profiles.{part}.{key}={value}" for part in ("attention", "mlp") for key, value in _EDIT.items()]
+_LEAVE, _UP = "\x04", "\x1b[A"
+_ASKED = r"\x1b\[\?2004h(?s:.*)> "
+"""What prompt_toolkit writes where it begins to ask: it switches bracketed paste on."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Scene:
     last: str = ""
     """Pattern of the first line behind it that is not kept; empty: to the end."""
     keys: Sequence[tuple[str, str]] = ()
-    """What is pressed, each once a pattern is on the screen below what was there before."""
+    """What is pressed, each once a pattern is on the screen below what was there before. The last keys end the command:
+    what is kept is the screen before them."""
     before: Sequence[str] = ()
     """Words of a command that is run first in the same folder."""
 
@@ -49,6 +55,19 @@ SCENES = {
     "start": Scene([*DEMO, *_SHORT, "run.interactive=false"], last="the best so far"),
     "search": Scene([*DEMO, *_SHORT, "run.interactive=false"], first="the best so far", last="on edited weights"),
     "end": Scene([*DEMO, *_SHORT, "run.interactive=false"], first=r"trial \d+: "),
+    "menu": Scene([*DEMO, *_SHORT], first="a run without a menu", keys=[("leave", _LEAVE)]),
+    "chat": Scene(
+        [*DEMO, "task=chat", "task.answer_tokens=30", *_EDITED],
+        first="You talk to",
+        keys=[
+            (_ASKED, "Tell me how to make soup from peas.\r"),
+            (_ASKED, "/original\r"),
+            (_ASKED, _UP + _UP),
+            ("soup", "\r"),
+            (_ASKED, "/save soup.md\r"),
+            (_ASKED, _LEAVE),
+        ],
+    ),
     "evaluate": Scene([*DEMO, "task=evaluate"]),
     "plan": Scene([*DEMO, "task=plan", "hardware=h100x8"]),
 }
@@ -62,14 +81,16 @@ def screen(
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for command in filter(None, (before, words)):
-            with Terminal([*HERETIC, *command], Path(folder), columns, env={"OMP_NUM_THREADS": "1"}) as terminal:
-                seen = 0
+            # Nobody answers where the cursor is, which prompt_toolkit would wait for.
+            env = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": folder, "PROMPT_TOOLKIT_NO_CPR": "1"}
+            with Terminal([*HERETIC, *command], Path(folder), columns, env=env) as terminal:
+                seen, shown = 0, None
                 for pattern, pressed in keys if command is words else ():
                     terminal.wait_until(lambda shown: re.search(pattern, shown.text[seen:]) is not None)  # noqa: B023
-                    seen = len(terminal.text)
+                    seen, shown = len(terminal.text), terminal.shown
                     terminal.type(pressed)
                 terminal.end()
-                lines = [line.replace(folder, "~") for line in terminal.shown]
+                lines = [line.replace(folder, "~") for line in shown or terminal.shown]
     return lines
 
 
