@@ -28,11 +28,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from heretic_ds import __version__, command_line
+from heretic_ds import __version__
 from heretic_ds.cli_errors import explain, unknown_keys
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.launching import own_ranks, rank_guard
-from heretic_ds.report import sweep_summary
+from heretic_ds.report import command_line, sweep_summary
 from heretic_ds.settings import TASKS, Settings, conf_dir, register_schemas
 from heretic_ds.settings_checks import validate
 

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from heretic_ds.settings_tracking import TrackingSettings
+from heretic_ds.schema.tracking import TrackingSettings
 
 TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
 PHASES = ("capture", "evaluate")

@@ -15,8 +15,8 @@ from typing import Any, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 from heretic_ds.errors import UserError
+from heretic_ds.schema.tracking import TrackingSettings
 from heretic_ds.settings import AUTO, Settings
-from heretic_ds.settings_tracking import TrackingSettings
 
 _WITHOUT_URI = ("none", "tensorboard", "trackio", "wandb")
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}

@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heretic_ds.errors import UserError
-from heretic_ds.machine import processor
 from heretic_ds.memory import host_memory, release_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
+from heretic_ds.planner.machine import processor
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from heretic_ds import command_line
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.job import Job
-from heretic_ds.machine import describe_device, describe_machine
 from heretic_ds.placements import placements_of
+from heretic_ds.planner.machine import describe_device, describe_machine
+from heretic_ds.report import command_line
 from heretic_ds.settings import Settings
 
 SCHEMA = 1

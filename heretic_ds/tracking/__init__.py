@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 from heretic_ds.errors import UserError
+from heretic_ds.schema.tracking import TrackingSettings
 from heretic_ds.settings_checks import find_class
-from heretic_ds.settings_tracking import TrackingSettings
 from heretic_ds.tracking.base import Tracker
 
 NONE = "none"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from heretic_ds.schema.tracking import TrackingSettings
     from heretic_ds.search.trials import TrialRecord
-    from heretic_ds.settings_tracking import TrackingSettings
 
 
 @dataclass(frozen=True)

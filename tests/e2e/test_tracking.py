@@ -14,7 +14,7 @@ from wsgiref.util import setup_testing_defaults
 import optuna
 import pytest
 
-from heretic_ds import command_line
+from heretic_ds.report import command_line
 from tests.e2e.conftest import Heretic, Material, read_results
 from tests.e2e.followers import Recorder
 

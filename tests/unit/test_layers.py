@@ -25,8 +25,8 @@ LAYERS = (
     {"runner"},
     {"edits"},
     {"prompts", "checkpoint"},
-    {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory", "machine"},
-    {"ablation", "settings", "settings_tracking", "errors", "heartbeat", "demo", "command_line", "__init__"},
+    {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory"},
+    {"ablation", "settings", "schema", "errors", "heartbeat", "demo", "__init__"},
 )
 """Top-level modules, the highest first. A module imports from its own layer and from lower ones."""
 

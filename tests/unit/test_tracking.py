@@ -10,9 +10,9 @@ import pytest
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.ablation.profile import Profile
 from heretic_ds.errors import UserError
+from heretic_ds.schema.tracking import TrackingSettings
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import conf_dir
-from heretic_ds.settings_tracking import TrackingSettings
 from heretic_ds.tracking import make_tracker
 from heretic_ds.tracking.base import Tracker, metrics_of, outcome_of
 from tests.conftest import ComposeSettings

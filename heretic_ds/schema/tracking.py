@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 
 @dataclass
@@ -15,10 +14,10 @@ class TrackingSettings:
     from ``heretic_ds.tracking.base.Tracker``."""
     project: str = "heretic_ds"
     """Project of Trackio and Weights & Biases, experiment of MLflow."""
-    dir: Optional[str] = None
+    dir: str | None = None
     """Folder of what a tracker writes on this machine; null: ``<run.dir>/tracking``."""
-    uri: Optional[str] = None
+    uri: str | None = None
     """Tracking server or store of MLflow; null: ``MLFLOW_TRACKING_URI``, else a store in ``tracking.dir``."""
-    dashboard: Optional[bool] = None
+    dashboard: bool | None = None
     """Whether the study gets a note and, as artifacts, the run's report and picture, for optuna-dashboard; null: where
     that is installed."""
