@@ -42,11 +42,11 @@ def phase_table(plan: Plan, phase: str, width: int) -> Group:
     """All placements of a phase, what is chosen first, for a console of so many columns."""
     wide, narrow, rows = width >= _WIDE, width < _NARROW, best_of_each(plan, phase)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0 if narrow else 1))
-    table.add_column("placement", no_wrap=not wide)
+    table.add_column("placement", no_wrap=not wide, overflow="fold")
     for name in ("GiB a rank", *_SECONDS[phase]):
         table.add_column(_SHORT.get(name, name) if narrow else name, justify="right", no_wrap=True)
     for name in ("of which GiB", "fits") if wide else ("fits",):
-        table.add_column(name, no_wrap=not wide)
+        table.add_column(name, no_wrap=not wide, overflow="fold")
     for candidate in rows:
         taken = candidate == plan.chosen.get(phase)
         verdict = "chosen" if taken else "yes" if candidate.fits else "no"

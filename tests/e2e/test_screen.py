@@ -13,13 +13,7 @@ from rich.cells import cell_len
 from tests.pseudo_terminal import HERETIC, ROOT, Terminal
 
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
-DEMO = (
-    "experiment=demo",
-    "run.interactive=false",
-    "search.trials=4",
-    "search.startup_trials=2",
-    "generation.batch_size=64",
-)
+DEMO = ("experiment=demo", "run.interactive=false", "search.trials=4", "search.startup_trials=2")
 STAGES = (
     "opening", "loading", "response prefix", "capture", "the original's scores", "search", "verification", "export",
 )  # fmt: skip
