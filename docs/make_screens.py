@@ -29,7 +29,7 @@ _SHORT = ("search.trials=8", "search.startup_trials=4")
 _EDIT = {"max_weight": 1.3, "max_weight_position": 4.0, "min_weight": 1.0, "min_weight_distance": 4.0}
 _EDITED = [f"ablation.profiles.{part}.{key}={value}" for part in ("attention", "mlp") for key, value in _EDIT.items()]
 _LEAVE, _UP = "\x04", "\x1b[A"
-_ASKED = r"\x1b\[\?2004h(?s:.*)> "
+_ASKED = r"\x1b\[\?2004h(?s:.*)>"
 """What prompt_toolkit writes where it begins to ask: it switches bracketed paste on."""
 
 
