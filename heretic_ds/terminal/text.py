@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from heretic_ds.foreign import text as foreign
+
 Write = Callable[[str], None]
 """Takes the next piece of a text."""
 
-_SEEN = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\u2421"}
-_SEEN |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
-_SEEN |= {ord("\n"): "\n", ord("\t"): "\t", ord("\r"): ""}
-
 
 def printable(text: str) -> str:
-    """`text` as a terminal may show it: control characters become signs that can be seen, such as ␛.
-
-    Line breaks and tabs stay. What turns the order of writing around (U+202A to U+202E, U+2066 to U+2069) is a control
-    character too, for text would not be read as it is. Works on a text piece by piece.
-    """
-    return text.translate(_SEEN)
+    """`text` as a terminal may show it, as by :func:`heretic_ds.foreign.text.printable`; line ends of Windows become
+    line feeds. Works on a text piece by piece."""
+    return foreign.printable(text.replace("\r", ""))
 
 
 def valid(text: str) -> str:
