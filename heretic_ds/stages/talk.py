@@ -53,6 +53,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
     report_front(run)
     if search is None or not run.records:
         raise SearchFailed("no trial was finished, so there is nothing to choose from; run the same command again")
+    write_report(run)
     front = pareto_front(run.records)
 
     def by_index(index: int) -> TrialRecord:
@@ -79,6 +80,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         search.trials = len(run.records) + count
         continue_search(run, search, objective)
         report_front(run)
+        write_report(run)
         return run.records, pareto_front(run.records)
 
     folder, max_kl = str(export_dir(run.settings)), run.settings.export.max_kl

@@ -78,6 +78,7 @@ def test_menu(tmp_path: Path) -> None:
         menu = Asked(terminal)
         menu.answer("\r")
         assert any(line.startswith(" >  1") and line.endswith("(by the rule)") for line in terminal.shown)
+        assert (tmp_path / "run" / "report.html").is_file(), "it is there to choose by, and where nothing is saved"
         menu.answer(DOWN + UP + "1\r")
         menu.answer("orch")
         menu.see("orch")
