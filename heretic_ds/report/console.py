@@ -44,9 +44,9 @@ def is_live(console: Console) -> bool:
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
-    """Text as it is, without markup or highlighting: folded between words at a terminal, elsewhere as one line that
-    tools can read."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not is_live(console))
+    """:func:`printable` text without markup or highlighting: folded between words at a terminal, elsewhere as one line
+    that tools can read."""
+    console.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=not is_live(console))
 
 
 class _ConsoleHandler(logging.Handler):
@@ -58,8 +58,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "console", True):
-            text = printable(self.format(record))
-            say(self._target, text, "yellow" if record.levelno >= logging.WARNING else None)
+            say(self._target, self.format(record), "yellow" if record.levelno >= logging.WARNING else None)
 
 
 @contextmanager

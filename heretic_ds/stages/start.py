@@ -16,6 +16,7 @@ from rich.text import Text
 
 from heretic_ds import __version__
 from heretic_ds.checkpoint.fitness import dtype_name
+from heretic_ds.foreign.text import printable
 from heretic_ds.job import KINDS, PARTS, Job
 from heretic_ds.progress import GREETED
 from heretic_ds.report.console import is_live, say
@@ -60,7 +61,7 @@ def show_start(console: Console, facts: Mapping[str, str]) -> None:
     table.add_column(no_wrap=True, style="cyan")
     table.add_column(overflow="fold")
     for name, fact in told.items():
-        table.add_row(Text(name), Text(fact))
+        table.add_row(Text(name), Text(printable(fact)))
     console.print(table)
 
 

@@ -15,6 +15,7 @@ from heretic_ds.report import stages
 from heretic_ds.report.console import Speaker
 from heretic_ds.report.library_bars import counted_here
 from heretic_ds.report.stages import StageProgress, live_line, plain_line
+from heretic_ds.stages.start import show_start
 
 NOW = 1000.0
 
@@ -150,3 +151,11 @@ def test_downloads_are_counted_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(downloads, "snapshot_download", snapshot)
     with StageProgress(Console(quiet=True)) as board:
         assert str(downloads.fetched("org/name", None, ["*.json"])) == "folder"
+
+
+def test_names_of_files_reach_no_terminal_raw() -> None:
+    facts = {"version": "1", "run": "runs/\x1b[31mred", "target.train": "9 of 9 prompts of \x9b2J.txt"}
+    for terminal in (False, True):
+        shown = io.StringIO()
+        show_start(Console(file=shown, width=120, force_terminal=terminal, color_system=None), facts)
+        assert "␛[31mred" in shown.getvalue() and not {"\x1b", "\x9b"} & set(shown.getvalue())
