@@ -6,6 +6,7 @@ import logging
 
 from heretic_ds.report.html.page import page
 from heretic_ds.run_folder import write_atomically
+from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ def write_report(run: Run) -> None:
     if folder is None or not run.settings.report.html or not folder.results.is_file():
         return
     try:
-        write_atomically(folder.report, page(folder.path, run.scorer, run.job.opened.source.name))
+        write_atomically(folder.report, page(folder.path, run.scorer, model_title(run.job)))
     except Exception as error:
         log.warning("%s was not written: %s: %s", folder.report, type(error).__name__, " ".join(str(error).split()))
         log.debug("while %s was read", RESULTS_NAME, exc_info=True)

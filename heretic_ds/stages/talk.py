@@ -19,6 +19,7 @@ from heretic_ds.search.pareto import pareto_front
 from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
+from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.finish import export_edited, objective_of, report_front, verify
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
@@ -115,6 +116,6 @@ def _worn(engine: Evaluating, edit: Edit, name: str) -> Edited:
 def _talk(job: Job, engine: Engine, console: Console, edited: Edited | None = None) -> None:
     if engine.whole is None:
         raise UserError("this placement holds no whole model to talk to; set evaluate=replicated")
-    face, name = face_at(console, list(COMMANDS)), job.opened.source.name
+    face, name = face_at(console, list(COMMANDS)), model_title(job)
     tokens = job.settings.task.answer_tokens
     chat(engine.whole.model, job.chat, max_new_tokens=tokens, face=face, name=name, edited=edited)

@@ -78,7 +78,8 @@ def test_menu(tmp_path: Path) -> None:
         menu = Asked(terminal)
         menu.answer("\r")
         assert any(line.startswith(" >  1") and line.endswith("(by the rule)") for line in terminal.shown)
-        assert (tmp_path / "run" / "report.html").is_file(), "it is there to choose by, and where nothing is saved"
+        report = (tmp_path / "run" / "report.html").read_text()  # there to choose by, and where nothing is saved
+        assert "<h1>demo/model</h1>" in report
         menu.answer(DOWN + UP + "1\r")
         menu.answer("orch")
         menu.see("orch")
@@ -88,7 +89,7 @@ def test_menu(tmp_path: Path) -> None:
         menu.see("orchard/mine")
         terminal.type("\r")
         menu.answer("2\r")
-        menu.see("You talk to")
+        menu.see("You talk to demo/model")
         menu.answer(CTRL_D)
         menu.answer(CTRL_D)
         assert terminal.end() == 0
