@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import read_json, reading
 from heretic_ds.geometry.measures import LayerGeometry, measure
 from heretic_ds.geometry.projection import Projection, pacmap, pca, require_pacmap, spread_out
 from heretic_ds.geometry.store import ResidualStore
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 DRAWN = 12
 """Blocks that are drawn where the settings name none."""
+_ADVICE = "remove it, and it is measured anew"
 _TOLD_EVERY = 2.0
 """Seconds between two words on how far the measuring is: a layer of 800 prompts of width 4096 takes about one."""
 
@@ -68,9 +69,22 @@ def _stored(run: Run, asked: dict[str, Any]) -> dict[str, Any] | None:
     file = run.path / "geometry.json"
     if not file.is_file():
         return None
-    found: dict[str, Any] = read_json(file)
-    same = found.get("schema") == SCHEMA and found.get("asked") == asked
-    return found if same else None
+    found = read_json(file, _ADVICE)
+    if found.get("schema") != SCHEMA or found.get("asked") != asked:
+        return None
+    with reading(file, _ADVICE, "is damaged"):
+        _check(found)
+    return found
+
+
+def _check(found: dict[str, Any]) -> None:
+    """Raise some error where what is shown and drawn of stored numbers is not there."""
+    for layer in found["layers"]:
+        for number in LayerGeometry.from_dict(layer).to_dict().values():
+            float(number or 0)
+    for projection in found["projections"]:
+        numbers = [number for kind in KINDS for x, y in projection[kind] for number in (x, y)]
+        sum(map(float, [projection["block"], *numbers, *(projection["explained"] or ())]))
 
 
 def _captured(run: Run, asked: dict[str, Any]) -> dict[str, Any]:

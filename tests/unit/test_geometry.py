@@ -6,6 +6,8 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -25,6 +27,8 @@ from heretic_ds.geometry.measures import (
 )
 from heretic_ds.geometry.projection import pca, spread_out
 from heretic_ds.geometry.store import ResidualStore
+from heretic_ds.stages.geometry import _stored
+from heretic_ds.stages.opening import Run
 
 
 def points(*rows: tuple[float, ...]) -> Tensor:
@@ -220,3 +224,28 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"no room for the residuals of 800 prompts, 2\.1 GB .*set run\.dir"):
         ResidualStore(tmp_path, 81, 800, 8192)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stored_numbers_that_are_damaged_are_the_users_to_mend(tmp_path: Path) -> None:
+    asked, run = {"projection": "pca"}, cast(Run, SimpleNamespace(path=tmp_path))
+    numbers = dict.fromkeys(LayerGeometry.__dataclass_fields__, 1.0)
+    drawn = {"block": 0, "explained": [0.5, 0.2], "target": [[1.0, 2.0]], "baseline": [[3.0, 4.0]]}
+    whole = {"schema": 1, "asked": asked, "model": "m", "layers": [numbers], "projections": [drawn]}
+
+    def read(content: object) -> object:
+        (tmp_path / "geometry.json").write_text(json.dumps(content))
+        return _stored(run, asked)
+
+    assert read(whole) == whole and read({**whole, "asked": {}}) is None and read({}) is None
+    for change in (
+        {"layers": [{}]},
+        {"layers": None},
+        {"layers": [{**numbers, "silhouette": "x"}]},
+        {"projections": [{**drawn, "target": [[1, 2, 3]]}]},
+        {"projections": [{**drawn, "explained": 1}]},
+    ):
+        with pytest.raises(UserError, match=r"geometry\.json is damaged: .*; remove it, and it is measured anew"):
+            read({**whole, **change})
+    (tmp_path / "geometry.json").write_text('{"schema"')
+    with pytest.raises(UserError, match=r"geometry\.json cannot be read as JSON.*remove it"):
+        _stored(run, asked)
