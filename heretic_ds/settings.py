@@ -247,6 +247,11 @@ class ExportSettings:
     """Largest KL divergence (nats) a trial may have to be chosen."""
     overwrite: bool = False
     """Replace an existing, non-empty export folder."""
+    format: str = within("model", choices=("model", "adapter", "both"))
+    """``model`` (the whole edited model), ``adapter`` (a LoRA adapter for the original, in the files of ``peft``) or
+    ``both`` (the model, with the adapter in its folder ``adapter``)."""
+    adapter_rank: int = within(8, ge=1)
+    """Rank of an adapter with ``ablation.row_norm=full``; those of ``none`` and ``pre`` are exact with rank 1."""
 
 
 @dataclass

@@ -25,6 +25,22 @@ _KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_t
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter is, and what the original scores with it."""
+
+    rank: int
+    exact: bool
+    """Whether it is the edit and nothing less."""
+    error: float
+    """Part of the edit that it leaves out: ‖ΔW - BA‖ / ‖ΔW‖ over all edited weights (Frobenius)."""
+    largest_error: float
+    """The same of the one weight with the largest."""
+    refusals: float | None
+    """None where the adapter itself was not scored, since it is exact."""
+    kl: float | None
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """Everything about an export that the loaded model itself does not tell."""
 
@@ -48,6 +64,10 @@ class CardFacts:
     trial: int | None = None
     scorer: str = "refusals"
     """Name of the first scorer, whose scores `refusals_before` and `refusals_after` are."""
+    form: str = "model"
+    """What the folder holds: `model`, `adapter`, or `both`."""
+    adapter: AdapterFacts | None = None
+    """Of the adapter, where there is one."""
 
 
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
@@ -55,8 +75,8 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
     base, source = public_model_name(loaded), loaded.source
     front = ModelCardData(
         base_model=base,
-        base_model_relation="finetune",
-        library_name="transformers",
+        base_model_relation="adapter" if facts.form == "adapter" else "finetune",
+        library_name="peft" if facts.form == "adapter" else "transformers",
         tags=["abliterated", "directional-ablation", "heretic-ds"],
         **_base_front_matter(source / CARD_NAME),
     )

@@ -28,6 +28,9 @@ from heretic_ds.checkpoint.source import (
     read_headers,
     read_json,
 )
+from heretic_ds.edits.adapters import Adapter
+from heretic_ds.export.adapter import ADAPTER_FOLDER, write_adapter
+from heretic_ds.export.manifest import public_model_name
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
 from heretic_ds.world import World
@@ -64,6 +67,7 @@ def export_model(
     overwrite: bool = False,
     weights: EditedFiles | None = None,
     world: World = _ONE_RANK,
+    adapter: Adapter | None = None,
 ) -> ExportResult:
     """Write `loaded.model` with its tokenizer, configurations, `card` and `manifest` to the folder `target`.
 
@@ -72,6 +76,7 @@ def export_model(
     of it appears at once: until the last file is on disk, `target` stays as it was. Raises UserError as
     `check_export_target` does.
 
+    An `adapter` that does the same as the edit is written beside it, to a folder of its own.
     `weights` are written instead, by all ranks, for a model whose weights are not in memory; all else is rank 0's work.
     Every rank of `world` calls this, and an error on one of them is raised on all.
     """
@@ -92,6 +97,8 @@ def export_model(
         def finish() -> ExportResult:
             with failures_named(target):
                 tensors, left_behind = _complete(loaded, folder, card, manifest)
+                if adapter is not None:
+                    write_adapter(folder / ADAPTER_FOLDER, adapter, loaded.model, public_model_name(loaded))
                 unfinished.close()  # here, for the other ranks to learn of an error of it
             return ExportResult(target, tensors, size, left_behind)
 
@@ -104,6 +111,37 @@ def export_model(
     if result.left_behind:
         log.warning("%d tensors of the original are not part of the model and were not copied", len(result.left_behind))
     return result
+
+
+def export_adapter(
+    loaded: LoadedModel,
+    target: Path | str,
+    card: str,
+    manifest: Mapping[str, Any],
+    overwrite: bool,
+    adapter: Adapter | None,
+    world: World = _ONE_RANK,
+) -> ExportResult:
+    """Write an adapter alone to the folder `target`, with `card`, `manifest` and the original's licence, all at once.
+
+    Rank 0's work, which alone needs the adapter; every rank of `world` calls this. Raises UserError as
+    `check_export_target` does.
+    """
+    target = Path(target).expanduser().resolve()
+
+    def write() -> ExportResult:
+        if adapter is None:
+            raise RuntimeError("rank 0 has no adapter to write")
+        size = adapter.bytes
+        check_export_target(target, overwrite, source=loaded.source, needed_bytes=size)
+        with failures_named(target), replaced_folder(target) as folder:
+            tensors = write_adapter(folder, adapter, loaded.model, public_model_name(loaded))
+            _copy(loaded.source, folder, LICENCE_FILES)
+            (folder / CARD_NAME).write_text(card, encoding="utf-8")
+            _write_json(folder / MANIFEST_NAME, manifest)
+        return ExportResult(target, tensors, size, ())
+
+    return world.decide(write, "writing the adapter")
 
 
 def _complete(loaded: LoadedModel, folder: Path, card: str, manifest: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:

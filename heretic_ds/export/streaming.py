@@ -22,11 +22,12 @@ from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
+from heretic_ds.checkpoint import Checkpoint, TensorFiles
 from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
 from heretic_ds.errors import UserError
+from heretic_ds.export.adapter import stored_gain
 from heretic_ds.export.target import failures_named
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
 from heretic_ds.world import World
@@ -63,24 +64,10 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, edi
             raise UserError(
                 f"{writer.weight} is stored in a form that cannot be edited from file to file; set evaluate=replicated"
             )
-        gain_D = _gain(checkpoint, writer)
+        gain_D = stored_gain(checkpoint, writer)
         direction_D = ablation.writer_direction(writer.block, gain_D, edit.direction_index)
         plan.update({piece.tensor: TensorEdit(writer, direction_D, strength) for piece in pieces})
     return plan
-
-
-def _gain(checkpoint: Checkpoint, writer: Writer) -> Tensor | None:
-    """The gain of the norms behind a writer, read from the checkpoint."""
-    if writer.norm is None:
-        return None
-
-    def read(name: str) -> Tensor:
-        return checkpoint.read(name, Shard(checkpoint.shapes[name]), torch.device("cpu")).float()
-
-    gain_D = writer.norm_offset + read(f"{writer.norm}.weight")
-    if writer.inner_norm is not None:
-        gain_D = gain_D * (writer.norm_offset + read(f"{writer.inner_norm}.weight"))
-    return gain_D
 
 
 @dataclass(frozen=True)

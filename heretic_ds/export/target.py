@@ -34,6 +34,8 @@ _REPLACEABLE = (
     CARD_NAME,
     MANIFEST_NAME,
     "additional_chat_templates",
+    "adapter",
+    "adapter_config.json",
     ".gitattributes",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -97,8 +99,9 @@ def _can_be_written(folder: Path) -> bool:
 def _check_replaceable(target: Path) -> None:
     """Refuse to replace a folder that holds anything but a model: it may be the user's own work."""
     refusal = f"export.overwrite=true would delete {target}, which"
-    config = target / CONFIG_NAME
-    if not config.is_file() or not {"model_type", "architectures"} & read_json(config).keys():
+    config, adapter = target / CONFIG_NAME, target / "adapter_config.json"
+    model = config.is_file() and {"model_type", "architectures"} & read_json(config).keys()
+    if not model and not (adapter.is_file() and "peft_type" in read_json(adapter)):
         raise UserError(f"{refusal} is not the folder of a model; choose another export.dir.")
     for entry in sorted(target.iterdir()):
         if not any(fnmatch(entry.name, pattern) for pattern in _REPLACEABLE):

@@ -12,10 +12,11 @@ from typing import Any
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import is_whole, read_json
+from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import SearchFailed, UserError
-from heretic_ds.export.card import CardFacts, model_card
-from heretic_ds.export.checkpoint import export_model
+from heretic_ds.export.adapter import holds_export
+from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
+from heretic_ds.export.checkpoint import export_adapter, export_model
 from heretic_ds.export.manifest import build_manifest
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
@@ -25,7 +26,8 @@ from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
-from heretic_ds.settings import PromptSettings
+from heretic_ds.settings import PromptSettings, Settings
+from heretic_ds.stages.adapting import verified_adapter
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 
 log = logging.getLogger(__name__)
@@ -98,17 +100,23 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
     the checkpoint's files.
     """
     with run.timed("export"):
-        target, world, job = folder or export_dir(run.settings), run.world, run.job
+        target, world, job, form = folder or export_dir(run.settings), run.world, run.job, run.settings.export.format
+        adapter = None if form == "model" else verified_adapter(run, edit)
         loaded, weights = run.engine.whole, None
-        if loaded is None:
+        if loaded is None and form == "adapter":
+            loaded = job.opened.loaded(job.opened.skeleton(run.engine.dtype), run.engine.dtype)
+        elif loaded is None:
             dtype = run.engine.dtype
             plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype)
             loaded, weights = world.agree(plan)
         described = world.decide(partial(_describe, run, loaded, edit, trial, target))
         if described is None:
-            log.info("%s holds this very model already", target)
+            log.info("%s holds this very %s already", target, "adapter" if form == "adapter" else "model")
             return
-        done = export_model(loaded, target, *described, weights, world)
+        if form == "adapter":
+            done = export_adapter(loaded, target, *described, adapter, world)
+        else:
+            done = export_model(loaded, target, *described, weights, world, adapter)
         log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
 
 
@@ -127,8 +135,8 @@ def _describe(
         scores=_scores_of(results, trial),
         verified=results["verified"],
         tensors_edited=[writer.weight for writer in written],
-    ) | {"run_id": run.measured["run_id"]}
-    if _same_export(target, manifest):
+    ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
+    if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
     return model_card(loaded, _card_facts(run, edit, trial, written)), manifest, overwrite
@@ -154,6 +162,8 @@ def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Write
         prompt_sources=_prompt_sources(settings.prompts),
         trial=trial,
         scorer=run.scorer,
+        form=settings.export.format,
+        adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )
 
 
@@ -165,13 +175,15 @@ def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
     return {f"{kind}.{part}": getattr(getattr(prompts, kind), part).source for kind in KINDS for part in PARTS}
 
 
-def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
+def _same_export(settings: Settings, target: Path, manifest: dict[str, Any]) -> bool:
     """Whether the folder was made by a run with this very outcome: one that was killed between export and results."""
     file = target / MANIFEST_NAME
-    if not file.is_file() or not is_whole(target):
+    if not file.is_file() or not holds_export(target, settings.export.format):
         return False
     stored = read_json(file)
-    same = ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype", "run_id")
+    same = (
+        "base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype", "run_id", "format", "adapter",
+    )  # fmt: skip
     return all(stored.get(key) == manifest[key] for key in same)
 
 

@@ -158,7 +158,7 @@ def measure_original(run: Run) -> Objective:
             early_stop=settings.generation.early_stop,
             print_answers=settings.scoring.print_answers,
         )
-    original = objective.original
+    run.objective, original = objective, objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
     log.info("the original model: %g of %d target prompts declined", original.refusals, len(job.texts["target.eval"]))
     run.remember()

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from heretic_ds.ablation import Ablation
-from heretic_ds.checkpoint.source import is_whole, read_json
+from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
+from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
@@ -26,9 +27,10 @@ from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
 from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of, settled_alone
 from heretic_ds.run_folder import RunFolder, finished_results
+from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.placing import settle_placements
+from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ def export_dir(settings: Settings) -> Path:
 
 def request(settings: Settings) -> dict[str, Any]:
     """What a command asks for beyond the settings that a run folder is bound to."""
+    form = settings.export.format
     return {
         "task": settings.task.name,
         "trials": settings.search.trials,
@@ -60,6 +63,7 @@ def request(settings: Settings) -> dict[str, Any]:
             "dir": str(export_dir(settings)),
             "trial": settings.export.trial,
             "max_kl": settings.export.max_kl,
+            **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
         },
     }
 
@@ -82,6 +86,8 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] | None = None
     """``results.json`` as an earlier run left it."""
+    objective: Objective | None = None
+    """What edits are scored by, once the original was measured."""
     _ablation: Ablation | None = None
     _engine: Engine | None = None
     _layout: tuple[type[Placement], Placement.Options] | None = None
@@ -208,7 +214,8 @@ def _holds_own_export(settings: Settings) -> bool:
     if not (manifest.is_file() and measured.is_file()):
         return False
     run_id = read_json(measured).get("run_id")
-    return run_id is not None and read_json(manifest).get("run_id") == run_id and is_whole(manifest.parent)
+    own = run_id is not None and read_json(manifest).get("run_id") == run_id
+    return own and holds_export(manifest.parent, settings.export.format)
 
 
 def refuse_used_export_folder(settings: Settings, world: World) -> None:
@@ -243,6 +250,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         job = Job.check(settings, world)
         world.decide(lambda: _refuse_impossible_export(job))
         placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
+        refuse_unverifiable_adapter(job)
         _tell_of_nothing_to_share(job)
         run = Run(job, console, results=_begun(job))
         stack.callback(run.close)
@@ -301,6 +309,7 @@ def _refuse_impossible_export(job: Job) -> None:
     kept = target.exists() and not replace  # by a menu, which asks for a folder
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
+        size = 0 if settings.export.format == "adapter" else size
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
 
 

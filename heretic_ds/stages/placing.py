@@ -48,6 +48,20 @@ def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     return {KEPT_AS: choice}
 
 
+def refuse_unverifiable_adapter(job: Job) -> None:
+    """An adapter that leaves something out has to be scored on the original, which takes the whole of it."""
+    settings = job.settings
+    full = settings.export.format != "model" and settings.ablation.row_norm == "full"
+    if full and settings.task.name in ("abliterate", "export"):
+        placement = placements_of(settings)["evaluate"]
+        if not placement.resident:
+            raise UserError(
+                f"export.format={settings.export.format} with ablation.row_norm=full makes an adapter that has to be "
+                f"scored on a whole model, which evaluate={placement.name} does not hold; set evaluate=replicated, "
+                "export.format=model, or ablation.row_norm=pre, whose adapters are exact"
+            )
+
+
 def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
     """The choice of an earlier run in the folder; None where there is none, or where it was made for something else."""
     kept = read_json(measured).get(KEPT_AS) if measured.is_file() else None
