@@ -247,6 +247,11 @@ class ExportSettings:
     """Largest KL divergence (nats) a trial may have to be chosen."""
     overwrite: bool = False
     """Replace an existing, non-empty export folder."""
+    max_shard_size: Optional[str] = None
+    """Largest size of a weight file (``5GB``, ``500MB``); null: 5GB, or the original's own files where ranks edit them
+    one by one."""
+    gguf: bool = False
+    """Also convert the exported model to GGUF, by llama.cpp's ``convert_hf_to_gguf.py``."""
     format: str = within("model", choices=("model", "adapter", "both"))
     """``model`` (the whole edited model), ``adapter`` (a LoRA adapter for the original, in the files of ``peft``) or
     ``both`` (the model, with the adapter in its folder ``adapter``)."""

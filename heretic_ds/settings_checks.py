@@ -26,7 +26,7 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    for check in (check_fields, _check_rest, _check_profiles, _check_fixed_edit):
+    for check in (check_fields, _check_rest, _check_export, _check_profiles, _check_fixed_edit):
         refuse(check(settings))
 
 
@@ -104,6 +104,14 @@ def _check_rest(settings: Settings) -> _Findings:
     for key, value in (("search.trials_per_pass", per_pass), ("run.launch", launch)):
         counts = value == AUTO or (value.isdecimal() and int(value) > 0)
         yield counts, f"{key} is {value}; it has to be {AUTO}, or a whole number of at least 1"
+
+
+def _check_export(settings: Settings) -> _Findings:
+    size, form = settings.export.max_shard_size, settings.export.format
+    fits = size is None or re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", size.strip(), re.IGNORECASE) is not None
+    yield fits, f"export.max_shard_size is {size!r}; give a number with KB, MB, GB or TB, as in 5GB"
+    whole = not settings.export.gguf or form != "adapter"
+    yield whole, "export.gguf=true converts a whole model; set export.format=model or both"
 
 
 def _check_profiles(settings: Settings) -> _Findings:

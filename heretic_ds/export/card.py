@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES
-from heretic_ds.export.manifest import package_versions, public_data_name, public_model_name
-
-log = logging.getLogger(__name__)
+from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES, is_hub_id
+from heretic_ds.export.manifest import front_matter, package_versions, public_data_name, public_model_name
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -73,21 +67,26 @@ class CardFacts:
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
     """The text of the export's README.md: front matter for the hub, then plain words for people."""
     base, source = public_model_name(loaded), loaded.source
-    front = ModelCardData(
+    title, front = base.rsplit("/", 1)[-1], front_matter(source / CARD_NAME)
+    data_sets = {role: public_data_name(name) for role, name in facts.prompt_sources.items()}
+    data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if facts.form == "adapter" else "finetune",
         library_name="peft" if facts.form == "adapter" else "transformers",
         tags=["abliterated", "directional-ablation", "heretic-ds"],
-        **_base_front_matter(source / CARD_NAME),
+        datasets=sorted({name for name in data_sets.values() if "/" in name and is_hub_id(name)}) or None,
+        model_name=f"{title}, abliterated",
+        eval_results=_results(facts, data_sets),
+        **{key: front[key] for key in _KEPT_KEYS if front.get(key)},
     )
     card = ModelCard.from_template(
-        front,
+        data,
         str(_TEMPLATE),
         loaded=loaded,
         facts=facts,
-        title=base.rsplit("/", 1)[-1],
+        title=title,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        prompt_sources={role: public_data_name(name) for role, name in facts.prompt_sources.items()},
+        prompt_sources=data_sets,
         licence_files=sorted({file.name for each in LICENCE_FILES for file in source.glob(each) if file.is_file()}),
         today=(today or date.today()).isoformat(),
         version=package_versions()["heretic-ds"],
@@ -95,12 +94,21 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
     return str(card)
 
 
-def _base_front_matter(card: Path) -> dict[str, Any]:
-    """The keys to keep of the front matter of the base model's own card; empty where it has none."""
-    block = REGEX_YAML_BLOCK.search(card.read_text("utf-8-sig", "replace") if card.is_file() else "")
-    try:
-        front = yaml.safe_load(block[2]) if block else None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        log.warning("the front matter of %s cannot be read, its licence is not carried over: %s", card, error)
-        front = None
-    return {key: front[key] for key in _KEPT_KEYS if front.get(key)} if isinstance(front, dict) else {}
+def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]:
+    """What was measured, in the hub's form of results."""
+    target, baseline = (data_sets.get(f"{kind}.eval", "") for kind in ("target", "baseline"))
+    measured = (
+        (target, f"{facts.scorer} ({facts.target_prompts} target prompts)", facts.scorer, facts.refusals_after),
+        (baseline, f"KL divergence from the original ({facts.baseline_prompts} baseline prompts)", "kl", facts.kl),
+    )
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source if is_hub_id(source) and "/" in source else "prompts",
+            dataset_name=source or "prompts",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for source, name, kind, value in measured
+    ]

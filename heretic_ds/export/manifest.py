@@ -5,15 +5,22 @@ Names in it, and in the card, are for others to read: without paths of this mach
 
 from __future__ import annotations
 
+import logging
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CONFIG_NAME, is_hub_id, read_json
+from heretic_ds.checkpoint.source import CARD_NAME, CONFIG_NAME, is_hub_id, read_json
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 _PACKAGES = ("heretic-ds", "torch", "transformers", "safetensors")
@@ -64,14 +71,45 @@ def build_manifest(
 
 
 def public_model_name(loaded: LoadedModel) -> str:
-    """Hub id of the base model, where its files tell it, else its folder's name."""
+    """Hub id of the base model, where its folder or its files tell it, else its folder's name.
+
+    They are asked in this order: a cache of the hub, whose folders bear ids; ``_name_or_path`` of the configuration;
+    the model that the card gives results of; the link to its licence, where the folder bears the same name.
+    """
     if loaded.is_hub:
         return loaded.model_name
-    config = loaded.source / CONFIG_NAME
-    origin = str(read_json(config).get("_name_or_path") or "") if config.is_file() else ""
-    if "/" in origin and is_hub_id(origin) and not Path(origin).exists():
-        return origin
+    folder = loaded.source
+    for name in _names_told(folder):
+        if "/" in name and is_hub_id(name) and not Path(name).exists():
+            return name
     return Path(loaded.model_name).name
+
+
+def _names_told(folder: Path) -> Iterator[str]:
+    """What may be the hub id of the model in a folder, the surest first."""
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
+        yield "/".join(folder.parents[1].name.split("--")[1:])
+    config = folder / CONFIG_NAME
+    if config.is_file():
+        yield str(read_json(config).get("_name_or_path") or "")
+    front = front_matter(folder / CARD_NAME)
+    index = front.get("model-index")
+    for entry in index if isinstance(index, list) else []:
+        yield str(entry.get("name") or "") if isinstance(entry, dict) else ""
+    linked = re.match(r"https://huggingface\.co/([\w.-]+/([\w.-]+))/", str(front.get("license_link") or ""))
+    if linked and linked[2].lower() == folder.name.lower():
+        yield linked[1]
+
+
+def front_matter(card: Path) -> dict[str, Any]:
+    """The front matter of a model's own card; empty where it has none."""
+    block = REGEX_YAML_BLOCK.search(card.read_text("utf-8-sig", "replace") if card.is_file() else "")
+    try:
+        front = yaml.safe_load(block[2]) if block else None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        log.warning("the front matter of %s cannot be read, its licence is not carried over: %s", card, error)
+        front = None
+    return front if isinstance(front, dict) else {}
 
 
 def public_data_name(source: str) -> str:

@@ -35,6 +35,8 @@ _REPLACEABLE = (
     MANIFEST_NAME,
     "additional_chat_templates",
     "adapter",
+    "reproduce",
+    "*.gguf",
     "adapter_config.json",
     ".gitattributes",
     "*.safetensors",
@@ -121,9 +123,10 @@ def failures_named(target: Path) -> Iterator[None]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an error.
 
-    Files are on disk before the rename; an older `target` is moved aside, and deleted only once the new one
-    stands in its place. On an error, or Ctrl-C, the unfinished folder is removed and `target` is as it was.
-    After a crash the next export's `recover_leftovers` puts back or removes what is left.
+    Everybody may read its files, whatever the umask, and they are on disk before the rename; an older `target` is moved
+    aside, and deleted only once the new one stands in its place. On an error, or Ctrl-C, the unfinished folder is
+    removed and `target` is as it was. After a crash the next export's `recover_leftovers` puts back or removes what is
+    left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _sibling(target, "partial"), _sibling(target, "old")
@@ -131,6 +134,7 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in [*partial.rglob("*"), partial]:
+            file.chmod(0o755 if file.is_dir() else 0o644)  # libraries write weights for their owner alone
             _sync(file)
         if target.exists():
             target.rename(old)

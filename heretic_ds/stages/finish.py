@@ -16,8 +16,9 @@ from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
-from heretic_ds.export.checkpoint import export_adapter, export_model
-from heretic_ds.export.manifest import build_manifest
+from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
+from heretic_ds.export.gguf import convert_to_gguf
+from heretic_ds.export.manifest import build_manifest, public_model_name
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.job import KINDS, PARTS
@@ -107,17 +108,23 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
             loaded = job.opened.loaded(job.opened.skeleton(run.engine.dtype), run.engine.dtype)
         elif loaded is None:
             dtype = run.engine.dtype
-            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype)
+            size = run.settings.export.max_shard_size
+            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype, size)
             loaded, weights = world.agree(plan)
         described = world.decide(partial(_describe, run, loaded, edit, trial, target))
         if described is None:
             log.info("%s holds this very %s already", target, "adapter" if form == "adapter" else "model")
-            return
-        if form == "adapter":
-            done = export_adapter(loaded, target, *described, adapter, world)
         else:
-            done = export_model(loaded, target, *described, weights, world, adapter)
-        log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+            beside = Beside(adapter, run.settings.export.max_shard_size, run.ablation.directions_LD)
+            if form == "adapter":
+                done = export_adapter(loaded, target, *described, world, beside)
+            else:
+                done = export_model(loaded, target, *described, weights, world, beside)
+            log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+        if run.settings.export.gguf:
+            name = public_model_name(loaded).rsplit("/", 1)[-1]
+            made = world.decide(partial(convert_to_gguf, target, name), "converting the model to GGUF")
+            log.info("wrote %s", made)
 
 
 def _describe(

@@ -20,6 +20,7 @@ from heretic_ds.ablation import Ablation
 from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
+from heretic_ds.export.gguf import find_converter
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
@@ -63,6 +64,7 @@ def request(settings: Settings) -> dict[str, Any]:
             "dir": str(export_dir(settings)),
             "trial": settings.export.trial,
             "max_kl": settings.export.max_kl,
+            **({"gguf": True} if settings.export.gguf else {}),
             **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
         },
     }
@@ -310,6 +312,8 @@ def _refuse_impossible_export(job: Job) -> None:
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
         size = 0 if settings.export.format == "adapter" else size
+        if settings.export.gguf:
+            find_converter()
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
 
 

@@ -18,7 +18,7 @@ from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.adapters import Adapter, make_adapter, worn
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.adapter import resident_writer, stored_writer, write_adapter
-from heretic_ds.export.checkpoint import export_adapter, export_model
+from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -44,7 +44,7 @@ class Exported:
         anatomy = find_anatomy(model)
         ablation = ablation_for(anatomy, row_norm, through_norm)
         self.adapter = make_adapter(anatomy, ablation, EDIT, partial(resident_writer, model), rank)
-        export_adapter(self.loaded, folder / "adapter", "card", {"schema": 1}, False, self.adapter)
+        export_adapter(self.loaded, folder / "adapter", "card", {"schema": 1}, beside=Beside(self.adapter))
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with worn(model, self.adapter):
             self.worn_logits = self.logits(model)
