@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "heretic_ds"
 LAYERS = (
     {"__main__", "cli", "launching"},
     {"cli_errors"},
-    {"pipeline"},
+    {"pipeline", "library"},
     {"stages"},
     {"planner", "report", "terminal"},
     {"search", "export"},
