@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--version" in arguments:
             print(f"heretic-ds {__version__}")
             return 0
+        if arguments[:1] == ["reproduce"]:
+            from heretic_ds.stages.reproducing import reproduce
+
+            return 0 if reproduce(arguments[1:]) else EXIT_FAILED
         return _run(arguments)
     except KeyboardInterrupt:
         return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)

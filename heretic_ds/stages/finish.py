@@ -19,6 +19,7 @@ from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
 from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
 from heretic_ds.export.gguf import convert_to_gguf
 from heretic_ds.export.manifest import build_manifest, public_model_name
+from heretic_ds.export.reproduce import how_written
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.job import KINDS, PARTS
@@ -143,6 +144,9 @@ def _describe(
         verified=results["verified"],
         tensors_edited=[writer.weight for writer in written],
     ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
+    chosen = settings.export
+    from_files = run.engine.whole is None
+    manifest["how"] = how_written(run.job.opened.device, from_files, chosen.max_shard_size, chosen.adapter_rank)
     if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
