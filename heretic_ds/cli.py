@@ -178,7 +178,11 @@ def expand_model(words: Sequence[str]) -> list[str]:
         raise UserError(f"unexpected argument {bare[1]!r} after the model {bare[0]!r}; write overrides as key=value")
     if bare and bare[0] in TASKS and not Path(bare[0]).exists():
         raise UserError(f"{bare[0]!r} is a task, not a model; write heretic-ds <model> task={bare[0]}")
-    return [f"model.path={_quoted(word)}" if word in bare else word for word in words]
+    words = [f"model.path={_quoted(word)}" if word in bare else word for word in words]
+    # The group evaluate is a placement's, whose options know nothing of tasks.
+    return [
+        f"task.{word.removeprefix('evaluate.')}" if word.startswith("evaluate.against=") else word for word in words
+    ]
 
 
 def _quoted(text: str) -> str:

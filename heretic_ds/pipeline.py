@@ -11,6 +11,7 @@ from rich.console import Console
 
 from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
 from heretic_ds.settings import Settings
+from heretic_ds.stages.comparing import compare_models
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
@@ -58,8 +59,12 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
-    """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights."""
+    """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights; or compare
+    it with its original."""
     with opened(settings, world, console) as run:
+        if settings.task.against is not None:
+            compare_models(run)
+            return finish(run)
         find_response_prefix(run)
         fixed_directions(run)
         objective = measure_original(run)

@@ -47,6 +47,9 @@ class TaskSettings:
     (write one trial of an earlier run), ``chat`` (talk to the model, edited or not) or ``plan`` (say what it takes)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
+    against: Optional[str] = None
+    """For ``task=evaluate``: hub id or folder of the original that the model is compared with; also written
+    ``evaluate.against``."""
 
 
 @dataclass

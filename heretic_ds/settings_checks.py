@@ -149,5 +149,10 @@ def _check_fixed_edit(settings: Settings) -> _Findings:
         "export.trial is set, but task=evaluate scores the fixed edit of ablation.*; copy the trial's numbers from "
         "results.json into ablation.profiles and ablation.direction_index, or leave export.trial null",
     )
+    against = settings.task.against
+    yield (
+        against is None or (task == "evaluate" and not fixed),
+        f"evaluate.against={against} compares two models as they are; it is for task=evaluate without an edit",
+    )
     both = task in ("export", "chat") and trial is not None and bool(edited)
     yield not both, f"export.trial and ablation.profiles both name an edit for task={task}; give only one of them"

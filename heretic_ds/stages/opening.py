@@ -46,6 +46,8 @@ def run_dir(settings: Settings) -> Path:
     if settings.run.dir is not None:
         return Path(settings.run.dir).expanduser()
     name = Path(settings.model.path.rstrip("/")).expanduser().name or "model"
+    if settings.task.against is not None:
+        return Path("runs") / f"{name}-against-{Path(settings.task.against.rstrip('/')).name}"
     return Path("runs") / (f"{name}-evaluate" if settings.task.name == "evaluate" else name)
 
 
