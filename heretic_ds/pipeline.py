@@ -7,19 +7,24 @@ Each stage leaves something in the run folder, so that the same command goes on 
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 
+from heretic_ds.export.upload import upload_export
 from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
 from heretic_ds.settings import Settings
 from heretic_ds.stages.comparing import compare_models
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
-from heretic_ds.stages.opening import already_finished, opened, refuse_used_export_folder
+from heretic_ds.stages.opening import already_finished, export_dir, opened, refuse_used_export_folder
 from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.search import search_edits
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
 
 Scores = tuple[float, float]
 """What a sweep over runs minimises: (refusal rate, KL divergence in nats) of the verified edit."""
@@ -85,6 +90,15 @@ def export(settings: Settings, world: World, console: Console) -> Scores | None:
         return objective_of(run.results)
 
 
+def upload(settings: Settings, world: World, console: Console) -> None:
+    """Write an exported model to the Hugging Face Hub."""
+    chosen, folder = settings.export, export_dir(settings)
+    address = world.decide(
+        lambda: upload_export(folder, chosen.repo, chosen.private, chosen.overwrite), "uploading the model"
+    )
+    log.info("%s is at %s", folder, address)
+
+
 def chat(settings: Settings, world: World, console: Console) -> None:
     """Talk to the model in the terminal, as it is, or with the edit of a trial or of ``ablation.*``."""
     talk(settings, world, console)
@@ -95,4 +109,11 @@ def plan(settings: Settings, world: World, console: Console) -> None:
     make_and_show_plan(settings, world, console)
 
 
-_TASKS = {"abliterate": abliterate, "evaluate": evaluate, "export": export, "chat": chat, "plan": plan}
+_TASKS = {
+    "abliterate": abliterate,
+    "evaluate": evaluate,
+    "export": export,
+    "upload": upload,
+    "chat": chat,
+    "plan": plan,
+}

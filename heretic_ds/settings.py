@@ -14,7 +14,7 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-TASKS = ("abliterate", "evaluate", "export", "chat", "plan")
+TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
 
@@ -43,8 +43,8 @@ class TaskSettings:
     """What one command does."""
 
     name: str = within("abliterate", choices=TASKS)
-    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
-    (write one trial of an earlier run), ``chat`` (talk to the model, edited or not) or ``plan`` (say what it takes)."""
+    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export`` (write a trial
+    of an earlier run), ``upload`` (write that to the hub), ``chat`` (talk to it) or ``plan`` (say what it takes)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
     against: Optional[str] = None
@@ -251,13 +251,16 @@ class ExportSettings:
     overwrite: bool = False
     """Replace an existing, non-empty export folder."""
     max_shard_size: Optional[str] = None
-    """Largest size of a weight file (``5GB``, ``500MB``); null: 5GB, or the original's own files where ranks edit them
-    one by one."""
+    """Largest weight file, as in ``5GB``; null: 5GB, or the original's own files where ranks edit them one by one."""
     gguf: bool = False
     """Also convert the exported model to GGUF, by llama.cpp's ``convert_hf_to_gguf.py``."""
     format: str = within("model", choices=("model", "adapter", "both"))
     """``model`` (the whole edited model), ``adapter`` (a LoRA adapter for the original, in the files of ``peft``) or
     ``both`` (the model, with the adapter in its folder ``adapter``)."""
+    repo: Optional[str] = None
+    """Repository that ``task=upload`` writes to (``owner/name``); null: your own, ``<model>-abliterated``."""
+    private: bool = True
+    """Whether a repository that it makes is private."""
     adapter_rank: int = within(8, ge=1)
     """Rank of an adapter with ``ablation.row_norm=full``; those of ``none`` and ``pre`` are exact with rank 1."""
 

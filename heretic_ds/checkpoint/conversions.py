@@ -135,7 +135,7 @@ def unused_tensors(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]
     further tokens, say."""
     conversions = getattr(model, "_weight_conversions", None)
     _, unused = _grouped(model, model.state_dict(), shapes)
-    model._weight_conversions = conversions
+    model._weight_conversions = conversions  # type: ignore[assignment]
     return unused
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heretic_ds.ablation import COMPONENTS, ROW_NORMS, Ablation, Edit, Profile, behaviour_directions
-from heretic_ds.anatomy import find_anatomy, has_expert_dispatch
+from heretic_ds.anatomy import Anatomy, find_anatomy, has_expert_dispatch
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
-from heretic_ds.edits.experts import base_implementation
 from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -31,6 +30,9 @@ from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.scoring import RefusalScorer
 from heretic_ds.search.objective import Objective
 from heretic_ds.settings import PromptSettings, choice
+
+_EXPERTS = "_experts_implementation"
+"""Attribute of configurations by which transformers looks up how experts are computed."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,16 @@ def ablated(model: PreTrainedModel, edit: ModelEdit) -> Iterator[None]:
     """
     with ExitStack() as stack:
         anatomy = _anatomy(model, edit)
-        fused = [model.get_submodule(writer.module) for writer in anatomy.writers if writer.experts is not None]
+        fused: list[Any] = [
+            model.get_submodule(writer.module) for writer in anatomy.writers if writer.experts is not None
+        ]
         if not all(map(has_expert_dispatch, fused)):
             stack.callback(apply(model, edit))
             yield
             return
-        for implementation in {base_implementation(experts) for experts in fused}:
-            stack.callback(model.set_experts_implementation, implementation)
+        configs: list[Any] = [model.config, model.config.get_text_config(), *(experts.config for experts in fused)]
+        for config in configs if fused else ():
+            stack.callback(setattr, config, _EXPERTS, getattr(config, _EXPERTS))
         outputs = OutputEdits(model, anatomy, edit.ablation)
         outputs.assign([0])
         stack.enter_context(outputs.active([edit.edit]))
@@ -214,14 +219,15 @@ def score(
     ``markers`` are phrases that mark an answer as a refusal, by default those of the command. Weights are edited for
     the while, and brought back. Raises UserError as :func:`capture` does.
     """
-    form = (chat or Chat()).form(tokenizer)
+    form, given = (chat or Chat()).form(tokenizer), {"target": target, "baseline": baseline}
     if edit is not None:
         _anatomy(model, edit)
     found = choice("scoring", "default")["markers"] if markers is None else markers
-    sets = [PromptSet(texts, [form.encode(text) for text in texts]) for texts in (target, baseline)]
+    put = {name: PromptSet(texts, [form.encode(text) for text in texts]) for name, texts in given.items()}
     with _running(model, tokenizer, RunnerOptions(max_new_tokens)) as engine:
         scorers = [RefusalScorer(found)]
-        objective = Objective(engine, *sets, scorers=scorers, text_of=partial(decode_answers, tokenizer))
+        text_of = partial(decode_answers, tokenizer)
+        objective = Objective(engine, put["target"], put["baseline"], scorers, text_of)
         scores = objective.original
         if edit is not None:
             engine.prepare(edit.ablation)
@@ -230,7 +236,7 @@ def score(
     return Scores(scores.refusals, objective.original.refusals, scores.kl, len(target), len(baseline))
 
 
-def _anatomy(model: PreTrainedModel, edit: ModelEdit) -> Any:
+def _anatomy(model: PreTrainedModel, edit: ModelEdit) -> Anatomy:
     """The model's anatomy, once directions are known to be those of a model like it."""
     anatomy = find_anatomy(model)
     expected, found = (anatomy.n_blocks + 1, anatomy.width), tuple(edit.ablation.directions_LD.shape)

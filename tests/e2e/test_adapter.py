@@ -43,7 +43,7 @@ def test_a_model_with_its_adapter(material: Material, heretic: Heretic, tmp_path
     card = (model / "README.md").read_text()
     assert "LoRA adapter of rank 1" in card and "It is the edit itself" in card
     before = files_below(model)
-    again = exported(material, heretic, *words)
+    again = exported(material, heretic, *words, "export.overwrite=true")
     assert again.status == 0 and files_below(model) == before, again.err
 
 
@@ -60,7 +60,7 @@ def test_an_adapter_alone(material: Material, heretic: Heretic, tmp_path: Path) 
     assert all(3 in shape for shape in shapes)
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "it leaves out" in card
-    again = exported(material, heretic, *words)
+    again = exported(material, heretic, *words, "export.overwrite=true")
     assert again.status == 0 and "holds this very adapter" in again.out + again.err, again.err
 
 

@@ -484,7 +484,7 @@ def test_foreign_text_stays_text(loaded: LoadedModel, tmp_path: Path) -> None:
     card = model_card(hub, replace(FACTS, prompt_sources={"target.train": odd}))
     block = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
     assert stated.items() <= block.items() and block["base_model"] == odd
-    assert card.count(odd) == 5 and "49" not in card
+    assert card.count(odd) == 6 and "49" not in card
 
 
 def test_base_names(loaded: LoadedModel, tmp_path: Path) -> None:
