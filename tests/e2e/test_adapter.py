@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import RunCommand
 from tests.e2e.conftest import Heretic, Material, files_below
 from tests.e2e.test_fixed_edit import EDIT
 
@@ -62,6 +63,26 @@ def test_an_adapter_alone(material: Material, heretic: Heretic, tmp_path: Path) 
     assert "library_name: peft" in card and "it leaves out" in card
     again = exported(material, heretic, *words, "export.overwrite=true")
     assert again.status == 0 and "holds this very adapter" in again.out + again.err, again.err
+
+
+@pytest.mark.distributed
+def test_ranks_that_share_a_model_make_its_adapter(
+    material: Material, heretic: Heretic, run_command: RunCommand, tmp_path: Path
+) -> None:
+    """From the files, since no rank has a whole weight; the scores are those of the edited shards."""
+    words = (*WORDS, "ablation.row_norm=pre", "export.format=adapter")
+    one = heretic(*material.words(material.model("llama"), *words, "run.dir=one"))
+    assert one.status == 0, one.err
+    placed = ("capture=tensor_parallel", "evaluate=tensor_parallel", "run.launch=2", "run.dir=two")
+    two = run_command(*material.words(material.model("llama"), *words, *placed), timeout=280)
+    assert two.returncode == 0, two.stderr
+    assert "exact: the scores of the edited weights are its own" in two.stdout + two.stderr
+    alone, shared = (load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert alone.keys() == shared.keys()
+    assert all(torch.allclose(alone[name], shared[name], rtol=1e-4, atol=1e-5) for name in alone)
+    manifests = [json.loads((tmp_path / name / "model" / "heretic_ds.json").read_text()) for name in ("one", "two")]
+    assert manifests[0]["verified"]["refusals"] == manifests[1]["verified"]["refusals"]
+    assert manifests[1]["adapter"]["kl"] is None and "are its own" in (tmp_path / "two/model/README.md").read_text()
 
 
 def test_what_cannot_be_scored_is_refused_before_anything(material: Material, heretic: Heretic, tmp_path: Path) -> None:
