@@ -103,7 +103,10 @@ def streamed_logits(
     with ExitStack() as stack:
         for unit, parts in _units(model, anatomy):
             streamed = _Streamed(parts, checkpoint, device)
-            stack.callback(unit.register_forward_pre_hook(streamed.load).remove)
+            if unit is model.get_input_embeddings():  # Llama 4 asks where its weight is before it calls it
+                streamed.load(unit, ())
+            else:
+                stack.callback(unit.register_forward_pre_hook(streamed.load).remove)
             stack.callback(unit.register_forward_hook(streamed.drop).remove)
         forward = Forward(model, pad_id=0)
         logits_BV = forward.logits(batch.input_ids_BS, batch.attention_mask_BS, batch.position_ids_BS)

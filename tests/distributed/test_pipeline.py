@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import families
 from tests.distributed import engines, output_edits_ranks
@@ -136,15 +137,22 @@ SPLIT_TOO = (
 )  # fmt: skip
 
 
+def bytes_of_vision(folder: Path) -> int:
+    """Of what comes before the decoder where there is a picture: every rank has it whole."""
+    tensors = load_file(folder / "model.safetensors")
+    return sum(
+        tensor.nbytes for name, tensor in tensors.items() if "visi" in name or "visual" in name or "multi_modal" in name
+    )
+
+
 @pytest.mark.parametrize("family", [*SPLIT, *(pytest.param(each, marks=pytest.mark.thorough) for each in SPLIT_TOO)])
 def test_stages_that_are_split(ranks, saved, family):
     folder, expected = saved(family, 3)
     found = ranks(4).run(work.measured, folder=folder, placement="tensor_pipeline")
     for each in found:
         assert_same(each, expected, alike=False)
-    assert sum(each["bytes"] for each in found) <= 1.25 * expected["bytes"], (
-        "latent attention is not split in all parts"
-    )
+    held = sum(each["bytes"] for each in found) - (len(found) - 1) * bytes_of_vision(Path(folder))
+    assert held <= 1.25 * expected["bytes"], "latent attention is not split in all parts"
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -1,12 +1,20 @@
-"""What the check of split models says about logits, without a model."""
+"""What the check of split models says about logits, and where its reference comes from."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from heretic_ds.anatomy import find_anatomy
+from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.errors import UserError
 from heretic_ds.runner import parity
+from heretic_ds.runner.forward import Forward
+from heretic_ds.runner.rows import Row
+from tests import families
 
 LOGITS_BV = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
 
@@ -28,3 +36,18 @@ def test_a_dtype_too_narrow_is_named(value: float) -> None:
 def test_every_rank_of_a_replica_has_rows_in_another_order() -> None:
     rows = parity.sample_rows(100, 5)
     assert len({tuple(row) for row in rows}) == 5 and parity.sample_rows(100, 5) == rows
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gpt2", "llama4"])
+def test_a_model_that_runs_block_by_block_gives_the_whole_ones_logits(family: str, tmp_path: Path) -> None:
+    """Llama 4 asks where the embedding lies before it is called, which is when others get theirs."""
+    folder = families.save(family, tmp_path / family)
+    opened = open_model(ModelChoice(str(folder), dtype="float32", device="cpu"))
+    model, checkpoint = opened.empty_model(torch.float32)
+    rows = parity.sample_rows(model.config.vocab_size)
+    found_BV = parity.streamed_logits(model, find_anatomy(model), checkpoint, rows, opened.device)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected_BV = Forward(whole, pad_id=0)([Row(row) for row in rows]).logits_BV
+    assert parity.distance(found_BV, expected_BV) < 1e-5
+    assert all(parameter.is_meta for parameter in model.parameters())

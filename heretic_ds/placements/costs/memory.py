@@ -15,6 +15,9 @@ from heretic_ds.placements.costs.use import MIB, Use, rows_of, together
 
 ALLOCATOR = 36 * MIB
 """What the C library's allocator holds beside what is in use, while models of 30 to 400 million parameters run."""
+UNEVEN = 48 * MIB
+"""More of that where there are experts, whose tokens come and go in blocks of all sizes: one job had peaks of 912 to
+1020 MiB on two ranks in five runs."""
 CUDA_CONTEXT = 600 * MIB
 """Device memory of a process before it holds anything: context, kernels, workspace of cuBLAS. Vendors state no number;
 some 500 MiB for PyTorch on an H100."""
@@ -28,7 +31,8 @@ def memory(facts: Facts, resources: Resources, phase: str, use: Use) -> tuple[di
     """Bytes of the device and of the host beside it, by what lies in them, at the fullest moment."""
     moments = _moments(facts, resources, phase, use)
     device: dict[str, float] = {"weights": use.held}
-    host: dict[str, float] = {"libraries": use.libraries + ALLOCATOR, "weights": use.resting}
+    allocator = ALLOCATOR + (UNEVEN if facts.experts else 0)
+    host: dict[str, float] = {"libraries": use.libraries + allocator, "weights": use.resting}
     if not resources.on_cpu:
         device["context"] = CUDA_CONTEXT
     added: dict[str, float] = {}
@@ -57,7 +61,7 @@ def _moments(facts: Facts, resources: Resources, phase: str, use: Use) -> list[M
         return [{"workspace": use.workspace, "logits": rows * of_logits}]
     at_once = math.ceil(rows / use.microbatches) if use.stages > 1 else rows
     passing = {"gathered weights": use.gathered}
-    passing["activations"] = activations(facts, at_once * work.longest_prompt, use.share)
+    passing["activations"] = activations(facts, at_once * work.longest_prompt, use.share, use.sharers)
     moments: list[Mapping[str, int]] = [passing]
     if phase == "evaluate":
         compared = min(at_once, math.ceil(work.baseline_prompts * together(facts, resources, use) / use.replicas))
@@ -67,12 +71,19 @@ def _moments(facts: Facts, resources: Resources, phase: str, use: Use) -> list[M
     return moments
 
 
-def activations(facts: Facts, tokens: float, share: float) -> int:
-    """Bytes that a pass over tokens needs at its widest point: inside an MLP, or where experts have their tokens."""
+def activations(facts: Facts, tokens: float, share: float, sharers: int = 1) -> int:
+    """Bytes that a pass over tokens needs at its widest point: inside an MLP, or where experts have their tokens.
+
+    Tokens of all ranks that share experts out come to them unevenly: some rank's are up to twice the mean, as is
+    assumed here.
+    """
     width, size = facts.anatomy.width, facts.dtype.itemsize
     numbers = 4 * width + 3 * facts.inner * share
     if facts.experts is not None:
-        numbers = max(numbers, 3 * width + facts.experts.per_token * (2 * width + 4 * facts.experts.inner * share))
+        numbers = max(
+            numbers,
+            3 * width + min(sharers, 2) * facts.experts.per_token * (2 * width + 4 * facts.experts.inner * share),
+        )
     return int(tokens * numbers * size)
 
 
