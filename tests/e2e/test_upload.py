@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from tests.e2e.conftest import Heretic, Material
 from tests.e2e.fake_hub import TOKEN, FakeHub
 from tests.e2e.test_fixed_edit import EDIT
 
-Upload = Callable[..., "object"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
