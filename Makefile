@@ -24,7 +24,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against vllm-env test test-thorough lint format docs wheel clean
+.PHONY: help venv demo demo-real demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against vllm-env test test-thorough lint format docs docs-site wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -48,6 +48,10 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
+
+demo-real: $(READY) ## The main job on a real chat model from the package registry: CPU, under 20 minutes, leaves runs/demo-real
+	$(BIN)/python -m heretic_ds.demo.real_model
+	$(BIN)/heretic-ds experiment=demo_real run.interactive=false $(ARGS)
 
 demo-distributed: $(READY) ## The demo on RANKS ranks of the CPU, on the placements that it chooses and names
 	DS_ACCELERATOR=cpu PYTHON=$(BIN)/python launch/run.sh -n $(RANKS) experiment=demo run.dir=runs/demo-distributed $(ARGS)
@@ -114,13 +118,17 @@ format: $(READY) ## Let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## Write docs/configuration.md anew from the settings
+docs: $(READY) ## Write anew what docs/ takes from the settings and the tests
 	$(BIN)/python docs/make_configuration.py
+	$(BIN)/python docs/make_families.py
+
+docs-site: $(READY) ## Build the documentation's site into site/; what would be a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(READY) ## Build the wheel into dist/
 	rm -rf build dist
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## Remove build outputs and caches; the environment and runs/ stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find heretic_ds tests docs -name __pycache__ -type d -prune -exec rm -rf {} +

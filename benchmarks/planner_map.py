@@ -1,15 +1,17 @@
 """What the planner chooses: published shapes of models on the machines of ``conf/hardware/``, as a picture and a table.
 
-    python benchmarks/planner_map.py
+    python benchmarks/planner_map.py            plan anew
+    python benchmarks/planner_map.py --page     write the table alone, from what was kept
 
 Needs: the package and its tests' models; no weights, no network, no GPU. Takes a minute or more, since models of up to
 10^12 parameters are made without memory for their weights. Writes ``docs/parallelism.png``, the table between the marks
-of ``docs/parallelism.md``, and ``benchmarks/results/planner_map.json``. Seconds and bytes are the planner's, from data
+of ``docs/hardware.md``, and ``benchmarks/results/planner_map.json``. Seconds and bytes are the planner's, from data
 sheets: nothing of it is measured.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -30,7 +32,7 @@ from tests.planned_models import SHAPES, planned
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "planner_map.json"
-PAGE, PICTURE = ROOT / "docs" / "parallelism.md", ROOT / "docs" / "parallelism.png"
+PAGE, PICTURE = ROOT / "docs" / "hardware.md", ROOT / "docs" / "parallelism.png"
 MARKS = ("<!-- choices, by benchmarks/planner_map.py -->\n", "<!-- end of choices -->\n")
 MACHINES = {
     "rtx4090": "1 GPU, 24 GB",
@@ -66,7 +68,7 @@ def planned_row(model: str, machine: str) -> dict[str, Any]:
     }
 
 
-def words(row: dict[str, Any], line: str = "\n") -> str:
+def words(row: dict[str, Any], line: str = "\n", colon: str = "") -> str:
     """One cell."""
     if row["placement"] is None:
         needed = row["smallest_devices"]
@@ -75,7 +77,7 @@ def words(row: dict[str, Any], line: str = "\n") -> str:
     seconds = row["trial_seconds"]
     shown = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     name = f"{row['placement']} {degrees}".strip()
-    return f"{name}{line}{shown}, {row['rank_bytes'] / 1e9:.0f} GB"
+    return f"{name}{colon}{line}{shown}, {row['rank_bytes'] / 1e9:.0f} GB"
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -105,18 +107,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The same as Markdown."""
     lines = ["| model | " + " | ".join(MACHINES.values()) + " |", "|---|" + "---|" * len(MACHINES)]
     for model in SHAPES:
-        cells = [words(row, line=" ") for row in rows if row["model"] == model]
+        cells = [words(row, line=" ", colon=":") for row in rows if row["model"] == model]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    rows = [planned_row(model, machine) for model in SHAPES for machine in MACHINES]
-    keep(RESULT, {"rows": rows})
-    draw(rows)
+    if sys.argv[1:] == ["--page"]:
+        rows = json.loads(RESULT.read_text(encoding="utf-8"))["rows"]
+    else:
+        rows = [planned_row(model, machine) for model in SHAPES for machine in MACHINES]
+        keep(RESULT, {"rows": rows})
+        draw(rows)
     begin, end = (re.escape(mark) for mark in MARKS)
     page = PAGE.read_text(encoding="utf-8")
-    told = f"{MARKS[0]}{table(rows)}{MARKS[1]}"
+    told = f"{MARKS[0]}\n{table(rows)}\n{MARKS[1]}"
     PAGE.write_text(re.sub(f"{begin}.*?{end}", lambda _: told, page, flags=re.DOTALL), encoding="utf-8")
     print(table(rows))
     return 0

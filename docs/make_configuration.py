@@ -21,13 +21,13 @@ sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is instal
 
 from heretic_ds.placements.costs import Machine  # noqa: E402
 from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
-from heretic_ds.settings_checks import limits_in_words, type_name  # noqa: E402
+from heretic_ds.settings.checks import limits_in_words, type_name  # noqa: E402
 
 TARGET = ROOT / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Generated from `heretic_ds/settings.py` and `conf/` by `make docs`: change those, not this page.
+Generated from `heretic_ds/settings/` and `conf/` by `make docs`: change those, not this page.
 
 Every key can be given on the command line as `key=value`: `heretic-ds <model> search.trials=50`. A group's
 choice is given the same way, `task=evaluate`, and is a file under `conf/` that sets several keys. The first

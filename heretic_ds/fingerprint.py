@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.settings import Settings
 
 _SAMPLED_BYTES = 65536
@@ -50,16 +51,20 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         _flatten(key, value, flat)
-    model = Path(settings.model.path).expanduser()
+    model = path_of(settings.model.path, "model.path")
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
         flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
     sources = [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]
     for key in (*sources, "prompts.template"):
-        file = Path(str(flat[key] or "")).expanduser()
-        if (key in sources or "{" not in file.name) and file.is_file():  # a template itself has a brace
+        given = str(flat[key] or "")
+        if key not in sources and "{" in given:  # a template itself has a brace
+            continue
+        file = path_of(given, key)
+        if file.is_file():
             flat[key] = str(file.resolve())
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            with reading(file, "give another one"), file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
             flat[f"{key.removesuffix('.source')}.content"] = digest[:16]
     flat.update(more)
     return json.loads(json.dumps(flat))
@@ -101,7 +106,7 @@ def _model_files(folder: Path) -> list[Path]:
 def _identity(file: Path) -> str:
     """Size and a digest of both ends: enough to tell two checkpoints apart without reading gigabytes."""
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    with reading(file), file.open("rb") as stream:
         ends = stream.read(_SAMPLED_BYTES)
         stream.seek(max(size - _SAMPLED_BYTES, 0))
         ends += stream.read(_SAMPLED_BYTES)

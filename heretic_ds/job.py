@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
-from heretic_ds.prompts import ChatFormat, PromptSet, check_lengths, decode_answers, load_prompts
+from heretic_ds.foreign.reading import path_of, reading
+from heretic_ds.prompts import ChatFormat, Prompts, PromptSet, check_lengths, decode_answers, read_prompts
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import DistributionScorer, Scorer
 from heretic_ds.settings import PromptSource, Settings
 from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
 
 KINDS = ("target", "baseline")
 PARTS = ("train", "eval")
@@ -41,21 +44,24 @@ class Job:
     """Prompts by kind and part, such as ``target.train``."""
     known_direction_D: Tensor | None = None
     """The unit direction that ``direction.compare`` names."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows of the source that each list of prompts was chosen from."""
 
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
         world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
-        texts = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
+        found = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
+        texts, rows = {n: each.texts for n, each in found.items()}, {n: each.rows for n, each in found.items()}
         scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
         choice = ModelChoice(**asdict(settings.model))
         # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
         world.decide(lambda: open_model(choice) and None, "downloading the model")
         opened = world.agree(lambda: open_model(choice), "opening the model")
-        anatomy = world.agree(lambda: find_anatomy(opened.skeleton()))
+        anatomy = world.agree(lambda: find_anatomy(opened.checked_skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))
-        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D)
+        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D, rows)
         job.check_lengths()
         return job
 
@@ -79,6 +85,7 @@ class Job:
     def prompts(self, name: str) -> PromptSet:
         """Prompts of one kind and part (``target.train``) in the current chat format."""
         texts = self.texts[name]
+        self.chat.prepare(texts)
         return PromptSet(texts, [self.chat.encode(text) for text in texts])
 
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
@@ -89,13 +96,12 @@ class Job:
 def _known_direction(file: str | None, width: int) -> Tensor | None:
     if file is None:
         return None
-    try:
-        with safe_open(Path(file).expanduser(), framework="pt") as tensors:
-            direction_D = tensors.get_tensor("direction").double()
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"direction.compare={file} is no safetensors file with a tensor `direction`: {error}"
-        ) from error
+    path, place = path_of(file, "direction.compare"), f"direction.compare={file}"
+    with (
+        reading(place, "give another one", "is no safetensors file with a tensor `direction`"),
+        safe_open(path, framework="pt") as tensors,
+    ):
+        direction_D = tensors.get_tensor("direction").double()
     if direction_D.shape != (width,):
         raise UserError(
             f"direction.compare={file} holds a direction of shape {tuple(direction_D.shape)}, but the model's residual "
@@ -104,10 +110,18 @@ def _known_direction(file: str | None, width: int) -> Tensor | None:
     return torch.nn.functional.normalize(direction_D, dim=0)
 
 
-def _all_prompts(settings: Settings) -> dict[str, list[str]]:
-    texts: dict[str, list[str]] = {}
+def _all_prompts(settings: Settings) -> dict[str, Prompts]:
+    found: dict[str, Prompts] = {}
     for kind in KINDS:
         for part in PARTS:
             source: PromptSource = getattr(getattr(settings.prompts, kind), part)
-            texts[f"{kind}.{part}"] = load_prompts(source, f"prompts.{kind}.{part}")
-    return texts
+            found[f"{kind}.{part}"] = read_prompts(source, f"prompts.{kind}.{part}")
+        train, both = set(found[f"{kind}.train"].texts), found[f"{kind}.eval"].texts
+        if shared := sum(text in train for text in both):
+            log.warning(
+                "prompts.%s: %d of %d eval prompts are train prompts too, on which edits do better",
+                kind,
+                shared,
+                len(both),
+            )
+    return found

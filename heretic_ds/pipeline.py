@@ -12,16 +12,22 @@ import logging
 from rich.console import Console
 
 from heretic_ds.export.upload import upload_export
-from heretic_ds.report.console import console_of, messages_to, no_bars_without_a_terminal
+from heretic_ds.foreign.libraries import quiet_libraries
+from heretic_ds.report.console import console_of, messages_to
+from heretic_ds.report.library_bars import counted_here
+from heretic_ds.report.stages import StageProgress
 from heretic_ds.settings import Settings
-from heretic_ds.stages.comparing import compare_models
 from heretic_ds.stages.finish import export_edited, finish, objective_of, report_front, select_and_verify
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
+from heretic_ds.stages.geometry import measure_geometry, refuse_missing_projection, show_geometry
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
 from heretic_ds.stages.opening import already_finished, export_dir, opened, refuse_used_export_folder
 from heretic_ds.stages.planning import make_and_show_plan
+from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
+from heretic_ds.stages.sharing.comparing import compare_models
 from heretic_ds.stages.talk import menu, talk, wants_menu
+from heretic_ds.stages.tracking import check_tracking
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -36,8 +42,7 @@ def run(settings: Settings) -> Scores | None:
     Raises UserError for what the user can mend, SearchFailed where the search found nothing to export.
     """
     world = World.join()
-    no_bars_without_a_terminal(world)
-    with messages_to(console_of(world)) as console:
+    with quiet_libraries(), messages_to(console_of(world)) as console, counted_here(), StageProgress(console):
         result = _TASKS[settings.task.name](settings, world, console)
     world.leave()
     return result
@@ -45,6 +50,7 @@ def run(settings: Settings) -> Scores | None:
 
 def abliterate(settings: Settings, world: World, console: Console) -> Scores | None:
     """Search for the edit that removes the behaviour, verify it on really edited weights, export the edited model."""
+    check_tracking(settings, world)
     interactive = wants_menu(settings, world)
     if not interactive:
         if results := already_finished(settings, world):
@@ -60,7 +66,9 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
         chosen = select_and_verify(run, objective)
         report_front(run)
         export_edited(run, chosen.edit, chosen.index)
-        return finish(run)
+        scores = finish(run)
+        write_report(run)
+        return scores
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
@@ -109,6 +117,15 @@ def plan(settings: Settings, world: World, console: Console) -> None:
     make_and_show_plan(settings, world, console)
 
 
+def geometry(settings: Settings, world: World, console: Console) -> None:
+    """Measure and draw how the residuals of the two kinds of train prompts lie towards each other, layer by layer."""
+    refuse_missing_projection(settings, world)
+    with opened(settings, world, console) as run:
+        find_response_prefix(run)
+        show_geometry(run, measure_geometry(run))
+        write_report(run)
+
+
 _TASKS = {
     "abliterate": abliterate,
     "evaluate": evaluate,
@@ -116,4 +133,5 @@ _TASKS = {
     "upload": upload,
     "chat": chat,
     "plan": plan,
+    "geometry": geometry,
 }

@@ -7,36 +7,92 @@ import fcntl
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from heretic_ds.errors import UserError
 from heretic_ds.fingerprint import differences
+from heretic_ds.foreign.disk import usual_mode, writing
+from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
+from heretic_ds.foreign.text import printable
 
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
 _DIRECTIONS = "directions.safetensors"
+_TOLD = 4
+"""Differences of settings that are told one by one."""
+
+_RESULTS_NAME, _MEASURED_NAME = "results.json", "measured.json"
+_SCORES: dict[str, Any] = {
+    "refusals": (*NUMBER, NOTHING),
+    "kl": (*NUMBER, NOTHING),
+    "scores": {str: (*NUMBER, NOTHING)},
+}
+_RESULTS: dict[str, Any] = {
+    "trials": [
+        {**_SCORES, "index": int, "pass": int, "state": str, "profiles": {str: {str: NUMBER}}, "seconds": NUMBER},
+    ],
+    "pareto": [int],
+    "selected": (int, NOTHING),
+    "verified": (dict, NOTHING),
+    "baseline": (dict, NOTHING),
+    "timings": {str: NUMBER},
+    "prompts": {str: int},
+}
+_MEASURED: dict[str, Any] = {
+    "batch_sizes": {str: {str: int}},
+    "response_prefix": str,
+    "trials_per_pass": int,
+    "run_id": str,
+    "placements": {"ranks": int, "device": str, "asked": {str: dict}, "chosen": {str: dict}, "why": str},
+}
+"""What a run writes to its files, and reads back: for :func:`heretic_ds.foreign.reading.check_shape`."""
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part."""
+def write_atomically(path: Path, content: bytes | str, setting: str = "run.dir") -> None:
+    """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part.
+
+    Raises UserError where it cannot be written; ``setting`` is what names the folder.
+    """
     data = content.encode() if isinstance(content, str) else content
+    with writing(path.parent, setting, len(data)):
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, usual_mode())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class _LogFile(logging.FileHandler):
+    """A log that never ends or disturbs what it tells of, also where the disk takes no more of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record without control characters: it holds texts of models, prompts and files."""
+        return printable(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What the disk did not take is kept in memory, and written with what follows."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file, whatever of it the disk takes."""
+        with suppress(OSError):
+            super().close()
 
 
 class RunFolder:
@@ -50,13 +106,17 @@ class RunFolder:
         self._made, self._fresh = made, fresh
         self._open = ExitStack()
         self._open.callback(lock.close)
-        self.results = path / "results.json"
+        self._log: logging.Handler = logging.NullHandler()
+        self.results = path / _RESULTS_NAME
         self.journal = path / "study.journal"
         self.directions = path / _DIRECTIONS
         self.config = path / "config.yaml"
         self.log = path / "run.log"
         self.front_plot = path / "pareto.png"
-        self._measured = path / "measured.json"
+        self.report = path / "report.html"
+        self.geometry = path / "geometry.json"
+        self.artifacts = path / "artifacts"
+        self._measured = path / _MEASURED_NAME
 
     @classmethod
     def open(cls, path: Path | str, config: str | None, fingerprint: Mapping[str, Any]) -> RunFolder:
@@ -76,12 +136,9 @@ class RunFolder:
         _refuse_other_settings(path, fingerprint)  # also before locking: a refused folder stays untouched
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
         fresh = not (path / _FINGERPRINT).exists()
-        try:
+        with writing(path, "run.dir"):
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / _LOCK).open("a+", encoding="utf-8")
-        except OSError as error:
-            message = f"the run folder {path} cannot be written ({error.strerror}); set run.dir"
-            raise UserError(message) from error
         try:
             _acquire(lock, path)
             _refuse_other_settings(path, fingerprint)
@@ -106,13 +163,13 @@ class RunFolder:
         write_atomically(self.results, _in_lines(content) + "\n")
 
     def load_results(self) -> dict[str, Any] | None:
-        """The results of the latest run in this folder; None where there are none yet."""
-        return _read_json(self.results, "remove it, or give another run.dir")
+        """The results of the latest run in this folder; None where there are none yet. Raises UserError."""
+        return read_results(self.path)
 
     @property
     def measured(self) -> dict[str, Any]:
         """What earlier runs found by measuring (batch sizes, response prefix, ...), to be used again."""
-        return _read_json(self._measured, "remove it") or {}
+        return read_measured(self.path)
 
     def remember(self, **values: Any) -> None:
         """Add to :attr:`measured`, or replace in it; the file is written only where that changes it."""
@@ -122,11 +179,18 @@ class RunFolder:
 
     def attach_log(self, logger: logging.Logger, level: int = logging.INFO) -> None:
         """Append what this logger and its children say to ``run.log``, until the folder is closed."""
-        handler = self._open.enter_context(closing(logging.FileHandler(self.log, encoding="utf-8")))
+        handler = self._open.enter_context(closing(_LogFile(self.log, encoding="utf-8")))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(level)
         logger.addHandler(handler)
+        self._log = handler
         self._open.callback(logger.removeHandler, handler)
+
+    def write_log(self, text: str) -> None:
+        """Append a line to ``run.log`` alone, once it is attached: what the terminal shows otherwise, or not at all."""
+        line = " ".join(text.split())
+        record = logging.LogRecord(__name__, logging.INFO, __file__, 0, line, None, None)
+        self._log.handle(record)
 
     def close(self) -> None:
         """Let go of the log, and let other processes use the folder. Harmless when called again."""
@@ -157,25 +221,34 @@ class RunFolder:
         self.close()
 
 
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """``results.json`` of a run folder; None where there is none. Raises UserError where it is not a run's own."""
+    return _read_json(folder / _RESULTS_NAME, "remove it, or give another run.dir", _RESULTS)
+
+
+def read_measured(folder: Path) -> dict[str, Any]:
+    """``measured.json`` of a run folder; empty where there is none. Raises UserError where it is not a run's own."""
+    return _read_json(folder / _MEASURED_NAME, "remove it", _MEASURED) or {}
+
+
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
     try:
-        results, stored = _read_json(path / "results.json"), _read_json(path / _FINGERPRINT)
+        results, stored = read_results(path), _read_json(path / _FINGERPRINT)
     except (OSError, UserError):  # opening the folder will say it
         return None
     # The fingerprint lacks here what is found out only by reading the inputs.
-    same = isinstance(stored, dict) and all(stored.get(key) == value for key, value in fingerprint.items())
+    same = stored is not None and all(stored.get(key) == value for key, value in fingerprint.items())
     return results if same and results is not None and results.get("finished") == request else None
 
 
-def _read_json(file: Path, advice: str = "give another run.dir") -> Any:
+def _read_json(file: Path, advice: str = "give another run.dir", shape: Any = dict) -> dict[str, Any] | None:
     """What a file of the folder holds; None where there is no such file. Raises UserError."""
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON; {advice}") from error
+    content = read_json(file, advice)
+    check_shape(content, shape, str(file), advice)
+    return content
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -200,9 +273,11 @@ def _refuse_foreign(path: Path) -> None:
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
     stored = _read_json(path / _FINGERPRINT)
-    if stored not in (None, fingerprint):
+    if stored is not None and stored != fingerprint:
+        told = differences(stored, fingerprint)
+        more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
         raise UserError(
-            f"{path} holds a run with other settings: {'; '.join(differences(stored, fingerprint))}. "
+            f"{path} holds a run with other settings: {'; '.join(told[:_TOLD])}{more}. "
             "Give another run.dir, or the same settings as before"
         )
 
@@ -222,9 +297,10 @@ def _acquire(lock: IO[str], path: Path) -> None:
         raise UserError(
             f"the run folder {path} is in use by another process (pid {holder}); wait for it, or set another run.dir"
         ) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    with writing(path, "run.dir"):
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
 
 
 def _in_lines(content: Mapping[str, Any]) -> str:

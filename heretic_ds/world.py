@@ -10,8 +10,8 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from heretic_ds import progress
 from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
 from heretic_ds.heartbeat import Heartbeats
 
@@ -67,6 +68,16 @@ class Replicas:
         shares: list[Any] = [None] * self.count
         dist.all_gather_object(shares, list(items), group=self.across)
         return [shares[i % self.count][i // self.count] for i in range(n)]
+
+    def brought(self, tensor: Tensor) -> list[Tensor]:
+        """The host tensors of all replicas, alike in shape, by replica: on rank 0, none elsewhere. All call it."""
+        if self.member:
+            return []
+        if self.across is None:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.count)] if self.index == 0 else None
+        dist.gather(tensor, found, dst=dist.get_global_rank(self.across, 0), group=self.across)
+        return found or []
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a host tensor over replicas."""
@@ -245,10 +256,12 @@ class World:
     def decide(self, make: Callable[[], T], what: str | None = None) -> T:
         """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`.
 
-        ``what`` names work that may take long, as in "downloading the model": the others wait for as long as it takes.
+        ``what`` names work that may take long, as in "downloading the model": the others wait for as long as it takes,
+        and whoever shows what is in hand shows it.
         """
         if self.size == 1:
-            return make()
+            with self._waiting(what, [0]):
+                return make()
 
         def packed() -> tuple[T, bytes]:
             made = make()
@@ -272,17 +285,21 @@ class World:
         reading files: a rank that failed alone would leave the others waiting. ``what`` is that of :meth:`decide`.
         """
         if self.size == 1:
-            return work()
+            with self._waiting(what, [0]):
+                return work()
         with self._waiting(what, range(self.size)):
             result, error = _attempt(work)
         self._raise_first(self.gather(_Problem.of(error, self.rank)), error)
         return result  # type: ignore[return-value]
 
-    def _waiting(self, what: str | None, workers: Sequence[int]) -> AbstractContextManager[None]:
+    @contextmanager
+    def _waiting(self, what: str | None, workers: Sequence[int]) -> Iterator[None]:
         """Afterwards all workers have done what they do inside, which may take long where it has a name."""
-        if what is None or self._hearts is None:
-            return nullcontext()
-        return self._hearts.together(what, workers)
+        if what is None:
+            yield
+            return
+        with progress.work(what), self._hearts.together(what, workers) if self._hearts is not None else nullcontext():
+            yield
 
     def _raise_first(self, told: Sequence[_Problem | None], own: Exception | None) -> None:
         """Raise the first problem that a rank told of; ``own`` is the error behind what this rank told."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import AGAIN, reading
 
 _BUFFER_BYTES = 8 * 2**20
 """Size of the buffer through which goes what cannot be read where it belongs."""
@@ -54,7 +55,7 @@ class TensorFiles:
         info = self._headers[name]
         shape, target = (info.shape, target) if info.shape else ((1,), target.reshape(1))
         wanted = range(start, shape[dim] if stop is None else stop)
-        with (self._folder / info.file).open("rb") as file:
+        with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], shape, dim, wanted, target)
 
     def read_numbers_into(self, name: str, target: Tensor, start: int = 0) -> None:
@@ -62,8 +63,13 @@ class TensorFiles:
         :meth:`read_into` does."""
         info = self._headers[name]
         wanted = range(start, start + len(target))
-        with (self._folder / info.file).open("rb") as file:
+        with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], (math.prod(info.shape),), 0, wanted, target)
+
+    def _opened(self, info: TensorInfo) -> IO[bytes]:
+        path = self._folder / info.file
+        with reading(path):
+            return path.open("rb")
 
     def _copy(
         self,
@@ -103,6 +109,7 @@ class TensorFiles:
 
 def _read(file: IO[bytes], offset: int, data: Tensor) -> None:
     """Fill `data`, a row of bytes on the host, from where it lies in the file."""
-    file.seek(offset)
-    if cast(Any, file).readinto(data.numpy()) < data.numel():
-        raise UserError(f"{file.name} ends too early; download or copy it again")
+    with reading(file.name):
+        file.seek(offset)
+        if cast(Any, file).readinto(data.numpy()) < data.numel():
+            raise UserError(f"{file.name} ends too early; {AGAIN}")

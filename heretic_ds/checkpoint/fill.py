@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heretic_ds import progress
 from heretic_ds.checkpoint.conversions import Source, find_sources
 from heretic_ds.checkpoint.files import TensorFiles
 from heretic_ds.checkpoint.fitness import finite, some_names
@@ -93,8 +94,22 @@ def fill(model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], 
     Parameters on the meta device get memory on `device`; others are filled where they are. Tied parameters stay one
     where their shards agree. Buffers that the checkpoint holds are filled, all others only moved.
     """
+    with progress.work("tensors", len(checkpoint.shapes), "tensors") as work:
+        _fill_parameters(model, checkpoint, shards, device, work)
+    for module in model.modules():
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None:
+                if buffer.is_meta:
+                    raise RuntimeError(f"buffer {attribute} of {type(module).__name__} has no numbers")
+                module._buffers[attribute] = buffer.to(device)
+
+
+def _fill_parameters(
+    model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], device: torch.device, work: progress.Work
+) -> None:
     made: dict[tuple[str, Shard], nn.Parameter] = {}
     for name in checkpoint.shapes:
+        work.advance()
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         shard = shards.get(name) or checkpoint.whole(name)
@@ -112,12 +127,6 @@ def fill(model: nn.Module, checkpoint: Checkpoint, shards: Mapping[str, Shard], 
         elif key not in made:
             made[key] = nn.Parameter(checkpoint.read(name, shard, device), requires_grad=False)
         module._parameters[attribute] = made[key]
-    for module in model.modules():
-        for attribute, buffer in module._buffers.items():
-            if buffer is not None:
-                if buffer.is_meta:
-                    raise RuntimeError(f"buffer {attribute} of {type(module).__name__} has no numbers")
-                module._buffers[attribute] = buffer.to(device)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

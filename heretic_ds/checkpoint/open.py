@@ -35,7 +35,9 @@ from heretic_ds.checkpoint.fitness import (
     own_dtype,
     some_names,
 )
+from heretic_ds.checkpoint.plausible import check_config, check_headers, quantization_of
 from heretic_ds.checkpoint.source import (
+    CONFIG_NAME,
     ModelSource,
     TensorInfo,
     read_config,
@@ -44,6 +46,7 @@ from heretic_ds.checkpoint.source import (
 )
 from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
 from heretic_ds.errors import UnfitDtype, UserError
+from heretic_ds.foreign.reading import reading
 from heretic_ds.memory import release_memory
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ Loaded = TypeVar("Loaded")
 
 _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+_OTHER = "choose another model or a newer transformers"
 _SAFEST = "; set another model.dtype (float32 is the safest) or model.device."
 _TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
 
@@ -64,6 +68,7 @@ class ModelChoice:
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    allow_pickle: bool = False
     attn_implementation: str | None = None
 
     @property
@@ -97,10 +102,19 @@ class OpenedModel:
 
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
-        with parameters_on_meta():
+        attention = self.choice.attn_implementation
+        advice = "set another model.attn_implementation" if attention else _OTHER
+        with reading(self.source.folder / CONFIG_NAME, advice, "describes no model here"), parameters_on_meta():
             config = copy.deepcopy(self.config)  # engines write their choices into it
             model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **self.choice.options)
         return self.ready(model)
+
+    def checked_skeleton(self) -> PreTrainedModel:
+        """:meth:`skeleton`, with which the headers of the weights were compared. Raises UserError."""
+        model = self.skeleton()
+        if self.quantization is None:
+            check_headers(model, self.headers, self.choice.path)
+        return model
 
     def loaded(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> LoadedModel:
         """``model``, whole or its skeleton, with what goes with it; ``dtype`` is that of its weights."""
@@ -187,16 +201,16 @@ def open_model(choice: ModelChoice) -> OpenedModel:
     Its device becomes the current one of this process.
     Raises UserError for anything wrong with the model or the choice, naming the file or tensor.
     """
-    source = resolve_source(choice.path, choice.revision)
+    source = resolve_source(choice.path, choice.revision, choice.allow_pickle)
     raw = read_config(source.folder)
-    headers = read_headers(source.folder)
+    headers = read_headers(source.folder, choice.allow_pickle)
     device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)
     return OpenedModel(
         choice=choice,
         source=source,
-        config=load_config(choice, source, raw),
+        config=load_config(choice, source, raw, headers),
         headers=headers,
         device=device,
         tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
@@ -237,8 +251,12 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
-def load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]) -> PreTrainedConfig:
-    """The model's configuration, checked to be that of a causal language model that transformers knows."""
+def load_config(
+    choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any], headers: Mapping[str, TensorInfo]
+) -> PreTrainedConfig:
+    """The model's configuration, checked to be that of a causal language model that transformers knows, and to fit the
+    headers of its weights."""
+    check_config(raw, source.folder / CONFIG_NAME, headers, choice.trust_remote_code)
     kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
     if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
         raise UserError(
@@ -247,10 +265,8 @@ def load_config(choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any]
         )
     if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
         raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
-    try:
+    with reading(source.folder / CONFIG_NAME, _OTHER, "is not usable"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
-    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
-        raise UserError(f"{source.folder}/config.json is not usable: {first_line(error)}") from error
     architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
     known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
     if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
@@ -281,32 +297,25 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
     options = choice.options | _dequantised(choice.path, opened.quantization)
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
-    try:
-        model, info = _auto_class(config).from_pretrained(
-            source.folder, config=config, dtype=dtype, output_loading_info=True, **options
-        )
-        if info["missing_keys"]:
-            raise UserError(
-                f"model.path={choice.path}: its weight files lack {some_names(info['missing_keys'])}, "
-                f"which {type(model).__name__} needs; the checkpoint is incomplete."
+    options["use_safetensors"] = None if choice.allow_pickle else True
+    with reading(f"model.path={choice.path}", found="cannot be loaded"):
+        try:
+            model, info = _auto_class(config).from_pretrained(
+                source.folder, config=config, dtype=dtype, output_loading_info=True, **options
             )
-        if info["unexpected_keys"]:
-            log.warning("not used by %s: %s", type(model).__name__, some_names(info["unexpected_keys"]))
-        if opened.quantization is not None:
-            _forget_quantization(model)
-        return model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise opened.too_large(dtype, error) from error
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise UserError(f"model.path={choice.path} cannot be loaded: {first_line(error)}") from error
-
-
-def quantization_of(raw: Mapping[str, Any]) -> str | None:
-    """Quantisation method of a raw configuration."""
-    for part in (raw, raw.get("text_config") or {}):
-        if part.get("quantization_config"):
-            return str(part["quantization_config"].get("quant_method", "unnamed"))
-    return None
+            model = model.to(device)
+        except torch.OutOfMemoryError as error:
+            raise opened.too_large(dtype, error) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"model.path={choice.path}: its weight files lack {some_names(info['missing_keys'])}, "
+            f"which {type(model).__name__} needs; the checkpoint is incomplete."
+        )
+    if info["unexpected_keys"]:
+        log.warning("not used by %s: %s", type(model).__name__, some_names(info["unexpected_keys"]))
+    if opened.quantization is not None:
+        _forget_quantization(model)
+    return model
 
 
 def _dequantised(path: str, method: str | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from heretic_ds.checkpoint.fitness import own_dtype
-from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, load_config, quantization_of
+from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, load_config
+from heretic_ds.checkpoint.plausible import quantization_of
 from heretic_ds.checkpoint.source import outline_source, read_config
 
 
@@ -56,7 +57,7 @@ def outline_model(choice: ModelChoice, device: torch.device) -> Outline:
     return Outline(
         choice=choice,
         source=source,
-        config=load_config(choice, source, raw),
+        config=load_config(choice, source, raw, headers),
         headers=headers,
         tokenizer=nobody,
         processor=None,

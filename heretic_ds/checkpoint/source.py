@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import get_safetensors_metadata, snapshot_download
+from huggingface_hub import get_safetensors_metadata
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -20,9 +20,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from heretic_ds.checkpoint.downloads import fetched
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import FULL, writing
+from heretic_ds.foreign.reading import AGAIN, MEBIBYTE, parse_json, path_of, read_json, reading, reason
+from heretic_ds.foreign.text import in_one_line
 
 CONFIG_NAME = "config.json"
 WEIGHT_FILES = (
@@ -61,6 +65,13 @@ CODE_FILES = ("*.py",)
 CARD_NAME = "README.md"
 GENERATION_NAME = "generation_config.json"
 
+_PICKLED = "pytorch_model"
+_PICKLE_ADVICE = (
+    "which may hold programs; convert them where you trust their author (AutoModelForCausalLM.from_pretrained(...)"
+    ".save_pretrained(...) of transformers writes safetensors), or set model.allow_pickle=true."
+)
+_CONFIG_LIMIT = 16 * MEBIBYTE
+_FILE_NAME = re.compile(r"(?!\.)[\w.+ -]{1,200}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -85,7 +96,7 @@ def is_hub_id(path: str) -> bool:
 
 def local_folder(path: str) -> Path | None:
     """The folder that `path` names, None for a hub id; asks no hub. Raises UserError where it is neither."""
-    local = Path(path).expanduser()
+    local = path_of(path, "model.path")
     if local.is_dir():
         return local.resolve()
     if local.exists():
@@ -95,16 +106,17 @@ def local_folder(path: str) -> Path | None:
     return None
 
 
-def resolve_source(path: str, revision: str | None = None) -> ModelSource:
+def resolve_source(path: str, revision: str | None = None, allow_pickle: bool = False) -> ModelSource:
     """The folder of the model that `path` names: itself, or a hub model's snapshot, downloaded where missing.
 
     Of a hub model only the weights that transformers would load are fetched, not their duplicates in other
-    formats. Raises UserError where there is no such folder, or the hub does not give the model.
+    formats; pickled ones only with ``allow_pickle``. Raises UserError where there is no such folder, or the hub does
+    not give the model.
     """
     local = local_folder(path)
     if local is not None:
         return ModelSource(local, local.name, None, is_hub=False)
-    folder = _fetch(path, revision)
+    folder = _fetch(path, revision, allow_pickle)
     return ModelSource(folder, path, folder.name, is_hub=True)
 
 
@@ -119,7 +131,7 @@ def outline_source(path: str, revision: str | None = None) -> tuple[ModelSource,
         return ModelSource(local, local.name, None, is_hub=False), read_headers(local) if is_whole(local) else {}
     patterns = [CONFIG_NAME, GENERATION_NAME, *CODE_FILES]
     with _hub_errors(path, revision):
-        folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+        folder = fetched(path, revision, patterns)
         headers = read_headers(folder) if is_whole(folder) else _headers_on_hub(path, folder.name)
     return ModelSource(folder, path, folder.name, is_hub=True), headers
 
@@ -136,16 +148,19 @@ def _headers_on_hub(name: str, commit: str) -> dict[str, TensorInfo]:
     }
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def _fetch(name: str, revision: str | None, allow_pickle: bool) -> Path:
     small: tuple[str, ...] = (CONFIG_NAME, GENERATION_NAME, CARD_NAME, *WEIGHT_FILES[1::2])
     small += TOKENIZER_FILES + PROCESSOR_FILES + LICENCE_FILES + CODE_FILES
     with _hub_errors(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(small)))
+        folder = fetched(name, revision, list(small))
         weights = _weights_to_fetch(folder)
+        if weights[0].startswith(_PICKLED) and not allow_pickle:
+            raise UserError(f"{name} has only pickled weights ({weights[0]}), {_PICKLE_ADVICE}")
         if not all((folder / file).exists() for file in weights):
-            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights))
-        if not any((folder / file).exists() for file in WEIGHT_FILES) and (folder / CONFIG_NAME).exists():
-            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[WEIGHT_FILES[2]]))
+            folder = fetched(name, folder.name, weights)
+        lacking = not any((folder / file).exists() for file in WEIGHT_FILES) and (folder / CONFIG_NAME).exists()
+        if lacking and allow_pickle:
+            folder = fetched(name, folder.name, [WEIGHT_FILES[2]])
     return folder
 
 
@@ -164,11 +179,18 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise UserError(
             f"model.path={name} is neither a folder here nor a model on the hub that this login can see."
         ) from error
+    except UserError:
+        raise
     except (LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            with writing(Path(HF_HUB_CACHE), "HF_HOME"):
+                raise
         raise UserError(
             f"model.path={name} is not a folder here, is not cached, and the hub cannot be reached: "
             "check the name and the network, or set model.path to a local folder."
         ) from error
+    except Exception as error:  # what the hub sends may be anything
+        raise UserError(f"model.path={name} cannot be read from the hub: {reason(error)}; {AGAIN}") from error
 
 
 def _weights_to_fetch(folder: Path) -> list[str]:
@@ -177,22 +199,11 @@ def _weights_to_fetch(folder: Path) -> list[str]:
     return sorted(set(_read_index(index).values())) if index else [WEIGHT_FILES[0]]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from `file`; UserError where it is anything else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); download or copy it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__}; expected an object.")
-    return content
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The raw `config.json` of a model's folder; UserError where there is none."""
     file = folder / CONFIG_NAME
     if file.is_file():
-        return read_json(file)
+        return read_json(file, limit=_CONFIG_LIMIT)
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds an adapter, not a whole model; merge it into its base model first.")
     if next(folder.glob("*.gguf"), None):
@@ -201,9 +212,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor. All of them lie beside the index: a name cannot lead elsewhere."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} lists no tensors under 'weight_map'; download or copy it again.")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _FILE_NAME.fullmatch(file):
+            raise UserError(
+                f"{index} gives {in_one_line(repr(file), 80)} as the file of {in_one_line(tensor, 80)}; expected the "
+                "name of a file beside it; download or copy it again."
+            )
     return weight_map
 
 
@@ -236,15 +254,17 @@ class TensorInfo:
     """The byte of the file at which its numbers begin."""
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
+def read_headers(folder: Path, allow_pickle: bool = False) -> dict[str, TensorInfo]:
     """Every tensor of the folder's safetensors checkpoint by its name, read from the files' headers only.
 
-    Checks each file's header against its size, and the index against the files. Empty for a checkpoint of
-    pickled `.bin` files, whose presence alone is checked. Raises UserError naming the file.
+    Checks each file's header against its size, and the index against the files. A checkpoint of pickled `.bin` files
+    is refused, or with ``allow_pickle`` empty: their presence alone is checked. Raises UserError naming the file.
     """
     found = next((name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{folder} has no weights; expected {WEIGHT_FILES[0]} or {WEIGHT_FILES[1]} in it.")
+    if found.startswith(_PICKLED) and not allow_pickle:
+        raise UserError(f"{folder} has only pickled weights ({found}), {_PICKLE_ADVICE}")
     weight_map = _read_index(folder / found) if found.endswith(".index.json") else {}
     shards = sorted(set(weight_map.values())) or [found]
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -253,7 +273,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             f"{folder / missing[0]} is missing: {len(missing)} of the {len(shards)} files that {found} lists "
             "are not there; download or copy the model again."
         )
-    if found.startswith("pytorch_model"):
+    if found.startswith(_PICKLED):
         return {}
     headers: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -276,20 +296,16 @@ def is_whole(folder: Path) -> bool:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    with file.open("rb") as start:
+    with reading(file), file.open("rb") as start:
         if start.read(26) == b"version https://git-lfs.gi":
             raise UserError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder.")
-    try:
-        safe_open(file, framework="pt")  # checks the header, and the file's size against it
+    with reading(file, found=f"is truncated or corrupt ({file.stat().st_size} bytes)"):
+        safe_open(file, framework="pt")  # checks the header, its size, and the file's size against it
         with file.open("rb") as start:
             size = int.from_bytes(start.read(8), "little")
-            entries = json.loads(start.read(size))
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{file} is truncated or corrupt ({file.stat().st_size} bytes; {error}); download or copy it again."
-        ) from error
-    return {
-        name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name, 8 + size + entry["data_offsets"][0])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
+            entries = parse_json(start.read(size), file)
+        return {
+            name: TensorInfo(tuple(entry["shape"]), entry["dtype"], file.name, 8 + size + entry["data_offsets"][0])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }

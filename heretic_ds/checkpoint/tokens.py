@@ -8,11 +8,14 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from heretic_ds.checkpoint.fitness import first_line
-from heretic_ds.checkpoint.source import GENERATION_NAME, PROCESSOR_FILES, TOKENIZER_FILES, read_json
+from heretic_ds.checkpoint.source import CONFIG_NAME, GENERATION_NAME, PROCESSOR_FILES, TOKENIZER_FILES
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import AGAIN, read_json, reading
+from heretic_ds.foreign.text import in_one_line
 
 log = logging.getLogger(__name__)
+
+_MOST_TOKENS = 2**31
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -29,17 +32,14 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     """
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer files; copy the model's tokenizer.json and its config there.")
-    try:
+    with reading(f"the tokenizer in {folder}", found="cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, padding_side="left")
-        ids = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    except Exception as error:  # every backend has exceptions of its own for files it cannot read
-        raise UserError(f"the tokenizer in {folder} cannot be loaded: {first_line(error)}") from error
-    if not ids:
-        raise UserError(f"the tokenizer in {folder} has no vocabulary; its tokenizer.json or model is missing.")
-    if tokenizer.pad_token_id is None:
-        fallback = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-        tokenizer.pad_token = fallback
-        log.info("the tokenizer has no padding token: padding with %r", fallback)
+        if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
+            raise UserError(f"the tokenizer in {folder} has no vocabulary; its tokenizer.json or model is missing.")
+        if tokenizer.pad_token_id is None:
+            fallback = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+            tokenizer.pad_token = fallback
+            log.info("the tokenizer has no padding token: padding with %r", fallback)
     return tokenizer
 
 
@@ -47,9 +47,10 @@ def load_processor(folder: Path, trust_remote_code: bool) -> Any | None:
     if not any(next(folder.glob(pattern), None) for pattern in PROCESSOR_FILES):
         return None
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        log.warning("the model's processor is not needed here and cannot be loaded: %s", first_line(error))
+        with reading(f"the processor in {folder}", "it is not needed here", "cannot be loaded"):
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UserError as error:
+        log.warning("%s", error)
         return None
     return None if isinstance(processor, PreTrainedTokenizerBase) else processor
 
@@ -62,6 +63,9 @@ def greedy_generation_config(
     own = read_json(file).get("eos_token_id") if file.is_file() else None
     ends = own if own is not None else config.get_text_config().eos_token_id
     ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    if not all(end is None or (isinstance(end, int) and 0 <= end < _MOST_TOKENS) for end in ends):
+        place = file if own is not None else folder / CONFIG_NAME
+        raise UserError(f"{place}: eos_token_id is {in_one_line(repr(ends), 60)}; expected numbers of tokens; {AGAIN}")
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
     return GenerationConfig(
         do_sample=False,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES, is_hub_id
-from heretic_ds.export.manifest import front_matter, package_versions, public_data_name, public_model_name
+from heretic_ds.errors import UserError
+from heretic_ds.export.manifest import front_matter, is_plain, package_versions, public_data_name, public_model_name
+
+log = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
 _KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -67,7 +72,7 @@ class CardFacts:
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
     """The text of the export's README.md: front matter for the hub, then plain words for people."""
     base, source = public_model_name(loaded), loaded.source
-    title, front = base.rsplit("/", 1)[-1], front_matter(source / CARD_NAME)
+    title = base.rsplit("/", 1)[-1]
     data_sets = {role: public_data_name(name) for role, name in facts.prompt_sources.items()}
     data = ModelCardData(
         base_model=base,
@@ -77,7 +82,7 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
         datasets=sorted({name for name in data_sets.values() if "/" in name and is_hub_id(name)}) or None,
         model_name=f"{title}, abliterated",
         eval_results=_results(facts, data_sets),
-        **{key: front[key] for key in _KEPT_KEYS if front.get(key)},
+        **terms_of(source / CARD_NAME)[0],
     )
     card = ModelCard.from_template(
         data,
@@ -112,3 +117,25 @@ def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]
         )
         for source, name, kind, value in measured
     ]
+
+
+def terms_of(card: Path) -> tuple[dict[str, Any], str | None]:
+    """What is carried over of the front matter of the base model's own card, and why something is not.
+
+    A card is text by anybody: what is not a short text in one line is left out, and never in the way of an export.
+    """
+    try:
+        front = front_matter(card)
+    except UserError as error:
+        return {}, str(error)
+    stated = {key: front[key] for key in _KEPT_KEYS if front.get(key)}
+    kept = {key: value for key, value in stated.items() if is_plain(value)}
+    dropped = [key for key in stated if key not in kept]
+    return kept, f"{card} has no plain text as its {', '.join(dropped)}" if dropped else None
+
+
+def warn_of_terms(folder: Path) -> None:
+    """Say, before a long search, that a model's licence will not be in the card of its edited copy."""
+    _, problem = terms_of(folder / CARD_NAME)
+    if problem is not None:
+        log.warning("%s: it is not carried over to the edited model's card", problem)

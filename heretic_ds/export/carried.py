@@ -16,8 +16,9 @@ from torch import Tensor
 from heretic_ds.checkpoint import TensorFiles
 from heretic_ds.checkpoint.conversions import unused_tensors
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CONFIG_NAME, STORED_DTYPES, WEIGHT_FILES, TensorInfo, read_headers, read_json
+from heretic_ds.checkpoint.source import CONFIG_NAME, STORED_DTYPES, WEIGHT_FILES, TensorInfo, read_headers
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
+from heretic_ds.foreign.reading import read_json, reading
 
 _AT_ONCE = 2**21
 """Numbers of a tensor that are copied."""
@@ -29,7 +30,7 @@ def carried_tensors(loaded: LoadedModel) -> dict[str, TensorInfo]:
     """What of the original's files is no part of the model, by name; of quantised files nothing can be told."""
     if loaded.quantization is not None or not (loaded.source / CONFIG_NAME).is_file():
         return {}
-    headers = read_headers(loaded.source)
+    headers = read_headers(loaded.source, allow_pickle=True)  # those of pickled files are empty
     unused = unused_tensors(loaded.model, {name: info.shape for name, info in headers.items()})
     return {name: headers[name] for name in sorted(unused) if not name.endswith(_RECOMPUTED)}
 
@@ -93,5 +94,5 @@ def _write_index(folder: Path, places: Mapping[str, str]) -> None:
 
 
 def _header_size(file: Path) -> int:
-    with file.open("rb") as start:
+    with reading(file), file.open("rb") as start:
         return 8 + int.from_bytes(start.read(8), "little")

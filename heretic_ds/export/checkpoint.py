@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from heretic_ds import progress
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import (
     CARD_NAME,
@@ -26,7 +28,6 @@ from heretic_ds.checkpoint.source import (
     TOKENIZER_FILES,
     TensorInfo,
     read_headers,
-    read_json,
 )
 from heretic_ds.edits.adapters import Adapter
 from heretic_ds.export.adapter import ADAPTER_FOLDER, write_adapter
@@ -35,6 +36,7 @@ from heretic_ds.export.manifest import public_model_name
 from heretic_ds.export.reproduce import file_digests, write_directions
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
+from heretic_ds.foreign.reading import path_of, read_json
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ def export_model(
     Every rank of `world` calls this, and an error on one of them is raised on all.
     """
     size = model_bytes(loaded.model)
-    target = Path(target).expanduser().resolve()
+    target = path_of(str(target), "export.dir").resolve()
     with ExitStack() as unfinished:
 
         def begin() -> str:
@@ -122,10 +124,11 @@ def export_model(
             return ExportResult(target, tensors, size, carried)
 
         folder = Path(world.decide(begin))
-        if weights is None:
-            world.decide(save, "writing the model")
-        else:
-            weights.write(world, folder, target)
+        with progress.work("files", size, "bytes", measure=lambda: _bytes_in(folder)):
+            if weights is None:
+                world.decide(save, "writing the model")
+            else:
+                weights.write(world, folder, target)
         result = world.decide(finish, "finishing the model")
     if result.carried:
         log.info(
@@ -147,7 +150,7 @@ def export_adapter(
     once. Rank 0's work, which alone needs the adapter; every rank of `world` calls this. Raises UserError as
     `check_export_target` does.
     """
-    target = Path(target).expanduser().resolve()
+    target = path_of(str(target), "export.dir").resolve()
 
     def write() -> ExportResult:
         adapter = beside.adapter
@@ -162,6 +165,15 @@ def export_adapter(
         return ExportResult(target, tensors, size, ())
 
     return world.decide(write, "writing the adapter")
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes of the files that lie in a folder by now."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    except OSError:  # a file was renamed meanwhile, or the folder is another machine's
+        return 0
 
 
 def _complete(loaded: LoadedModel, folder: Path) -> tuple[int, tuple[str, ...]]:

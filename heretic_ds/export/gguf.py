@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of
 
 CONVERTER = "convert_hf_to_gguf.py"
 _HOW = (
@@ -25,7 +26,7 @@ def find_converter() -> Path:
     """
     folder = os.environ.get("LLAMA_CPP")
     if folder:
-        script = Path(folder).expanduser() / CONVERTER
+        script = path_of(folder, "LLAMA_CPP") / CONVERTER
         if not script.is_file():
             raise UserError(f"export.gguf=true: LLAMA_CPP={folder} holds no {CONVERTER}; {_HOW}")
         return script

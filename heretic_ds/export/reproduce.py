@@ -10,17 +10,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from heretic_ds.checkpoint.source import CARD_NAME, read_json
+from heretic_ds.ablation import ROW_NORMS, Edit
+from heretic_ds.checkpoint.source import CARD_NAME
 from heretic_ds.errors import UserError
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json, reading
+from heretic_ds.foreign.text import in_one_line
 
 FOLDER, DIRECTIONS = "reproduce", "directions.safetensors"
 _THREADS = 8
-_NEEDED = ("base_model", "dtype", "edit", "row_norm", "through_norm", "format", "how", "files")
+_NEEDED = ("base_model", "dtype", "edit", "row_norm", "through_norm", "format", "how", "files", "versions")
+_SHAPE: dict[str, Any] = {
+    "base_model": str,
+    "revision": (str, NOTHING),
+    "dtype": str,
+    "edit": {"direction_index": (*NUMBER, NOTHING), "profiles": {str: {str: NUMBER}}},
+    "row_norm": str,
+    "through_norm": bool,
+    "format": str,
+    "how": {
+        "device": str,
+        "threads": int,
+        "from_files": bool,
+        "max_shard_size": (str, NOTHING),
+        "adapter_rank": int,
+    },
+    "files": {str: str},
+    "versions": {str: str},
+}
+"""Of a manifest: for :func:`heretic_ds.foreign.reading.check_shape`."""
+_CHOICES = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "row_norm": ROW_NORMS,
+    "format": ("model", "adapter", "both"),
+}
+_AGAIN = "get it anew"
 
 
 def write_directions(folder: Path, directions_LD: Tensor) -> None:
@@ -52,7 +79,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as content:
+    with reading(file), file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
@@ -76,15 +103,20 @@ class Recipe:
             raise UserError(
                 f"{file} does not say {missing[0]!r}, as exports of this version do; export the model again"
             )
+        check_shape(manifest, _SHAPE, str(file), _AGAIN)
+        for key, known in _CHOICES.items():
+            if manifest[key] not in known:
+                raise UserError(f"{file} has {in_one_line(manifest[key], 60)!r} as its {key}; {_AGAIN}")
         stored, name = file.parent / FOLDER / DIRECTIONS, f"{FOLDER}/{DIRECTIONS}"
         if not stored.is_file():
             raise UserError(f"{stored} is missing; get the folder {FOLDER} from where {file.name} is from")
         if _digest(stored) != manifest["files"].get(name):
             raise UserError(f"{stored} is not the file that {file.name} was written with; get both anew")
-        try:
-            return cls(file.parent, manifest, load_file(stored)["directions"])
-        except (SafetensorError, KeyError) as error:
-            raise UserError(f"{stored} is damaged ({error}); get it anew") from error
+        with reading(stored, _AGAIN, "is damaged"):
+            directions_LD = load_file(stored)["directions"]
+        with reading(file, _AGAIN):
+            Edit.from_dict(manifest["edit"])
+        return cls(file.parent, manifest, directions_LD)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from heretic_ds.export.adapter import stored_gain
 from heretic_ds.export.carried import copied
 from heretic_ds.export.target import failures_named
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
+from heretic_ds.foreign.reading import reading
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,8 @@ class EditedFiles:
     def write_file(self, folder: Path, file: str) -> None:
         """Write one file, with the other metadata that the original's has."""
         forms = {name: self.forms[name] for name, place in self.places.items() if place == file}
-        with safe_open(self.source / self.headers[next(iter(forms))].file, framework="pt") as original:
+        first = self.source / self.headers[next(iter(forms))].file
+        with reading(first), safe_open(first, framework="pt") as original:
             metadata = {**(original.metadata() or {}), "format": "pt"}
         tensors = TensorFiles(self.source, self.headers)
 

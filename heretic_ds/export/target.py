@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import psutil
+from safetensors import SafetensorError
 
 from heretic_ds.checkpoint.source import (
     CARD_NAME,
@@ -23,9 +24,9 @@ from heretic_ds.checkpoint.source import (
     LICENCE_FILES,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
-    read_json,
 )
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of, read_json
 
 MANIFEST_NAME = "heretic_ds.json"
 _REPLACEABLE = (
@@ -61,7 +62,7 @@ def check_export_target(
     the original model's folder, which must not be written over. Meant to be called before a long search, and
     again before writing.
     """
-    target = Path(target).expanduser().resolve()
+    target = path_of(str(target), "export.dir").resolve()
     recover_leftovers(target)
     if target.exists() and not target.is_dir():
         raise UserError(f"export.dir={target} is a file; expected a folder that is empty or does not exist.")
@@ -73,7 +74,7 @@ def check_export_target(
                 f"export.dir={target} exists and is not empty; choose another folder or set export.overwrite=true."
             )
         _check_replaceable(target)
-    home = next(folder for folder in target.parents if folder.exists())
+    home = _home(target)
     if not home.is_dir() or not _can_be_written(home):
         raise UserError(f"export.dir={target}: {home} is not a folder that can be written to; choose another folder.")
     free, wanted = shutil.disk_usage(home).free, needed_bytes + _SPARE_BYTES
@@ -84,6 +85,11 @@ def check_export_target(
             f"{free / unit:.2f} {name} are free there; free some space or choose a folder on another disk."
         )
     return target
+
+
+def _home(target: Path) -> Path:
+    """The folder that is there already, in which others are made."""
+    return next(folder for folder in target.parents if folder.exists())
 
 
 def _can_be_written(folder: Path) -> bool:
@@ -115,8 +121,11 @@ def failures_named(target: Path) -> Iterator[None]:
     """Errors of the system inside, while an export to ``target`` is written, become a UserError."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"export.dir={target} could not be written ({error}); the folder is as it was.") from error
+    except (OSError, SafetensorError) as error:  # the library's own, also where the disk is full
+        raise UserError(
+            f"export.dir={target} could not be written ({error}; {shutil.disk_usage(_home(target)).free} bytes are "
+            "free); the folder is as it was."
+        ) from error
 
 
 @contextmanager
@@ -133,9 +142,11 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in [*partial.rglob("*"), partial]:
+        for file in partial.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)  # libraries write weights for their owner alone
             _sync(file)
+        partial.chmod(0o755)
+        _sync(partial)
         if target.exists():
             target.rename(old)
         partial.rename(target)

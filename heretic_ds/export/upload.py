@@ -8,13 +8,17 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from heretic_ds.checkpoint.source import is_hub_id, read_json
+from heretic_ds.checkpoint.source import is_hub_id
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.reading import read_json
+from heretic_ds.foreign.text import in_one_line
 
 log = logging.getLogger(__name__)
 
+_LONGEST = 600
+"""Characters of what the hub says that are told."""
 _LOGIN = "log in with `hf auth login`, or set the environment variable HF_TOKEN, with a token that may write"
 
 
@@ -83,7 +87,7 @@ def _refuse_other(api: HfApi, name: str, overwrite: bool) -> None:
 def _without_token(error: BaseException) -> str:
     """An error, and what it came of, in one line that does not tell the token."""
     lines = [str(each) for each in (error, error.__cause__) if each is not None]
-    text = " ".join(" ".join(lines).split())
+    text = in_one_line(" ".join(lines), _LONGEST)
     if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code in (401, 403):
         text = f"{text} ({_LOGIN})"
     token = get_token()

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import read_text
+from heretic_ds.foreign.text import in_one_line
 from heretic_ds.launching.plan import Launch
 from heretic_ds.launching.supervisor import LAUNCHER_SECONDS, Outcome, Supervised, Supervisor, ended_by, signals_to
 
@@ -37,24 +39,29 @@ _SILENCE_SECONDS = 45.0
 _PARTING_SECONDS = 40.0
 """What nodes get to end their ranks before the connection to them is ended."""
 _LOOK_SECONDS = 0.1
+_HOSTFILE_LIMIT = 2**20
+_HOST = re.compile(
+    r"([A-Za-z_][\w.-]{0,63}@)?(?=.{1,253}\Z)"
+    r"([A-Za-z0-9][\w-]*(\.[A-Za-z0-9][\w-]*)*\.?|[0-9A-Fa-f]*:[0-9A-Fa-f:.]+(%\w+)?)",
+    re.ASCII,
+)
+"""A name or an address, with a user or without: nothing that ssh takes for an option, a shell for more."""
 _FORWARDED = re.compile(r"(HF|TORCH|NCCL|GLOO|DS|UCX|OMP|MKL|TOKENIZERS|TRITON|PYTORCH)_\w+|PYTHONPATH|LD_LIBRARY_PATH")
 """Variables of this process that the ranks on every node get."""
 
 
 def read_hostfile(file: Path, limit: int | None = None) -> dict[str, int]:
     """Hosts, in order, with the ranks that each takes (`name slots=8`). Raises UserError."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the hostfile {file} cannot be read ({error}); see launch/hostfile.example") from error
+    lines = read_text(file, _HOSTFILE_LIMIT, "see launch/hostfile.example").split("\n")
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         content = line.split("#")[0].strip()
         if not content:
             continue
-        entry = re.fullmatch(r"([^\s-]\S*)\s+slots=([1-9]\d*)", content)
-        if entry is None:
-            raise UserError(f"{file}, line {number}: found {content!r}, expected a line like: node1 slots=8")
+        entry = re.fullmatch(r"(\S+)\s+slots=([1-9]\d{0,5})", content)
+        if entry is None or not _HOST.fullmatch(entry[1]):
+            found = in_one_line(repr(content), 120)
+            raise UserError(f"{file}, line {number}: found {found}, expected a line like: node1 slots=8")
         if entry[1] in hosts:
             raise UserError(f"{file}, line {number}: {entry[1]} is listed twice")
         hosts[entry[1]] = int(entry[2])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from heretic_ds.ablation import COMPONENTS, ROW_NORMS, Ablation, Edit, Profile, behaviour_directions
 from heretic_ds.anatomy import Anatomy, find_anatomy, has_expert_dispatch
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
+from heretic_ds.conf_files import choice
 from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -29,7 +30,7 @@ from heretic_ds.prompts import ChatFormat, PromptSet, decode_answers
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.scoring import RefusalScorer
 from heretic_ds.search.objective import Objective
-from heretic_ds.settings import PromptSettings, choice
+from heretic_ds.settings import PromptSettings
 
 _EXPERTS = "_experts_implementation"
 """Attribute of configurations by which transformers looks up how experts are computed."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from heretic_ds.ablation import Ablation
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of, read_text, reading
 from heretic_ds.library.models import Directions, ModelEdit
+from heretic_ds.run_folder import read_results
 from heretic_ds.search.pareto import candidates, pareto_front
 from heretic_ds.search.trials import TrialRecord
 
@@ -74,17 +74,18 @@ class FinishedRun:
 
 def load_run(folder: str | Path) -> FinishedRun:
     """Read a run folder. Raises UserError where it is none, or has no directions or trials yet."""
-    folder = Path(folder).expanduser()
+    folder = path_of(str(folder), "folder")
     results, config, directions = (folder / name for name in ("results.json", "config.yaml", "directions.safetensors"))
     for file in (results, config, directions):
         if not file.is_file():
             raise UserError(f"{folder} holds no {file.name}; give the folder of a run that has begun to search")
-    try:
+    again = "run the same command again"
+    with reading(directions, again, "is damaged"):
         tensors = load_file(directions)
         found = Directions(*(tensors[name] for name in ("directions", "target_mean", "baseline_mean")))
-    except (SafetensorError, KeyError) as error:
-        raise UserError(f"{directions} is damaged ({error}); run the same command again") from error
-    content = read_json(results)
-    settings: Any = OmegaConf.to_container(OmegaConf.load(config))
-    trials = [TrialRecord.from_dict(entry) for entry in content["trials"]]
+    content = read_results(folder) or {}
+    with reading(config, again):
+        settings: Any = OmegaConf.to_container(OmegaConf.create(read_text(config)))
+    with reading(results, again):
+        trials = [TrialRecord.from_dict(entry) for entry in content["trials"]]
     return FinishedRun(folder, content, settings, found, trials)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from omegaconf import OmegaConf, ValidationError
 
+from heretic_ds.conf_files import option_owners
 from heretic_ds.errors import UserError
 from heretic_ds.placements.auto import left_open, settled, settled_alone
 from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
-from heretic_ds.settings import PHASES, Settings, option_owners
-from heretic_ds.settings_checks import check_fields, find_class, refuse, type_name
+from heretic_ds.settings import PHASES, Settings
+from heretic_ds.settings.checks import check_fields, find_class, refuse, type_name
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from heretic_ds.conf_files import choice
 from heretic_ds.placements.base import Placement
-from heretic_ds.settings import PHASES, Settings, choice
+from heretic_ds.settings import PHASES, Settings
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job

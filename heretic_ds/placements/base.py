@@ -22,6 +22,7 @@ from heretic_ds.placements.costs import Cost, Facts, Resources, divisors
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
+from heretic_ds.runner.taps import TakeResiduals
 from heretic_ds.scoring.base import Decided, GivesDistributions
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ class Capturing(Engine, Protocol):
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""
         ...
 
+    def residuals(self, prompts: TokenRows, take: TakeResiduals, winsorize_quantile: float = 1.0) -> None:
+        """Hand the residuals of every prompt at its last position to ``take``, on rank 0, as they come.
+
+        One pass; every prompt comes once, in any order. Hosts hold what is under way, see
+        :func:`heretic_ds.runner.taps.to_rank_0`, and whatever ``take`` keeps. All ranks call it.
+        """
+        ...
+
     def generate(
         self, prompts: TokenRows, edits: Sequence[None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
@@ -87,7 +96,7 @@ class Evaluating(Engine, GivesDistributions, Protocol):
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``."""
         ...
 
     def apply(self, edit: Edit) -> None:

@@ -24,9 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import read_json
 from heretic_ds.memory import host_memory, release_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
+from heretic_ds.planner.here import processor
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ def cache_folder() -> Path:
 
 
 def _key(device: torch.device, threads: int, ranks: int) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
     here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
     where = [platform.node(), name, count, host_memory()]
@@ -77,19 +79,11 @@ def _key(device: torch.device, threads: int, ranks: int) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
-
-
 def _load(file: Path) -> Machine | None:
     """What is kept; None where there is nothing, or nothing that makes a machine."""
     try:
-        return machine_of(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError, UserError) as error:
+        return machine_of(read_json(file)) if file.exists() else None
+    except UserError as error:
         log.warning("%s is damaged (%s): this machine is measured anew", file, error)
         return None
 

@@ -13,7 +13,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement
 from heretic_ds.placements.costs import Machine
 from heretic_ds.settings import conf_dir
-from heretic_ds.settings_checks import find_class
+from heretic_ds.settings.checks import find_class
 
 
 def placements_for(phase: str) -> list[type[Placement]]:

@@ -3,4 +3,4 @@
 from heretic_ds.prompts.batching import Batch, PromptSet, TokenRows, check_lengths, pad_left
 from heretic_ds.prompts.chat import ChatFormat, decode_answers
 from heretic_ds.prompts.prefix import detect_response_prefix, find_response_prefix
-from heretic_ds.prompts.sources import load_prompts
+from heretic_ds.prompts.sources import Prompts, load_prompts, read_prompts

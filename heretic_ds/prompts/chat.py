@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.limits import TooMuch, in_child
+from heretic_ds.foreign.reading import MEBIBYTE, path_of, read_text, reason
 from heretic_ds.settings import AUTO, PromptSettings, ThinkingMarker
 
 log = logging.getLogger(__name__)
 
 _PROBE = "Which vegetables grow in the shade?"
-# What templates raise: refusals of their own and undefined names are TemplateErrors; the others come from
-# operations on contents of a type that the template was not written for.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, AttributeError)
+_TEMPLATE_LIMIT = MEBIBYTE
+_AT_ONCE = 250
+"""Conversations that one process renders."""
+_ROOM = 100_000
+"""Characters that a template may add to a conversation, or ten times the conversation's own where that is more."""
+
+
+class TemplateFailed(UserError):
+    """A chat template gave no text for a conversation."""
 
 
 class ChatFormat:
@@ -43,18 +51,23 @@ class ChatFormat:
         self.thinking: Sequence[ThinkingMarker] = settings.thinking
         if not all(marker.open.strip() for marker in self.thinking):
             raise UserError("prompts.thinking has a marker without `open`; give the text that opens the block")
-        self.system = settings.system if settings.system and settings.system.strip() else None
         given = "" if settings.response_prefix == AUTO else settings.response_prefix
         self.response_prefix = given if response_prefix is None else response_prefix
+        self._rendered: dict[str, str] = {}
+        """By conversation: a template that is a program gives the same text each time, and runs once for each."""
         self._template = None if settings.template is None else _read_template(settings.template)
         if self._template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "the model has no chat template; set prompts.template to a Jinja chat template or to a file "
                 "that holds one"
             )
-        self._system_folded, self._in_parts = self._try_out()
-        if self._system_folded:
-            log.warning("the chat template takes no system prompt: it is put before the user's message instead")
+        self._use_system(settings.system)
+
+    def with_system(self, system: str | None) -> ChatFormat:
+        """The same format with another system prompt (None: none). Raises UserError where it cannot be rendered."""
+        other = copy.copy(self)
+        other._use_system(system)
+        return other
 
     def with_prefix(self, response_prefix: str) -> ChatFormat:
         """The same format with another response prefix."""
@@ -71,10 +84,11 @@ class ChatFormat:
 
         Raises UserError where the template cannot render this prompt.
         """
-        try:
-            return self._apply_template(self.messages(prompt)) + self.response_prefix
-        except _TEMPLATE_ERRORS as error:
-            raise UserError(_unusable(error)) from error
+        return self._apply_template(self.messages(prompt)) + self.response_prefix
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Render prompts together, which takes hardly longer than one. Raises UserError as :meth:`render` does."""
+        self._apply_to_all([self.messages(prompt) for prompt in prompts])
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of :meth:`render`.
@@ -105,28 +119,62 @@ class ChatFormat:
             turns = [("system", self.system), ("user", prompt)]
         return [message(role, text, in_parts) for role, text in turns]
 
+    def _use_system(self, system: str | None) -> None:
+        self.system = system if system and system.strip() else None
+        self._system_folded, self._in_parts = self._try_out()
+        if self._system_folded:
+            log.warning("the chat template takes no system prompt: it is put before the user's message instead")
+
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+        return self._apply_to_all([messages])[0]
+
+    def _apply_to_all(self, conversations: Sequence[list[dict[str, Any]]]) -> list[str]:
+        """Each conversation as text. Templates come with models and are programs: they run in a process that is ended
+        where they take too much. Raises TemplateFailed."""
+        keys = [json.dumps(messages) for messages in conversations]
+        by_key = dict(zip(keys, conversations, strict=True))
+        new = [key for key in by_key if key not in self._rendered]
+        for start in range(0, len(new), _AT_ONCE):
+            part = new[start : start + _AT_ONCE]
+            try:
+                texts = in_child(partial(self._render_all, [by_key[key] for key in part]))
+            except Exception as error:  # whatever a program raises
+                raise TemplateFailed(_unusable(reason(error))) from error
+            self._rendered.update(zip(part, texts, strict=True))
+        return [self._rendered[key] for key in keys]
+
+    def _render_all(self, conversations: Sequence[list[dict[str, Any]]]) -> list[str]:
+        return [self._render(messages) for messages in conversations]
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        text = str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
         )
-        return str(rendered)
+        given = sum(len(str(message["content"])) for message in messages)
+        if len(text) > max(_ROOM, 10 * given):
+            raise ValueError(f"it makes {len(text)} characters of a conversation of {given}")
+        return text
 
     def _try_out(self) -> tuple[bool, bool]:
         """The first form of a conversation (system folded, content in parts) that is rendered whole."""
         wanted = [_PROBE] if self.system is None else [_PROBE, self.system.strip()]
-        problem: Exception | None = None
+        problem: TemplateFailed | None = None
         for in_parts in (False, True):
             for folded in (False, True) if self.system is not None else (False,):
                 messages = self._messages(_PROBE, folded, in_parts)
                 try:
                     rendered = self._apply_template(messages)
-                except _TEMPLATE_ERRORS as error:
+                except TemplateFailed as error:
+                    if isinstance(error.__cause__, TooMuch):
+                        raise
                     problem = problem or error
                     continue
                 printed = in_parts and str(messages[-1]["content"]) in rendered
                 if all(text in rendered for text in wanted) and not printed:
                     return folded, in_parts
-        raise UserError(_unusable(problem)) from problem
+        raise problem or UserError(_unusable("it leaves out the user's message"))
 
 
 def message(role: str, text: str, in_parts: bool) -> dict[str, Any]:
@@ -151,15 +199,11 @@ def _read_template(given: str) -> str:
     """A template from ``prompts.template``: every Jinja template has a brace, no sensible path has one."""
     if "{" in given:
         return given
-    path = Path(given).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts.template is {given!r}, which is neither a Jinja template nor a file that can be read"
-        ) from error
+    path = path_of(given, "prompts.template")
+    if not path.is_file():
+        raise UserError(f"prompts.template is {given!r}, which is neither a Jinja template nor a file that can be read")
+    return read_text(path, _TEMPLATE_LIMIT, "set prompts.template to a file that holds a Jinja template")
 
 
-def _unusable(problem: Exception | None) -> str:
-    reason = "it leaves out the user's message" if problem is None else " ".join(str(problem).split())
-    return f"the chat template cannot render a prompt ({reason}); set prompts.template to one that can"
+def _unusable(why: str) -> str:
+    return f"the chat template cannot render a prompt ({why}); set prompts.template to one that can"

@@ -8,7 +8,7 @@ say "in row 1" of whichever line is wrong. 100,000 lines take them 0.9 s (0.15 s
 from __future__ import annotations
 
 import csv
-import json
+import io
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -22,9 +22,14 @@ from omegaconf import MISSING
 
 from heretic_ds.checkpoint.fitness import some_names
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import MEBIBYTE, loads, path_of, read_bytes, read_text, reading
+from heretic_ds.foreign.text import in_one_line
 from heretic_ds.settings import PromptSource
 
 log = logging.getLogger(__name__)
+
+_LIMIT = 1024 * MEBIBYTE
+"""Bytes of the largest file of prompts that is read."""
 
 PACKAGE_SCHEME = "pkg://"
 # A file or a single saved data set has one unnamed split. It goes by each of the usual names, so that
@@ -33,7 +38,17 @@ UNNAMED_SPLITS = ("train", "validation", "test", "all")
 
 _HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?")
 _SPLIT = re.compile(r"(?P<base>[^\[\]]+?)(\[(?P<rows>[^\[\]]*)\])?")
-_ROWS = re.compile(r"\s*(?P<start>[+-]?\d+%?|)\s*:\s*(?P<stop>[+-]?\d+%?|)\s*")
+_ROWS = re.compile(r"\s*(?P<start>[+-]?\d{1,18}%?|)\s*:\s*(?P<stop>[+-]?\d{1,18}%?|)\s*")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a source holds for a run."""
+
+    texts: list[str]
+    rows: int
+    """Of the source's split, of which the texts are those that were asked for."""
+
 
 _Found = tuple[Sequence[str], Sequence[Any]]
 """Names of the columns, and the asked one's value for each row: anything where there is no such column."""
@@ -50,7 +65,7 @@ class _Source:
     def text(self) -> str:
         return self.given.source
 
-    def fail(self, problem: str, field: str = "source", cause: Exception | None = None) -> NoReturn:
+    def fail(self, problem: str, field: str = "source", cause: BaseException | None = None) -> NoReturn:
         raise UserError(f"{self.name}.{field}: {problem}") from cause
 
 
@@ -65,13 +80,19 @@ def load_prompts(source: PromptSource, name: str) -> list[str]:
 
     ``name`` is the override prefix that messages name, such as ``prompts.target.train``. Raises UserError.
     """
+    return read_prompts(source, name).texts
+
+
+def read_prompts(source: PromptSource, name: str) -> Prompts:
+    """:func:`load_prompts`, with how many rows there are to choose from."""
     origin = _Source(name, source)
     if source.source in (MISSING, ""):
         origin.fail("no source is set; give a data set id, a folder or a file")
     match = _SPLIT.fullmatch(source.split.strip())
     if match is None:
         origin.fail(
-            f"cannot read {source.split!r}; write a split's name, as in train, or with rows, as in train[:400]",
+            f"cannot read {in_one_line(repr(source.split), 80)}; write a split's name, as in train, or with rows, as "
+            "in train[:400]",
             "split",
         )
     within_split = _bounds(origin, "split", source.split, match["rows"])
@@ -83,9 +104,11 @@ def load_prompts(source: PromptSource, name: str) -> list[str]:
     chosen = _cut(origin, "split", range(len(values)), within_split)
     chosen = _cut(origin, "slice", chosen, within_slice)
     if source.column not in columns:
-        listed = ", ".join(columns) or "none"
+        listed = in_one_line(", ".join(columns)) or "none"
         origin.fail(f"{origin.text} has no column {source.column!r}; its columns are: {listed}", "column")
-    return _texts(origin, chosen, values[chosen.start : chosen.stop])
+    with reading(origin.text):  # data sets read their files when they are asked
+        wanted = list(values[chosen.start : chosen.stop])
+    return Prompts(_texts(origin, chosen, wanted), len(values))
 
 
 def _texts(origin: _Source, chosen: range, values: Sequence[Any]) -> list[str]:
@@ -115,7 +138,7 @@ def _bounds(origin: _Source, field: str, given: str | None, rows: str | None) ->
     match = _ROWS.fullmatch(":" if rows is None else rows)
     if match is None:
         example = "0:400" if field == "slice" else "train[:400]"
-        origin.fail(f"cannot read the rows in {given!r}; write start:stop, as in {example}", field)
+        origin.fail(f"cannot read the rows in {in_one_line(repr(given), 80)}; write start:stop, as in {example}", field)
     return match
 
 
@@ -137,7 +160,7 @@ def _cut(origin: _Source, field: str, rows: range, bounds: re.Match[str]) -> ran
 def _open(origin: _Source, split: str) -> _Found:
     """The split of that name, wherever it is."""
     packaged = origin.text.startswith(PACKAGE_SCHEME)
-    path = _in_package(origin) if packaged else Path(origin.text).expanduser()
+    path = _in_package(origin) if packaged else path_of(origin.text, f"{origin.name}.source")
     folder = path.is_dir() and not packaged
     file = packaged or (path.suffix.lower() in _READERS and not folder)
     saved = folder and any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
@@ -156,14 +179,13 @@ def _open(origin: _Source, split: str) -> _Found:
     import datasets
 
     try:
-        if saved:
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path) if folder else origin.text, origin.given.subset)
-    # Builders, file readers, the hub's client and its transport raise exceptions of their own, with no common
-    # base.
-    except Exception as error:
-        _explain(origin, kind, error)
+        with reading(kind):
+            if saved:
+                loaded = datasets.load_from_disk(str(path))
+            else:
+                loaded = datasets.load_dataset(str(path) if folder else origin.text, origin.given.subset)
+    except UserError as error:
+        _explain(origin, kind, error.__cause__ or error)
     if not isinstance(loaded, dict):
         _check_unnamed_split(origin, split, str(loaded.split))
     elif split in loaded:
@@ -174,22 +196,22 @@ def _open(origin: _Source, split: str) -> _Found:
     return loaded.column_names, loaded[origin.given.column] if there else range(len(loaded))
 
 
-def _explain(origin: _Source, kind: str, error: Exception) -> NoReturn:
+def _explain(origin: _Source, kind: str, error: BaseException) -> NoReturn:
     """Say why ``datasets`` gave nothing."""
-    reason, subset = " ".join(str(error).split()) or type(error).__name__, origin.given.subset
-    if "Config name is missing" in reason or f"BuilderConfig {subset!r}" in reason:
-        named = some_names(re.findall(r"'([^']+)'", reason.partition("[")[2].partition("]")[0]), shown=20)
+    told, subset = " ".join(str(error).split()) or type(error).__name__, origin.given.subset
+    if "Config name is missing" in told or f"BuilderConfig {subset!r}" in told:
+        named = some_names(re.findall(r"'([^']+)'", told.partition("[")[2].partition("]")[0]), shown=20)
         given = "null" if subset is None else repr(subset)
         origin.fail(f"{given} is none of the configurations of {origin.text}: {named}; choose one", "subset", error)
     advice = "check the name and the network, or give a local file"
-    origin.fail(f"{kind} cannot be read: {reason[:300]}; {advice}", cause=error)
+    origin.fail(f"{kind} cannot be read: {told[:300]}; {advice}", cause=error)
 
 
 def _in_package(origin: _Source) -> Path:
     package, _, inside = origin.text.removeprefix(PACKAGE_SCHEME).partition("/")
     try:
         return Path(str(resources.files(package).joinpath(inside)))
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
         origin.fail(f"there is no Python package {package!r}; write pkg://package/path", cause=error)
 
 
@@ -205,16 +227,32 @@ def _open_file(origin: _Source, path: Path) -> _Found:
     if not path.is_file():
         origin.fail(f"there is no file {path}; check the path")
     try:
-        return read(origin, path)
-    except UnicodeDecodeError as error:
-        origin.fail(f"{path} is not UTF-8 text; save it as UTF-8", cause=error)
-    except OSError as error:
-        origin.fail(f"{path} cannot be read: {error.strerror or error}", cause=error)
+        with reading(path):
+            return read(origin, path)
+    except UserError as error:
+        if str(error).startswith(f"{origin.name}."):
+            raise
+        cause = error.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            origin.fail(f"{path} is not UTF-8 text (byte {cause.start}); save it as UTF-8", cause=cause)
+        origin.fail(str(error), cause=cause)
 
 
 def _lines(path: Path) -> list[str]:
+    text = read_text(path, _LIMIT, "give another file", encoding="utf-8-sig")
     # Only line feeds end a line: str.splitlines would also break at form feeds and Unicode separators inside one.
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    return [line.strip() for line in text.split("\n")]
+
+
+@dataclass
+class _Line:
+    """The line of a file that is being read."""
+
+    path: Path
+    number: int = 0
+
+    def __str__(self) -> str:
+        return f"line {self.number} of {self.path}"
 
 
 def _read_txt(origin: _Source, path: Path) -> _Found:
@@ -223,39 +261,47 @@ def _read_txt(origin: _Source, path: Path) -> _Found:
 
 def _read_jsonl(origin: _Source, path: Path) -> _Found:
     records: list[dict[str, Any]] = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            origin.fail(f"line {number} of {path} is not JSON: {error.msg}", cause=error)
-        if not isinstance(record, dict):
-            origin.fail(f"line {number} of {path} is not a JSON object; write one object a line")
-        records.append(record)
+    place, lines = _Line(path), _lines(path)
+    with reading(place, "mend that line", "is not JSON"):
+        for place.number, line in enumerate(lines, start=1):
+            if not line:
+                continue
+            record = loads(line)
+            if not isinstance(record, dict):
+                origin.fail(f"{place} is not a JSON object; write one object a line")
+            records.append(record)
     return list(dict.fromkeys(chain(*records))), [record.get(origin.given.column) for record in records]
 
 
 def _read_csv(origin: _Source, path: Path) -> _Found:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    with reading(path, "give another file"):
+        text = read_bytes(path, _LIMIT, "give another file").decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         try:
-            return reader.fieldnames or (), [record.get(origin.given.column) for record in reader]
+            names = list(reader.fieldnames or ())
+            _check_unambiguous(origin, path, names)
+            return names, [record.get(origin.given.column) for record in reader]
         except csv.Error as error:
             origin.fail(f"line {reader.line_num} of {path} is not CSV: {error}", cause=error)
 
 
 def _read_parquet(origin: _Source, path: Path) -> _Found:
-    import pyarrow
     from pyarrow import parquet
 
     column = origin.given.column
-    try:
+    with reading(path, "give another file", "is not a Parquet file, or is damaged"):
+        if path.stat().st_size > _LIMIT:
+            raise UserError(f"{path} is larger than {_LIMIT // MEBIBYTE} MiB, the most that is read; give another file")
         columns = parquet.read_schema(path).names
-        table = parquet.read_table(path, columns=[column] if column in columns else [])
-    except pyarrow.ArrowException as error:
-        origin.fail(f"{path} is not a Parquet file: {error}", cause=error)
-    return columns, table[column].to_pylist() if column in columns else range(table.num_rows)
+        _check_unambiguous(origin, path, columns)
+        table = parquet.ParquetFile(path).read([column] if column in columns else [])
+        return columns, table[column].to_pylist() if column in columns else range(table.num_rows)
+
+
+def _check_unambiguous(origin: _Source, path: Path, columns: Sequence[str]) -> None:
+    column = origin.given.column
+    if columns.count(column) > 1:
+        origin.fail(f"{path} has {columns.count(column)} columns called {column!r}; name each only once", "column")
 
 
 _READERS: dict[str, Callable[[_Source, Path], _Found]] = {

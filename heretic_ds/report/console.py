@@ -3,48 +3,63 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-import huggingface_hub.utils
-import transformers.utils.logging
 from rich.console import Console
 
-from heretic_ds.world import World
+from heretic_ds.foreign.text import printable
 
-_WIDTH_OF_FILES = 160
+if TYPE_CHECKING:
+    from heretic_ds.world import World
 
-
-def console_of(world: World) -> Console:
-    """Standard output, where the rank that decides speaks and the others are silent.
-
-    In a file or a pipe nobody knows the width of, tables are wide rather than folded.
-    """
-    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
-    return Console(file=sys.stdout, width=width, quiet=not world.decides)
+WIDTH_OF_FILES = 160
+"""Columns where output goes to a file or a pipe, whose width nobody knows: tables are wide there rather than folded."""
 
 
-def no_bars_without_a_terminal(world: World) -> None:
-    """Keep the progress bars of libraries off standard error where it is a file or a pipe, and on all ranks but one."""
-    if sys.stderr.isatty() and world.decides:
-        return
-    transformers.utils.logging.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by a library that is imported where it is needed
+class Speaker(Console):
+    """A console that knows when it last said something."""
+
+    said_at = 0.0
+    """By the monotonic clock."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As any console does."""
+        super().print(*objects, **options)
+        self.said_at = time.monotonic()
+
+
+def console_of(world: World) -> Speaker:
+    """Standard output, where the rank that decides speaks and the others are silent."""
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    return Speaker(file=sys.stdout, width=width, quiet=not world.decides)
+
+
+def is_live(console: Console) -> bool:
+    """Whether there is a terminal on which lines can be drawn anew."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Text as it is, without markup or highlighting: folded between words at a terminal, elsewhere as one line that
+    tools can read."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=not is_live(console))
 
 
 class _ConsoleHandler(logging.Handler):
-    """Messages as plain lines: no markup, no wrapping, so that tools can read them."""
+    """Messages as :func:`say` has them; those marked ``extra={"console": False}`` are for ``run.log`` alone."""
 
     def __init__(self, target: Console) -> None:
         super().__init__(logging.INFO)
         self._target = target
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else None
-        self._target.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+        if getattr(record, "console", True):
+            text = printable(self.format(record))
+            say(self._target, text, "yellow" if record.levelno >= logging.WARNING else None)
 
 
 @contextmanager

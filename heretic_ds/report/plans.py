@@ -16,7 +16,11 @@ from heretic_ds.planner import Candidate, Plan
 
 _GIB = 2**30
 _WIDE = 120
-"""Columns from which on what lies in memory, and why something does not fit, have columns of their own."""
+"""Columns from which on options, what lies in memory, and why something does not fit, stand in the table; else below
+it, so that no name is broken."""
+_NARROW = 80
+"""Columns below which names of columns are short."""
+_SHORT = {"GiB a rank": "GiB", "all trials": "all"}
 _TITLES = {
     "capture": "capture: the residuals of all training prompts",
     "evaluate": "evaluate: trials of edits, each with its answers and distributions",
@@ -36,19 +40,19 @@ def machine_line(plan: Plan) -> str:
 
 def phase_table(plan: Plan, phase: str, width: int) -> Group:
     """All placements of a phase, what is chosen first, for a console of so many columns."""
-    wide, rows = width >= _WIDE, best_of_each(plan, phase)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("placement", overflow="fold")
+    wide, narrow, rows = width >= _WIDE, width < _NARROW, best_of_each(plan, phase)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0 if narrow else 1))
+    table.add_column("placement", no_wrap=not wide)
     for name in ("GiB a rank", *_SECONDS[phase]):
-        table.add_column(name, justify="right")
+        table.add_column(_SHORT.get(name, name) if narrow else name, justify="right", no_wrap=True)
     for name in ("of which GiB", "fits") if wide else ("fits",):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, no_wrap=not wide)
     for candidate in rows:
         taken = candidate == plan.chosen.get(phase)
         verdict = "chosen" if taken else "yes" if candidate.fits else "no"
         reason = f"{verdict}: {candidate.why}" if verdict == "no" else verdict
         last = [_kinds(candidate.cost), reason] if wide else [verdict]
-        cells = [_name(candidate, taken), *_figures(candidate), *last]
+        cells = [_name(candidate, taken, with_options=wide), *_figures(candidate), *last]
         table.add_row(*map(Text, cells), style="bold" if taken else None)
     notes = [] if wide else list(_notes(rows))
     return Group(Text(_TITLES[phase], style="bold"), table, *notes, Text())
@@ -83,12 +87,13 @@ def duration(seconds: float) -> str:
 
 
 def _notes(rows: Sequence[Candidate]) -> Iterator[Padding]:
-    """Below a narrow table: what lies in memory, and why something does not fit."""
+    """Below a narrow table: its options, what lies in memory, and why something does not fit."""
     for candidate in rows:
+        name = _name(candidate, False).strip()
         told = [candidate.why] if not candidate.fits else []
         if candidate.cost is not None:
             told.insert(0, f"{_kinds(candidate.cost)} (GiB)")
-        yield Padding(Text(f"{candidate.placement}: {'; '.join(told)}"), (0, 0, 0, 2))
+        yield Padding(Text(f"{name}: {'; '.join(told)}"), (0, 0, 0, 2))
 
 
 def _figures(candidate: Candidate) -> list[str]:
@@ -119,7 +124,7 @@ def _in_gib(number: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def _name(candidate: Candidate, taken: bool) -> str:
-    given = candidate.options.items() if candidate.cost is not None else ()
+def _name(candidate: Candidate, taken: bool, with_options: bool = True) -> str:
+    given = candidate.options.items() if candidate.cost is not None and with_options else ()
     options = "".join(f" {name} {value}" for name, value in given)
     return f"{'* ' if taken else '  '}{candidate.placement}{options}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -15,33 +16,41 @@ from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.trials import TrialRecord
 
 _GREY, _BLUE, _ORANGE = "#9aa0a6", "#1f5fa8", "#d9600a"
+_NEAR = 2.0
+"""How far above the trials a limit may lie, as a factor, to be drawn for its own sake."""
+
+
+@dataclass(frozen=True)
+class FrontFacts:
+    """What a picture of a front says beside its trials."""
+
+    model: str
+    """The model's name, the title."""
+    baseline: float
+    """The original model's score, drawn as a line."""
+    prompts: int
+    """Number of target eval prompts."""
+    max_kl: float | None = None
+    """The largest KL that may be exported (nats), drawn as a line where it is near the trials, else named."""
+    scorer: str = REFUSALS
+    """Name of the first scorer, whose scores stand where refusals do; they may be any numbers."""
 
 
 def plot_front(
-    path: Path,
-    records: Sequence[TrialRecord],
-    front: Sequence[int],
-    baseline_refusals: float,
-    prompts: int,
-    selected: int | None = None,
-    max_kl: float | None = None,
-    scorer: str = REFUSALS,
+    path: Path, records: Sequence[TrialRecord], front: Sequence[int], facts: FrontFacts, selected: int | None = None
 ) -> None:
     """Write a PNG of refusals against KL of all complete trials, with the Pareto front and the selected
     trial.
 
-    KL has a logarithmic axis, linear around 0 where a trial left the model as it is. Works without a display,
-    and for any number of trials, none included.
+    KL has a logarithmic axis, linear around 0 where a trial left the model as it is; its width is the trials'. Works
+    without a display, and for any number of trials, none included.
 
     Args:
         path: the PNG; replaced atomically.
         records: finished trials; failed ones are left out.
         front: indices from :func:`heretic_ds.search.pareto.pareto_front`.
-        baseline_refusals: the original model's, drawn as a line.
-        prompts: number of target eval prompts.
+        facts: what else is to be seen.
         selected: index of the exported trial, if any.
-        max_kl: the largest KL that may be exported (nats), drawn as a line.
-        scorer: name of the first scorer, whose scores stand where refusals do; they may be any numbers.
     """
     points = {
         record.index: (max(record.kl, 0.0), record.refusals)
@@ -52,21 +61,30 @@ def plot_front(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw_trials(axes, points, front, selected)
-    axes.axhline(baseline_refusals, color=_GREY, linestyle=":", linewidth=1.2, label="original model")
-    if max_kl is not None:
-        axes.axvline(max_kl, color=_GREY, linestyle="--", linewidth=1, label=f"export.max_kl = {max_kl:g}")
-    _scale(axes, [kl for kl, _ in points.values()] + ([max_kl] if max_kl else []))
-    if scorer == REFUSALS:
-        axes.set_ylim(bottom=-0.03 * max(prompts, 1), top=1.03 * max(prompts, 1))
+    axes.axhline(facts.baseline, color=_GREY, linestyle=":", linewidth=1.2, label="original model")
+    _scale(axes, [kl for kl, _ in points.values()])
+    if facts.max_kl is not None:
+        _draw_limit(axes, facts.max_kl)
+    if facts.scorer == REFUSALS:
+        axes.set_ylim(bottom=-0.03 * max(facts.prompts, 1), top=1.03 * max(facts.prompts, 1))
+    # Names are shown as they are: a dollar sign in one would begin a formula.
     axes.set_xlabel("KL divergence from the original model (nats, first answer token)")
-    axes.set_ylabel(f"{scorer}, {'of' if scorer == REFUSALS else 'on'} {prompts} target prompts")
-    axes.set_title(f"{len(points)} trial{'' if len(points) == 1 else 's'}", loc="left")
+    counted = "of" if facts.scorer == REFUSALS else "on"
+    axes.set_ylabel(f"{facts.scorer}, {counted} {facts.prompts} target prompts", parse_math=False)
+    axes.set_title(_printable(facts.model), loc="left", fontweight="bold", parse_math=False)
+    axes.set_title(f"{len(points)} trial{'' if len(points) == 1 else 's'}", loc="right", fontsize="medium")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
+
+
+def _printable(text: str, longest: int = 60) -> str:
+    """A name on one line of the picture, the end of it where it is too long."""
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    return shown if len(shown) <= longest else f"...{shown[3 - longest :]}"
 
 
 def _draw_trials(
@@ -92,15 +110,29 @@ def _draw_trials(
 
 
 def _scale(axes: Axes, kls: Sequence[float]) -> None:
-    """Logarithmic where all KLs are positive; linear below the smallest positive one where some are 0."""
+    """The trials take the whole width: logarithmic where all KLs are positive; linear below the smallest positive one
+    where some are 0."""
     positive = [kl for kl in kls if kl > 0]
     if not positive:
         axes.set_xlim(-0.001, 0.1)
         return
     low, high = min(positive), max(positive)
+    margin = max((high / low) ** 0.06, 1.15)  # a part of the decades that they span
     if min(kls) == 0:
         axes.set_xscale("symlog", linthresh=low)
-        axes.set_xlim(-0.1 * low, high * 2)
+        axes.set_xlim(-0.1 * low, high * margin)
     else:
         axes.set_xscale("log")
-        axes.set_xlim(low / 2, high * 2)
+        axes.set_xlim(low / margin, high * margin)
+
+
+def _draw_limit(axes: Axes, max_kl: float) -> None:
+    """The limit as a line where it lies among the trials or a little beside them; else which side of them it is on."""
+    low, high = axes.get_xlim()
+    label = f"export.max_kl = {max_kl:g}"
+    if low < max_kl <= high * _NEAR:
+        axes.set_xlim(low, max(high, max_kl * 1.15))
+        axes.axvline(max_kl, label=label, color=_GREY, linestyle="--", linewidth=1)
+        return
+    side = "all trials are below" if max_kl > high else "all trials are above"
+    axes.plot([], [], label=f"{label}: {side}", color=_GREY, linestyle="--", linewidth=1)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from heretic_ds.foreign.reading import loads, read_text, reading
+
 FILE_NAME = "summary.jsonl"
 
 _WIDTH_OF_FILES = 160
@@ -48,8 +50,9 @@ class SweepSummary(Callback):
         """Prints the table."""
         global failed_jobs
         path = Path(config.hydra.sweep.dir) / FILE_NAME
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        rows = sorted((json.loads(line) for line in lines), key=lambda row: row["job"])
+        lines = read_text(path).splitlines() if path.is_file() else []
+        with reading(path, "remove it"):
+            rows = sorted((loads(line) for line in lines), key=lambda row: row["job"])
         failed_jobs = sum(row["status"] != 0 for row in rows)
         console = Console() if sys.stdout.isatty() else Console(width=_WIDTH_OF_FILES)
         console.print(_table(rows, f"{len(rows)} jobs, {failed_jobs} failed; rows in {path}"))
@@ -58,8 +61,8 @@ class SweepSummary(Callback):
 def _table(rows: list[dict[str, Any]], caption: str) -> Table:
     """The rows, without the overrides that all jobs share."""
     shared = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
-    outcome = Column("outcome", overflow="fold")
-    table = Table("job", "overrides", "refusal rate", "KL (nats)", outcome, caption=caption)
+    numbers = [Column(name, no_wrap=True) for name in ("refusal rate", "KL (nats)")]
+    table = Table("job", "overrides", *numbers, Column("outcome", overflow="fold"), caption=caption)
     for row in rows:
         rate, kl = row["refusal_rate"], row["kl"]
         cells = (

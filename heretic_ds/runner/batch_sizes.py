@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from heretic_ds import progress
 from heretic_ds.errors import UserError
 from heretic_ds.memory import free_bytes, peak_of, release_memory
 from heretic_ds.runner.comm import ALONE, Comm
@@ -22,6 +23,8 @@ from heretic_ds.runner.rows import Row
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PHASES = {"capture": "residuals", "kl": "distributions", "generate": "answers"}
+"""What passes of a phase are made for."""
 MOST_ROWS = 512
 """Largest batch that is tried."""
 PROBE_TOKENS = 16
@@ -165,19 +168,29 @@ class Batches:
             prompts = [prompt for prompt in prompts for _ in range(trials)]
         for spare in self.evictable:  # else a batch would be measured in what is left, and stay small when it is gone
             spare.rest()
-        most = self._most_rows(phase, prompts, work)
-        if on_cpu:
-            prompts = self._as_computed(phase, prompts)
+        with progress.work("batch size"):
+            most = self._most_rows(phase, prompts, work)
+            self._measure(self._as_computed(phase, prompts) if on_cpu else prompts, most, phase, work)
+
+    def _measure(
+        self, prompts: Sequence[Sequence[int]], most: int, phase: str, work: Callable[[Sequence[Row]], Any]
+    ) -> None:
+        """Settle the rows per batch of a phase by measuring, and say what it came to."""
+        fastest: dict[int, float] = {}
 
         def run(count: int) -> bool:
-            sample = [Row(prompt) for prompt in prompts[:count]]
-            return self._attempt(phase, count, lambda: work(sample), ("measured", phase, count))[0]
+            sample, started = [Row(prompt) for prompt in prompts[:count]], time.perf_counter()
+            ok = self._attempt(phase, count, lambda: work(sample), ("measured", phase, count))[0]
+            fastest[count] = min(time.perf_counter() - started, fastest.get(count, math.inf))
+            return ok
 
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
             return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in prompts[:count])
 
-        clock = time.process_time if on_cpu else time.perf_counter
-        self.sizes[phase] = measure_batch_size(run, most, phase, self._comm, clock, tokens)
+        clock = time.process_time if self._device.type == "cpu" else time.perf_counter
+        self.sizes[phase] = size = measure_batch_size(run, most, phase, self._comm, clock, tokens)
+        rate = tokens(size) / max(fastest.get(size, math.inf), _SHORTEST)
+        log.info("batch size for %s: %d rows (%s tokens/s)", PHASES[phase], size, f"{rate:,.0f}")
 
     def _as_computed(self, phase: str, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """Rows cut to as many tokens as let prompts and answers have the shares of the work that they will have."""

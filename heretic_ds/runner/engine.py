@@ -10,12 +10,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from heretic_ds import progress
 from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
@@ -28,8 +30,8 @@ from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
 from heretic_ds.runner.reuse import Reuse
-from heretic_ds.runner.rows import Row, Stop, first_cut, rows_of
-from heretic_ds.runner.taps import tapped
+from heretic_ds.runner.rows import Row, Stop, answering, first_cut, rows_of
+from heretic_ds.runner.taps import TakeResiduals, tapped, to_rank_0
 from heretic_ds.scoring.base import Decided, ReadLogits
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,7 @@ class RunnerOptions:
     cuda_graphs: bool = False
     """Capture steps of decoding where placement, device and model allow it."""
     prefill_reuse: bool = False
-    """Passes of edited models over prompts leave out what is the original model's, where placement and model allow it.
-    """
+    """Passes of edited models over prompts leave out what is the original's, where placement and model allow it."""
 
 
 class Runner:
@@ -140,11 +141,20 @@ class Runner:
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""
         rows, own, means = self._own_rows(prompts), self._comm.shares.own(len(prompts)), ResidualMeans()
         self._batches.find(rows, "capture", self._residuals)
-        for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
-            counted = [place for place, row in enumerate(batch) if row.index < own]
-            kept_BLD = residual_BLD[counted].float()
-            means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
+        with progress.work("residuals", len(rows), "prompts") as work:
+            for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
+                counted = [place for place, row in enumerate(batch) if row.index < own]
+                kept_BLD = residual_BLD[counted].float()
+                means.update(winsorize(kept_BLD, winsorize_quantile) if counted else kept_BLD)
+                work.advance(len(batch))
         return self._forward.joined(means.mean(self._comm.shares.total))
+
+    @torch.inference_mode()
+    def residuals(self, prompts: TokenRows, take: TakeResiduals, winsorize_quantile: float = 1.0) -> None:
+        """Hand the residuals of every prompt at its last position to ``take``, on rank 0, as they come."""
+        self._batches.find(self._own_rows(prompts), "capture", self._residuals)
+        passes = partial(self._batches.over, phase="capture", work=self._residuals, cut=self._cut)
+        to_rank_0(prompts, self.anatomy, self._comm.shares, passes, self._forward.joined, take, winsorize_quantile)
 
     def prepare(self, ablation: Ablation) -> None:
         """Take the directions that every later edit refers to."""
@@ -167,7 +177,7 @@ class Runner:
         read: ReadLogits,
         continuations: TokenRows | None = None,
     ) -> list[list[float]]:
-        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
+        """What ``read`` makes of the next-token logits of each prompt under each edit: ``[edit][prompt]``.
 
         After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens. An edit
         of None stands for the weights as they are; they are left as they were found, as far as a caller can tell.
@@ -201,10 +211,11 @@ class Runner:
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
             values = torch.zeros(len(together), len(own), dtype=torch.float64)
-            with self._edited(together, "kl", own):
+            with self._edited(together, "kl", own), progress.work("distributions", len(rows), "prompts") as passed:
                 for batch, found in self._batches.over(rows, "kl", work, self._cut):
                     for row, value in zip(batch, found, strict=True):
                         values[row.trial, row.index] = value
+                    passed.advance(len(batch))
             values = self._forward.told(values)
             result += [self._comm.shares.gather(each, len(prompts)) for each in values.tolist()]
         return result
@@ -212,7 +223,7 @@ class Runner:
     def generate(
         self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
     ) -> list[list[list[int]]]:
-        """Greedy answers as token ids, without the end token: [edit][prompt][token]."""
+        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``."""
         own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
         stop = Stop(self._ends, self._options.max_new_tokens, decided)
         if "generate" not in self.batch_sizes or not self._decoder.settled:  # else edited weights may stay for a while
@@ -221,7 +232,7 @@ class Runner:
         for together in self._passes(edits):
             self._learn("generate", own, together)
             rows = rows_of(own, len(together))
-            with self._edited(together, "generate", own):
+            with self._edited(together, "generate", own), answering(rows, stop.limit):
                 if self._decoder.moves_rows:
                     self._batches.finish(rows, "generate", lambda most: self._answer(rows, stop, most))  # noqa: B023
                 else:

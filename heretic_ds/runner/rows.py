@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from heretic_ds import progress
+from heretic_ds.progress import Work
 from heretic_ds.prompts import TokenRows
 from heretic_ds.scoring.base import Decided
 
@@ -74,6 +77,15 @@ class Stop:
             for row, verdict in zip(asked, self.decided([row.answer for row in asked]), strict=True):
                 row.done = verdict
         return [row for row in going if row.done]
+
+
+def answering(rows: Sequence[Row], limit: int) -> AbstractContextManager[Work]:
+    """Work in hand: answers of at most ``limit`` tokens, by the tokens that they have, whoever adds to them."""
+    return progress.work("answers", len(rows), "answers", lambda: sum(_share(row, limit) for row in rows))
+
+
+def _share(row: Row, limit: int) -> float:
+    return 1.0 if row.done else len(row.answer) / limit
 
 
 def first_cut(lengths: Sequence[int]) -> int:

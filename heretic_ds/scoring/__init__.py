@@ -7,7 +7,7 @@ from heretic_ds.scoring.base import DistributionScorer, Scorer
 from heretic_ds.scoring.length import LengthScorer
 from heretic_ds.scoring.refusals import RefusalScorer
 from heretic_ds.settings import ScoringSettings
-from heretic_ds.settings_checks import find_class
+from heretic_ds.settings.checks import find_class
 
 __all__ = ["SCORERS", "DistributionScorer", "LengthScorer", "RefusalScorer", "Scorer", "make_scorers"]
 

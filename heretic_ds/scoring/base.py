@@ -32,7 +32,7 @@ class GivesDistributions(Protocol):
         read: ReadLogits,
         continuations: TokenRows | None = None,
     ) -> list[list[float]]:
-        """What ``read`` makes of the next-token logits of each prompt under each edit: [edit][prompt].
+        """What ``read`` makes of the next-token logits of each prompt under each edit: ``[edit][prompt]``.
 
         After the prompt alone, or with ``continuations``, one for each prompt, also after each of its tokens.
         """
@@ -40,7 +40,7 @@ class GivesDistributions(Protocol):
 
 
 MeasureDivergence = Callable[[Sequence[Edit | None]], list[list[float]]]
-"""KL(original || edited) in nats of each prompt under each edit: [edit][prompt]."""
+"""KL(original || edited) in nats of each prompt under each edit: ``[edit][prompt]``."""
 
 
 @runtime_checkable

@@ -39,12 +39,15 @@ class Objective:
         self._of_answers = [scorer for scorer in scorers if isinstance(scorer, Scorer)]
         self._print_answers = print_answers
         self._decided = self._early_stop() if early_stop and not print_answers else None
+        self._answers: list[str] = []
+        """What was answered under the edit that was scored last."""
         answers = engine.generate(target.rows, [None], self._decided)[0]
         self._divergence = Divergence().begin(engine, baseline.rows)
         others = [scorer for scorer in scorers if isinstance(scorer, DistributionScorer)]
         self._of_distributions = [scorer.begin(engine, baseline.rows) for scorer in others]
         self.original = self._scored(answers, 0.0, [scorer.of([None])[0] for scorer in self._of_distributions])
         """Scores of the original model."""
+        self._original_answers = self._answers
 
     def score(self, edits: Sequence[Edit | None]) -> list[TrialScores]:
         """Scores of each edit; None stands for the weights as they are."""
@@ -63,8 +66,14 @@ class Objective:
         answers = engine.generate(target.rows, [None], self._decided)[0]
         return self._scored(answers, self._divergence.of_other(engine, baseline.rows), [])
 
+    def examples(self, most: int) -> list[dict[str, str]]:
+        """The first target prompts, at most so many, with what the original model answered and what was answered under
+        the edit that was scored last. An answer ends where its scores were settled."""
+        told = list(zip(self._target.texts, self._original_answers, self._answers, strict=True))
+        return [dict(zip(("prompt", "original", "edited"), each, strict=True)) for each in told[:most]]
+
     def _scored(self, rows: Sequence[Sequence[int]], kl: float, others: Sequence[float]) -> TrialScores:
-        answers = self._text_of(rows)
+        answers = self._answers = self._text_of(rows)
         if self._print_answers:
             for prompt, answer in zip(self._target.texts, answers, strict=True):
                 log.info("prompt: %s\nanswer: %s", prompt, answer)

@@ -6,6 +6,9 @@ sampler state. Only finished trials are appended to the journal, in order, one r
 kill the journal therefore holds a prefix of the uninterrupted study. Where that prefix ends inside a pass,
 the pass is asked again from the state before it, which gives the same edits, and only the missing ones are
 handed out.
+
+Two studies, two kinds of values. The in-memory study has what the sampler minimises; the journal, which people look at,
+has raw refusals and raw KL, and the minimised numbers as an attribute, from which the in-memory study is made again.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
-from heretic_ds.search.journal import DIRECTIONS, open_study, quiet_optuna
+from heretic_ds.foreign.disk import writing
+from heretic_ds.search.journal import DIRECTIONS, MINIMISED, About, open_study, quiet_optuna
 from heretic_ds.search.space import edit_of, known_params, search_space
 from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores
 from heretic_ds.settings import SearchSettings
@@ -31,7 +35,7 @@ from heretic_ds.settings import SearchSettings
 logger = logging.getLogger(__name__)
 
 _Values = tuple[float, float]
-_KEPT = ("refusals", "kl", "scores", "seconds", "pass")
+_KEPT = ("index", "refusals", "kl", "scores", "seconds", "pass")
 """What the journal keeps of a trial's record beside its parameters."""
 
 _FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
@@ -68,6 +72,7 @@ class Search:
             is completed as it was asked, later passes have ``trials_per_pass`` trials.
         baseline_refusals: the original model's refusals on the target eval prompts, above 0.
         trials_per_pass: of new passes, where the settings leave it open.
+        about: what the study tells of itself.
 
     Raises:
         UserError: the journal is damaged or belongs to another search space.
@@ -80,6 +85,7 @@ class Search:
         settings: SearchSettings,
         baseline_refusals: float,
         trials_per_pass: int | None = None,
+        about: About | None = None,
     ) -> None:
         if baseline_refusals <= 0:
             raise UserError(
@@ -95,7 +101,7 @@ class Search:
         self._space = search_space(n_layers)
         self._path = journal
         space = {name: distribution_to_json(distribution) for name, distribution in self._space.items()}
-        self._journal = open_study(journal, space)
+        self._journal = open_study(journal, space, about or About())
         self._records: dict[int, TrialRecord] = {}
         self._unstored: dict[int, tuple[TrialRecord, _Values | None, str]] = {}
         self._pass: list[Ask] = []
@@ -108,6 +114,11 @@ class Search:
     def records(self) -> list[TrialRecord]:
         """Finished trials, by index."""
         return [self._records[index] for index in sorted(self._records)]
+
+    @property
+    def study(self) -> optuna.Study:
+        """The study on disk, for those who add to what it tells of itself."""
+        return self._journal
 
     @property
     def remaining(self) -> int:
@@ -190,7 +201,10 @@ class Search:
     def _store(self, record: TrialRecord, values: _Values | None, failure: str) -> None:
         """Journal first, then memory: what the journal does not hold is asked again after a kill."""
         index, entry = record.index, record.to_dict()
+        raw = None if record.refusals is None or record.kl is None else [float(record.refusals), float(record.kl)]
         attributes = {name: entry[name] for name in _KEPT}
+        if values is not None:
+            attributes[MINIMISED] = list(values)
         if failure:
             attributes["failure"] = failure
         left = self._unfinished.pop(index, None)
@@ -198,15 +212,16 @@ class Search:
             attributes["pass_first"], attributes["pass_size"] = self._pass[0].index, len(self._pass)
         finished = optuna.trial.create_trial(
             state=TrialState.FAIL if values is None else TrialState.COMPLETE,
-            values=values,
+            values=raw,
             params=self._mirror.get_trials(deepcopy=False)[index].params,
             distributions=self._space,
             user_attrs=attributes,
         )
-        if left is None:
-            self._append(index, finished)
-        else:
-            self._finish(left, finished)
+        with writing(self._path.parent, "run.dir"):
+            if left is None:
+                self._append(index, finished)
+            else:
+                self._finish(left, finished)
         self._mirror.tell(index, values, finished.state)
         self._records[index] = record
 
@@ -251,14 +266,14 @@ class Search:
             self._pass = [self._sample(attributes["pass"]) for _ in range(attributes["pass_size"])]
             for trial in cut:
                 self._check_repeated(trial)
-                mirror.tell(trial.number, trial.values, trial.state)
+                mirror.tell(trial.number, trial.user_attrs.get(MINIMISED), trial.state)
                 self._records[trial.number] = self._restored(trial)
         return mirror
 
     def _mirrored(self, trial: FrozenTrial) -> FrozenTrial:
         """The trial with exactly this space's parameters: others would change the sampler's space."""
         params = known_params(trial.params, self._space)
-        return optuna.trial.create_trial(params=params, distributions=self._space, values=trial.values)
+        return optuna.trial.create_trial(params=params, distributions=self._space, values=trial.user_attrs[MINIMISED])
 
     def _cut_pass(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
         """The journal's last trials, where they are the beginning of a pass that was not told in full."""

@@ -60,6 +60,20 @@ class TrialRecord:
         """Whether the trial has scores and may be chosen."""
         return self.state == COMPLETE
 
+    def in_words(self, scorer: str = "refusals") -> str:
+        """The trial in a line of plain text, as ``run.log`` keeps it; ``scorer`` is the first scorer's name."""
+        edit = self.edit.to_dict()
+        if not self.complete:
+            return f"trial {self.index}: failed, {self.seconds:.2f} s"
+        others = "".join(f", {name} {score}" for name, score in self.scores.items() if name != scorer)
+        direction = "per layer" if edit["direction_index"] is None else f"{edit['direction_index']:.3f}"
+        profiles = "; ".join(
+            f"{component} " + ", ".join(f"{name} {value:.3f}" for name, value in profile.items())
+            for component, profile in edit["profiles"].items()
+        )
+        found = f"{scorer} {self.refusals:g}, KL {self.kl:.6g}{others}, {self.seconds:.2f} s"
+        return f"trial {self.index}: {found}; direction {direction}; {profiles}"
+
     def to_dict(self) -> dict[str, Any]:
         """The entry as ``results.json`` keeps it, with the edit's numbers in place."""
         return {

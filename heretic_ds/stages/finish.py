@@ -12,7 +12,6 @@ from typing import Any
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
@@ -22,17 +21,24 @@ from heretic_ds.export.manifest import build_manifest, public_model_name
 from heretic_ds.export.reproduce import how_written
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.reading import read_json
 from heretic_ds.job import KINDS, PARTS
-from heretic_ds.report.plots import plot_front
+from heretic_ds.report.plots import FrontFacts, plot_front
+from heretic_ds.report.stages import took
 from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import PromptSettings, Settings
-from heretic_ds.stages.adapting import verified_adapter
+from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
+from heretic_ds.stages.reporting import write_report
+from heretic_ds.stages.sharing.adapting import verified_adapter
 
 log = logging.getLogger(__name__)
+
+EXAMPLES = 6
+"""Prompts whose answers before and after are kept in the results."""
 
 
 def report_front(run: Run) -> None:
@@ -43,10 +49,11 @@ def report_front(run: Run) -> None:
     original, prompts = results["baseline"]["refusals"], results["prompts"]["target_eval"]
     selected = results["selected"]
     if front:
-        run.console.print(pareto_table(records, front, original, prompts, selected, run.scorer))
+        table = pareto_table(records, front, original, prompts, selected, run.scorer, run.console.width)
+        run.console.print(table, no_wrap=True)
     if run.folder is not None:
-        max_kl = run.settings.export.max_kl
-        plot_front(run.folder.front_plot, records, front, original, prompts, selected, max_kl, run.scorer)
+        facts = FrontFacts(model_title(run.job), original, prompts, run.settings.export.max_kl, run.scorer)
+        plot_front(run.folder.front_plot, records, front, facts, selected)
     run.save()
 
 
@@ -59,6 +66,7 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
             run.engine.apply(edit)
         scores = objective.score([None])[0]
     run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
+    run.results["examples"] = objective.examples(EXAMPLES)
     return scores
 
 
@@ -88,8 +96,9 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
             return record
         log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
     run.engine.restore()
-    run.results["verified"] = None
+    run.results["verified"], run.results["examples"] = None, []
     report_front(run)
+    write_report(run)
     nearest = closest(run.records)
     found = f"the closest was trial {nearest.index} with KL {nearest.kl:.3g}" if nearest else "no trial was finished"
     raise SearchFailed(f"no trial stays within export.max_kl={max_kl:g}: {found}; nothing was exported")
@@ -101,7 +110,7 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
     A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else all ranks edit
     the checkpoint's files.
     """
-    with run.timed("export"):
+    with run.timed("export") as work:
         target, world, job, form = folder or export_dir(run.settings), run.world, run.job, run.settings.export.format
         adapter = None if form == "model" else verified_adapter(run, edit)
         loaded, weights = run.engine.whole, None
@@ -121,7 +130,8 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
                 done = export_adapter(loaded, target, *described, world, beside)
             else:
                 done = export_model(loaded, target, *described, weights, world, beside)
-            log.info("wrote %d tensors, %.1f MB, to %s", done.tensors, done.weight_bytes / 1e6, done.folder)
+            written = done.weight_bytes / 1e6
+            log.info("wrote %d tensors, %.1f MB, to %s, %s", done.tensors, written, done.folder, took(work))
         if run.settings.export.gguf:
             name = public_model_name(loaded).rsplit("/", 1)[-1]
             made = world.decide(partial(convert_to_gguf, target, name), "converting the model to GGUF")

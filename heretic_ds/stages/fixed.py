@@ -7,8 +7,9 @@ import time
 from dataclasses import astuple
 
 from heretic_ds.ablation import Edit, Profile
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import reading
+from heretic_ds.run_folder import read_results
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings
@@ -39,12 +40,13 @@ def named_edit(settings: Settings, world: World) -> tuple[Edit, TrialRecord | No
     if trial is None:
         raise UserError("no edit was named: give export.trial=<index> of an earlier run, or ablation.profiles.*")
     file = folder / RESULTS_NAME
-    entries = world.decide(lambda: read_json(file).get("trials") if file.is_file() else None)
+    entries = world.decide(lambda: (read_results(folder) or {}).get("trials"))
     if not entries:
         raise UserError(f"export.trial={trial}: {folder} holds no trials; give the run.dir of an earlier search")
-    for entry in entries:
-        if entry["index"] == trial and entry["state"] == COMPLETE:
-            return Edit.from_dict(entry), TrialRecord.from_dict(entry)
+    with reading(file, "give the run.dir of another search", "holds a trial that is not whole"):
+        for entry in entries:
+            if entry["index"] == trial and entry["state"] == COMPLETE:
+                return Edit.from_dict(entry), TrialRecord.from_dict(entry)
     raise UserError(
         f"export.trial={trial}: {folder} has no finished trial of that number; "
         f"its trials are 0 to {max(entry['index'] for entry in entries)}"

@@ -8,14 +8,17 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
+from heretic_ds.report.stages import took
+from heretic_ds.report.tables import REFUSALS
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.objective import Objective
 from heretic_ds.stages.opening import Run
@@ -41,7 +44,9 @@ def find_response_prefix(run: Run) -> None:
             run.remember(response_prefix=prefix)
         job.chat = job.chat.with_prefix(prefix)
     if job.chat.response_prefix:
-        log.info("every answer is made to start with %r", job.chat.response_prefix)
+        log.info("response prefix: every answer is made to start with %r", job.chat.response_prefix)
+    else:
+        log.info("response prefix: none")
     job.check_lengths()
 
 
@@ -85,7 +90,7 @@ def _use_directions(run: Run, directions_LD: Tensor) -> None:
 
 def _captured_directions(run: Run) -> Tensor:
     direction, engine = run.settings.direction, run.lay_out("capture")
-    with run.timed("capture"):
+    with run.timed("capture") as work:
         target_LD, baseline_LD = (
             engine.capture(run.job.prompts(f"{kind}.train").rows, direction.winsorize_quantile)
             for kind in ("target", "baseline")
@@ -98,9 +103,11 @@ def _captured_directions(run: Run) -> Tensor:
             "the target and baseline train prompts leave the same mean residuals, so there is no direction between "
             "them; change prompts.target.train or prompts.baseline.train"
         )
+    counts = [len(run.job.texts[f"{kind}.train"]) for kind in ("target", "baseline")]
+    log.info("directions: from %d target and %d baseline prompts, %s", *counts, took(work))
     if run.folder is not None:
         tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
-        write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": _direction_fingerprint(run)}))
+        write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": direction_fingerprint(run)}))
     return directions_LD
 
 
@@ -111,17 +118,19 @@ def _stored_directions(run: Run, folder: Path) -> Tensor | None:
         file = folder / "directions.safetensors"
         if not file.is_file():
             return None
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                fits = (tensors.metadata() or {}).get("fingerprint") == _direction_fingerprint(run)
-                return tensors.get_tensor("directions") if fits else None
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}); remove it, and it is made anew") from error
+        advice = "remove it, and it is made anew"
+        with reading(file, advice, "is damaged"), safe_open(file, framework="pt") as tensors:
+            if (tensors.metadata() or {}).get("fingerprint") != direction_fingerprint(run):
+                return None
+            directions_LD = tensors.get_tensor("directions")
+            if tuple(directions_LD.shape) != (run.job.anatomy.n_blocks + 1, run.job.anatomy.width):
+                raise UserError(f"{file} holds directions of shape {tuple(directions_LD.shape)}; {advice}")
+            return directions_LD
 
     return run.world.decide(read)
 
 
-def _direction_fingerprint(run: Run) -> str:
+def direction_fingerprint(run: Run) -> str:
     """Digest of all that directions depend on: the model's files, the train prompts as put to it, the settings."""
     settings, folder = run.settings, run.job.opened.source.folder
     facts = {
@@ -148,7 +157,7 @@ def measure_original(run: Run) -> Objective:
     """The original model's scores, and the objective that compares edits with it."""
     job, settings = run.job, run.settings
     engine = run.engine
-    with run.timed("baseline"):
+    with run.timed("baseline") as work:
         objective = Objective(
             engine,
             target=job.prompts("target.eval"),
@@ -160,6 +169,10 @@ def measure_original(run: Run) -> Objective:
         )
     run.objective, original = objective, objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
-    log.info("the original model: %g of %d target prompts declined", original.refusals, len(job.texts["target.eval"]))
+    prompts = len(job.texts["target.eval"])
+    told = f"{original.refusals:g} of {prompts} target prompts declined"
+    if run.scorer != REFUSALS:
+        told = f"{run.scorer} {original.refusals:g} on {prompts} target prompts"
+    log.info("the original model: %s, %s", told, took(work))
     run.remember()
     return objective

@@ -9,51 +9,67 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import uuid4
 
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from heretic_ds import progress
 from heretic_ds.ablation import Ablation
-from heretic_ds.checkpoint.source import read_json
+from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
+from heretic_ds.export.card import warn_of_terms
 from heretic_ds.export.gguf import find_converter
-from heretic_ds.export.manifest import package_versions
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
+from heretic_ds.foreign.reading import path_of, read_json
 from heretic_ds.job import Job
 from heretic_ds.memory import peak_memory
-from heretic_ds.placements import Capturing, Engine, Evaluating, Placement, build_engine, placements_of, settled_alone
-from heretic_ds.run_folder import RunFolder, finished_results
+from heretic_ds.placements import (
+    Capturing,
+    Engine,
+    Evaluating,
+    Placement,
+    build_engine,
+    left_open,
+    placements_of,
+    settled_alone,
+)
+from heretic_ds.report.stages import STAGES, took
+from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements
+from heretic_ds.stages.facts import begun, in_lines
+from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements, tell_of_nothing_to_share
+from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
+
+if TYPE_CHECKING:
+    from heretic_ds.stages.tracking import Following
 
 log = logging.getLogger(__name__)
 
-
-SCHEMA = 1
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
 
 def run_dir(settings: Settings) -> Path:
     """The run folder: ``run.dir``, or ``runs/<model name>``, so that the same command finds its run again."""
     if settings.run.dir is not None:
-        return Path(settings.run.dir).expanduser()
-    name = Path(settings.model.path.rstrip("/")).expanduser().name or "model"
+        return path_of(settings.run.dir, "run.dir")
+    name = path_of(settings.model.path.rstrip("/"), "model.path").name or "model"
     if settings.task.against is not None:
-        return Path("runs") / f"{name}-against-{Path(settings.task.against.rstrip('/')).name}"
+        return Path("runs") / f"{name}-against-{path_of(settings.task.against.rstrip('/'), 'evaluate.against').name}"
     return Path("runs") / (f"{name}-evaluate" if settings.task.name == "evaluate" else name)
 
 
 def export_dir(settings: Settings) -> Path:
     """The export folder: ``export.dir``, or ``model`` in the run folder."""
-    return run_dir(settings) / "model" if settings.export.dir is None else Path(settings.export.dir).expanduser()
+    given = settings.export.dir
+    return run_dir(settings) / "model" if given is None else path_of(given, "export.dir")
 
 
 def request(settings: Settings) -> dict[str, Any]:
@@ -88,6 +104,8 @@ class Run:
     records: list[TrialRecord] = field(default_factory=list)
     """Finished trials, by index."""
     results: dict[str, Any] = field(default_factory=dict)
+    following: Following | None = None
+    """Those who follow the search beside the run folder; rank 0 alone has them."""
     earlier: dict[str, Any] | None = None
     """``results.json`` as an earlier run left it."""
     objective: Objective | None = None
@@ -143,8 +161,9 @@ class Run:
         layouts = {name: placed.layout(self.world.size) for name, placed in placements_of(self.settings).items()}
         if self._engine is None or layouts[phase] != self._layout:
             self.close()
-            with self.timed("load"):
+            with self.timed("load") as work:
                 self._engine, self._layout = build_engine(self.job, phase), layouts[phase]
+            log.info("loaded in %s: %s", dtype_name(self._engine.dtype), took(work))
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree
@@ -172,24 +191,27 @@ class Run:
     def close(self) -> None:
         """Release the model."""
         if self._engine is not None:
-            self._engine.close()
+            with progress.work("releasing the model"):
+                self._engine.close()
         self._engine = self._layout = None
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the block takes to ``timings``."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            timings = self.results["timings"]
-            timings[phase] = round(timings.get(phase, 0.0) + time.perf_counter() - started, 3)
+    def timed(self, phase: str) -> Iterator[progress.Work]:
+        """A stage: it is shown while the block lasts, and the seconds that it takes are added to ``timings``."""
+        with progress.work(STAGES[phase]) as work:
+            try:
+                yield work
+            finally:
+                timings = self.results["timings"]
+                timings[phase] = round(timings.get(phase, 0.0) + time.monotonic() - work.started, 3)
 
     def remember(self, **values: Any) -> None:
         """Keep what was measured, and the batch sizes, for later runs in this folder."""
         sizes = dict(self.measured.get("batch_sizes", {}))
         if self._engine is not None:
             sizes[self._where] = dict(self._engine.batch_sizes)
+        if sizes != self.measured.get("batch_sizes", {}) and self.folder is not None:
+            self.folder.write_log(f"batch sizes: {sizes.get(self._where, {})}")
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)
@@ -199,6 +221,8 @@ class Run:
         peaks = self.world.gather(peak_memory())
         self.results["peak_memory_bytes"] = {kind: [peak[kind] for peak in peaks] for kind in ("host", "device")}
         self.remember()
+        self.results["batch_sizes"] = self.measured["batch_sizes"]
+        self.results["response_prefix"] = self.job.chat.response_prefix
         if self.folder is not None:
             self.folder.save_results(self.results, request(self.settings) if finished else None)
 
@@ -217,7 +241,7 @@ def _holds_own_export(settings: Settings) -> bool:
     manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
     if not (manifest.is_file() and measured.is_file()):
         return False
-    run_id = read_json(measured).get("run_id")
+    run_id = read_measured(measured.parent).get("run_id")
     own = run_id is not None and read_json(manifest).get("run_id") == run_id
     return own and holds_export(manifest.parent, settings.export.format)
 
@@ -240,7 +264,7 @@ def may_replace(settings: Settings) -> bool:
     manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
     if settings.export.overwrite or not (manifest.is_file() and measured.is_file()):
         return settings.export.overwrite
-    written, run_id = read_json(manifest), read_json(measured).get("run_id")
+    written, run_id = read_json(manifest), read_measured(measured.parent).get("run_id")
     same_trial = settings.export.trial is not None and settings.export.trial == written.get("trial")
     return run_id is not None and written.get("run_id") == run_id and (settings.task.name == "abliterate" or same_trial)
 
@@ -249,14 +273,18 @@ def may_replace(settings: Settings) -> bool:
 def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
     with ExitStack() as stack:
+        alone = "since there is one rank" if world.size == 1 and left_open(settings) else "as given"
         settings = settled_alone(settings) if world.size == 1 else settings
         world.agree(lambda: placements_of(settings))
-        job = Job.check(settings, world)
-        world.decide(lambda: _refuse_impossible_export(job))
-        placed = settle_placements(job, run_dir(settings) / MEASURED_NAME)
+        with progress.work("opening"):
+            job = Job.check(settings, world)
+            world.decide(lambda: _refuse_impossible_export(job))
+        show_start(console, start := start_facts(job, run_dir(settings)))
+        with progress.work("opening"):
+            placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
         refuse_unverifiable_adapter(job)
-        _tell_of_nothing_to_share(job)
-        run = Run(job, console, results=_begun(job))
+        tell_of_nothing_to_share(job)
+        run = Run(job, console, results=begun(job))
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
@@ -265,20 +293,20 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         if placed:
             run.remember(**placed)
         _add_earlier_timings(run)
-        log.info("%s: %s", job.opened.source.name, job.anatomy.summary())
+        for fact in start.values():
+            log.info("%s", fact, extra={"console": False})  # the run's log begins with it, too
         try:
             yield run
+            if run.following is not None:
+                run.following.end()
+                run.following = None
         except UserError:
             if run.folder is not None and not run.records:
                 run.folder.discard()
             raise
-
-
-def _tell_of_nothing_to_share(job: Job) -> None:
-    whole = any(placement.whole for placement in placements_of(job.settings).values())
-    if job.settings.load.share and (job.world.size == 1 or not whole):
-        why = "there is one rank" if job.world.size == 1 else "each rank reads its own part of the model anyway"
-        log.info("load.share=true does nothing: %s", why)
+        finally:
+            if run.following is not None:
+                run.following.interrupted()
 
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
@@ -287,6 +315,8 @@ def _take_folder(run: Run, stack: ExitStack) -> None:
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"))
+    for line in in_lines(run.results):
+        run.folder.write_log(line)
     if "run_id" not in run.folder.measured:
         run.folder.remember(run_id=uuid4().hex)  # by which the run knows its own export again
 
@@ -294,7 +324,7 @@ def _take_folder(run: Run, stack: ExitStack) -> None:
 def earlier_outcome(run: Run) -> dict[str, Any]:
     """What the folder's latest search run selected and verified, and whether it was finished."""
     stored = run.earlier or {}
-    return {key: stored[key] for key in ("selected", "verified", "finished") if key in stored}
+    return {key: stored[key] for key in ("selected", "verified", "examples", "finished") if key in stored}
 
 
 def _add_earlier_timings(run: Run) -> None:
@@ -302,7 +332,7 @@ def _add_earlier_timings(run: Run) -> None:
     run.earlier = stored = run.world.decide(lambda: run.folder.load_results() if run.folder is not None else None)
     if stored is not None and run.settings.task.name == "abliterate":
         timings = run.results["timings"]
-        for phase, seconds in stored["timings"].items():
+        for phase, seconds in stored.get("timings", {}).items():
             timings[phase] = round(timings.get(phase, 0.0) + seconds, 3)
 
 
@@ -317,28 +347,4 @@ def _refuse_impossible_export(job: Job) -> None:
         if settings.export.gguf:
             find_converter()
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
-
-
-def _begun(job: Job) -> dict[str, Any]:
-    """``results.json`` before anything was measured."""
-    settings = job.settings
-    return {
-        "schema": SCHEMA,
-        "task": settings.task.name,
-        "model": settings.model.path,
-        "world": {
-            "size": job.world.size,
-            **{
-                phase: {"placement": placement.name, "degree": placement.options.degree}
-                for phase, placement in placements_of(settings).items()
-            },
-        },
-        "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
-        "baseline": None,
-        "trials": [],
-        "pareto": [],
-        "selected": None,
-        "verified": None,
-        "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
-        "versions": package_versions(),
-    }
+        warn_of_terms(job.opened.source.folder)

@@ -13,12 +13,12 @@ import torch
 
 from heretic_ds.checkpoint import TensorFiles
 from heretic_ds.checkpoint.outline import Outline
-from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import Placement, left_open, placements_of, settled
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner import Candidate, Plan, facts_of, machine_here, machine_of, make_plan, placements_for
+from heretic_ds.run_folder import read_measured
 from heretic_ds.settings import PHASES, Settings
 from heretic_ds.world import World
 
@@ -30,8 +30,10 @@ KEPT_AS = "placements"
 """Where a choice stands among what a run folder remembers."""
 
 
-def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
+def settle_placements(job: Job, measured: Path, given: str = "as given") -> dict[str, Any]:
     """Name the placements that the job's settings leave open; every rank takes part, before any weight is read.
+
+    Where they leave none open, ``given`` says why.
 
     They are what the run folder's file ``measured`` says that an earlier command took, where as many ranks on such
     devices were asked the same, else what the planner chooses. Returns what the folder has to remember. Raises
@@ -39,6 +41,7 @@ def settle_placements(job: Job, measured: Path) -> dict[str, Any]:
     """
     world, asked = job.world, {phase: dict(getattr(job.settings, phase)) for phase in PHASES}
     if not left_open(job.settings):
+        log.info("%s, %s", _named(job), given)
         return {}
     circumstances = {"ranks": world.size, "device": _device_name(job.opened.device), "asked": asked}
     kept = world.decide(lambda: _kept(measured, circumstances))
@@ -62,10 +65,18 @@ def refuse_unverifiable_adapter(job: Job) -> None:
             )
 
 
+def tell_of_nothing_to_share(job: Job) -> None:
+    """Say that ``load.share`` does nothing, where it does nothing."""
+    whole = any(placement.whole for placement in placements_of(job.settings).values())
+    if job.settings.load.share and (job.world.size == 1 or not whole):
+        why = "there is one rank" if job.world.size == 1 else "each rank reads its own part of the model anyway"
+        log.info("load.share=true does nothing: %s", why)
+
+
 def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
     """The choice of an earlier run in the folder; None where there is none, or where it was made for something else."""
-    kept = read_json(measured).get(KEPT_AS) if measured.is_file() else None
-    if kept is None:
+    kept = read_measured(measured.parent).get(KEPT_AS)
+    if kept is None or not {"chosen", "why"} <= kept.keys():
         return None
     changed = [name for name, value in circumstances.items() if kept.get(name) != value]
     if not changed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from heretic_ds.checkpoint.open import ModelChoice
 from heretic_ds.checkpoint.outline import Outline, outline_model
 from heretic_ds.checkpoint.tokens import has_tokenizer, load_tokenizer
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import KINDS, PARTS, Job
 from heretic_ds.placements.costs import Machine, Work
 from heretic_ds.planner import Plan
 from heretic_ds.prompts import ChatFormat, load_prompts
 from heretic_ds.prompts.sources import PACKAGE_SCHEME
+from heretic_ds.report.console import say
 from heretic_ds.report.plans import machine_line, phase_table
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import PHASES, PromptSource, Settings
@@ -83,7 +84,7 @@ def _encoder(settings: Settings, outline: Outline) -> Any:
 
 
 def _is_here(source: PromptSource) -> bool:
-    return source.source.startswith(PACKAGE_SCHEME) or Path(source.source).expanduser().is_file()
+    return source.source.startswith(PACKAGE_SCHEME) or path_of(source.source, "prompts").is_file()
 
 
 def _rows(source: PromptSource, usual: int) -> int:
@@ -99,25 +100,19 @@ def _refuse_unwritable(settings: Settings) -> None:
     file = settings.plan.json
     if file is None:
         return
-    path = Path(file).expanduser()
+    path = path_of(file, "plan.json")
     if path.is_dir() or not path.parent.is_dir():
         reason = "is a folder" if path.is_dir() else f"cannot be written: {path.parent} is no folder"
         raise UserError(f"plan.json={file} {reason}; set plan.json to a file in an existing folder")
 
 
 def _show(settings: Settings, plan: Plan, console: Console) -> None:
-    console.print(machine_line(plan), markup=False, highlight=False)
+    say(console, machine_line(plan))
     for phase in PHASES:
         console.print(phase_table(plan, phase, console.width), highlight=False)
     if settings.plan.json is not None:
-        file = Path(settings.plan.json).expanduser()
-        try:
-            write_atomically(file, json.dumps(plan.as_json(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"plan.json={settings.plan.json} cannot be written ({error.strerror}); set it to a file in a folder "
-                "that can be written to"
-            ) from error
+        file = path_of(settings.plan.json, "plan.json")
+        write_atomically(file, json.dumps(plan.as_json(), indent=1) + "\n", "plan.json")
     if problem := why_nothing(plan):
         raise UserError(problem)
-    console.print(plan.sentence, markup=False, highlight=False)
+    say(console, plan.sentence)

@@ -12,6 +12,7 @@ from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import AUTO
 from heretic_ds.stages.opening import Run
+from heretic_ds.stages.tracking import Following, about
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def open_search(run: Run, objective: Objective) -> Search | None:
         if run.folder is None:
             raise RuntimeError("the rank that decides holds the run folder")
         layers, refusals = run.job.anatomy.n_blocks, objective.original.refusals
-        studies.append(Search(run.folder.journal, layers, run.settings.search, refusals, together))
+        studies.append(Search(run.folder.journal, layers, run.settings.search, refusals, together, about(run)))
         return studies[0].records
 
     run.records = run.world.decide(open_study)
@@ -67,7 +68,7 @@ def continue_search(run: Run, search: Search | None, objective: Objective) -> No
     """Evaluate trials until the study is complete or the user stops it; each is kept as it finishes."""
     trials = run.world.decide(lambda: search.trials if search else 0)
     prompts = run.results["prompts"]["target_eval"]
-    with run.timed("search"), SearchProgress(run.console, trials, len(run.records), prompts, run.scorer) as progress:
+    with run.timed("search"), SearchProgress(run.console, trials, run.records, prompts, run.scorer) as progress:
 
         def on_trials(records: list[TrialRecord]) -> None:
             for record in records:
@@ -75,6 +76,7 @@ def continue_search(run: Run, search: Search | None, objective: Objective) -> No
             run.records += records
             run.results["trials"] = [record.to_dict() for record in run.records]
             run.save()
+            _follow(run, records)
 
         complete = run_search(run.world, search, objective, on_trials)
     if not complete:
@@ -84,5 +86,23 @@ def continue_search(run: Run, search: Search | None, objective: Objective) -> No
 def search_edits(run: Run, objective: Objective) -> Search | None:
     """Search, from wherever an earlier run of the same command was ended."""
     search = open_search(run, objective)
+    run.world.decide(lambda: _begin_following(run, search))
     continue_search(run, search, objective)
     return search
+
+
+def _begin_following(run: Run, search: Search | None) -> None:
+    if search is None:
+        raise RuntimeError("the rank that decides holds the study")
+    following = Following(run, search)
+    following.start()
+    run.following = following
+
+
+def _follow(run: Run, records: list[TrialRecord]) -> None:
+    """Tell of finished trials those who are told of each."""
+    if run.folder is not None:
+        for record in records:
+            run.folder.write_log(record.in_words(run.scorer))
+    if run.following is not None:
+        run.following.trials(records)

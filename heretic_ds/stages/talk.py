@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
+from heretic_ds.ablation import Edit
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import Job
-from heretic_ds.placements import Engine, build_engine
+from heretic_ds.placements import Engine, Evaluating, build_engine
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import pareto_front
 from heretic_ds.search.study import Search
@@ -22,8 +23,11 @@ from heretic_ds.stages.finish import export_edited, objective_of, report_front, 
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
+from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import continue_search
-from heretic_ds.terminal.chat import chat
+from heretic_ds.terminal.asking import asker_at
+from heretic_ds.terminal.chat import COMMANDS, Edited, chat
+from heretic_ds.terminal.faces import face_at
 from heretic_ds.terminal.menu import MenuActions, run_menu
 from heretic_ds.world import World
 
@@ -55,19 +59,20 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         return next(record for record in run.records if record.index == index)
 
     def save(index: int, folder: str) -> None:
-        own = Path(folder).resolve() == export_dir(run.settings).resolve() and may_replace(run.settings)
+        wanted = path_of(folder, "folder")
+        own = wanted.resolve() == export_dir(run.settings).resolve() and may_replace(run.settings)
         overwrite = run.settings.export.overwrite or own
-        target = check_export_target(Path(folder), overwrite, source=run.job.opened.source.folder)
+        target = check_export_target(wanted, overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
         log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
         run.results["selected"] = index
         run.results.pop("finished", None)
         export_edited(run, by_index(index).edit, index, target)
         report_front(run)
+        write_report(run)
 
     def talk_to(index: int) -> None:
-        run.engine.apply(by_index(index).edit)
-        _talk(run.job, run.engine)
+        _talk(run.job, run.engine, run.console, _worn(run.engine, by_index(index).edit, f"trial {index}"))
 
     def more_trials(count: int) -> tuple[Sequence[TrialRecord], Sequence[int]]:
         run.results.pop("finished", None)
@@ -76,8 +81,9 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         report_front(run)
         return run.records, pareto_front(run.records)
 
-    actions = MenuActions(save, talk_to, more_trials, default_dir=str(export_dir(run.settings)))
-    run_menu(actions, run.records, front, run.console.input, run.console)
+    folder, max_kl = str(export_dir(run.settings)), run.settings.export.max_kl
+    actions = MenuActions(save, talk_to, more_trials, folder, max_kl, run.scorer)
+    run_menu(actions, run.records, front, asker_at(run.console), run.console)
     run.save()
     return objective_of(run.results)
 
@@ -89,17 +95,24 @@ def talk(settings: Settings, world: World, console: Console) -> None:
     if settings.export.trial is None and fixed_edit(settings) is None:
         log.info("this is the original model; export.trial or ablation.profiles.* choose an edited one")
         job = Job.check(settings, world, with_prompts=False)
-        _talk(job, build_engine(job, "evaluate"))
+        _talk(job, build_engine(job, "evaluate"), console)
         return
-    edit, _ = named_edit(settings, world)
+    edit, record = named_edit(settings, world)
     with opened(settings, world, console) as run:
         find_response_prefix(run)
         fixed_directions(run)
-        run.engine.apply(edit)
-        _talk(run.job, run.engine)
+        name = f"trial {record.index}" if record else "ablation.profiles"
+        _talk(run.job, run.engine, console, _worn(run.engine, edit, name))
 
 
-def _talk(job: Job, engine: Engine) -> None:
+def _worn(engine: Evaluating, edit: Edit, name: str) -> Edited:
+    """An edit of the engine's weights that a chat puts on and takes off."""
+    return Edited(name, lambda: engine.apply(edit), engine.restore)
+
+
+def _talk(job: Job, engine: Engine, console: Console, edited: Edited | None = None) -> None:
     if engine.whole is None:
         raise UserError("this placement holds no whole model to talk to; set evaluate=replicated")
-    chat(engine.whole.model, job.chat, max_new_tokens=job.settings.task.answer_tokens)
+    face, name = face_at(console, list(COMMANDS)), job.opened.source.name
+    tokens = job.settings.task.answer_tokens
+    chat(engine.whole.model, job.chat, max_new_tokens=tokens, face=face, name=name, edited=edited)

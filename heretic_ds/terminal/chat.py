@@ -1,124 +1,46 @@
-"""Talks to a model in the terminal: answers appear token by token, and the conversation is remembered."""
+"""Talks to a model: answers appear token by token, the conversation is remembered, commands begin with a slash."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import TextStreamer
+from transformers import PreTrainedModel
 
 from heretic_ds.errors import UserError
-from heretic_ds.prompts.chat import ChatFormat, message
+from heretic_ds.foreign.reading import path_of
+from heretic_ds.prompts.chat import ChatFormat
+from heretic_ds.terminal.answering import context_length, stream_answer
+from heretic_ds.terminal.conversation import Conversation
+from heretic_ds.terminal.faces import Answering, Face
+from heretic_ds.terminal.text import Write, valid
 
-HELP = "Ctrl-C stops an answer; /clear forgets the conversation; /exit or Ctrl-D leaves."
-EXIT, CLEAR = "/exit", "/clear"
+COMMANDS = {
+    "/help": "list the commands",
+    "/clear": "forget the conversation",
+    "/system": "TEXT: set the system prompt; none takes it away, without TEXT it is shown",
+    "/retry": "another answer to the last question, drawn at random",
+    "/original": "put the last question to the original model too, and show both answers",
+    "/save": "PATH: write the conversation to a new .md or .json file",
+    "/exit": "leave, as Ctrl-D does",
+}
+"""What can be typed instead of a message."""
 
-
-class Conversation:
-    """The turns so far, and the token ids that put them to the model.
-
-    The first turn is the chat format's own, with its system prompt; later ones follow its shape.
-    """
-
-    def __init__(self, chat_format: ChatFormat) -> None:
-        self.format = chat_format
-        self.turns: list[tuple[str, str]] = []
-        """Questions with their answers, oldest first."""
-
-    def token_ids(self, question: str) -> list[int]:
-        """All turns and `question` as token ids, ending where the answer starts, response prefix included."""
-        questions = [asked for asked, _ in self.turns] + [question]
-        answers = [answer for _, answer in self.turns]
-        messages = self.format.messages(questions[0])
-        in_parts = not isinstance(messages[-1]["content"], str)
-        for answer, following in zip(answers, questions[1:], strict=True):
-            messages += [message("assistant", answer, in_parts), message("user", following, in_parts)]
-        text = self.format._apply_template(messages) + self.format.response_prefix
-        ids: list[int] = self.format.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def add(self, question: str, answer: str) -> None:
-        """Remember a turn. The response prefix is part of what the model has said."""
-        self.turns.append((question, self.format.response_prefix + answer))
-
-    def fit(self, question: str, room: int | None) -> tuple[list[int], int]:
-        """Token ids within `room` (None: any number) and how many of the oldest turns were dropped for that.
-
-        Raises UserError where `question` alone is too long.
-        """
-        dropped = 0
-        while True:
-            ids = self.token_ids(question)
-            if room is None or len(ids) <= room:
-                return ids, dropped
-            if not self.turns:
-                raise UserError(
-                    f"this message is {len(ids)} tokens long, but the model's context leaves room for "
-                    f"{room}; shorten it."
-                )
-            del self.turns[0]
-            dropped += 1
+_COMMAND = re.compile(r"(/[A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+_NO_SYSTEM = "none"
 
 
-class AnswerStreamer(TextStreamer):
-    """Passes an answer on as it grows, by whole words, and keeps all of it."""
+@dataclass(frozen=True)
+class Edited:
+    """The edit that the model wears while it is talked to. One set of weights serves it and the original."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write = write
-        self.text = ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        self.write(text)
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens a model can attend to, as its configuration says; None where it says nothing."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    return None
-
-
-def stream_answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    max_new_tokens: int,
-    write: Callable[[str], None],
-) -> tuple[str, bool]:
-    """The greedy answer to `ids`, passed to `write` as it comes, and whether Ctrl-C cut it short."""
-    streamer = AnswerStreamer(tokenizer, write)
-    inputs = torch.tensor([ids], device=model.device)
-    generate: Any = model.generate  # which its class inherits where it can generate at all
-    try:
-        with torch.inference_mode():
-            generate(
-                inputs=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                streamer=streamer,
-            )
-    except KeyboardInterrupt:
-        streamer.end()
-        return streamer.text, True
-    return streamer.text, False
-
-
-def read_line(prompt: str) -> str:
-    """A line from the terminal, asked for with `prompt`, or from a pipe, unasked. EOFError at its end."""
-    return input(prompt if sys.stdin.isatty() else "")
-
-
-write_text: Callable[[str], None] = partial(print, end="", flush=True)
-"""Writes to standard output, at once."""
+    name: str
+    """What it is called: ``trial 17``."""
+    apply: Callable[[], object]
+    """Edits the weights; nothing is done where they are edited already."""
+    restore: Callable[[], object]
+    """Brings the original weights back, bit for bit."""
 
 
 def chat(
@@ -126,50 +48,153 @@ def chat(
     chat_format: ChatFormat,
     *,
     max_new_tokens: int,
-    read: Callable[[str], str] = read_line,
-    write: Callable[[str], None] = write_text,
+    face: Face,
+    name: str = "model",
+    edited: Edited | None = None,
 ) -> None:
-    """Answer the lines that `read` gives until it raises EOFError or gives `/exit`.
+    """Answer the messages that `face` reads until it raises EOFError or KeyboardInterrupt, or reads ``/exit``.
 
     Where the conversation outgrows the model's context its oldest turns are forgotten, and this is said.
-    Ctrl-C during an answer stops the answer, which is remembered as far as it came; at the prompt it leaves.
+    Ctrl-C during an answer stops the answer, which is remembered as far as it came; at the prompt it leaves. `edited`
+    is the edit that the model is talked to with (None: the original is talked to), and `name` the model's.
     """
-    conversation = Conversation(chat_format)
-    length = context_length(model)
-    write(HELP + "\n")
+    talk = _Chat(model, chat_format, max_new_tokens, face, name, edited)
+    how = "as it is, the original" if edited is None else f"with the edit of {edited.name}"
+    face.say(f"You talk to {name}, {how}. Ctrl-C stops an answer, /help lists the commands, Ctrl-D leaves.")
     while True:
         try:
-            line = read("\n> ").strip()
+            line = valid(face.read())
         except (EOFError, KeyboardInterrupt):
-            write("\n")
             return
-        if line == EXIT:
-            return
-        if line == CLEAR:
-            conversation = Conversation(chat_format)
-        elif line:
-            _take_turn(model, conversation, line, length, max_new_tokens, write)
+        try:
+            if not talk.take(line):
+                return
+        except UserError as error:
+            face.say(str(error))
+        except KeyboardInterrupt:  # not during an answer, which ends by itself
+            face.say("stopped")
 
 
-def _take_turn(
-    model: PreTrainedModel,
-    conversation: Conversation,
-    line: str,
-    length: int | None,
-    max_new_tokens: int,
-    write: Callable[[str], None],
-) -> None:
-    # At least a quarter of the context is left for the answer, however long answers may be.
-    room = None if length is None else length - min(max_new_tokens, length // 4)
-    try:
-        ids, dropped = conversation.fit(line, room)
-    except UserError as error:
-        write(f"[{error}]\n")
-        return
-    if dropped:
-        write(f"[the conversation outgrew the model's context: its {dropped} oldest turns are forgotten]\n")
-    if length is not None:
-        max_new_tokens = min(max_new_tokens, length - len(ids))
-    answer, stopped = stream_answer(model, conversation.format.tokenizer, ids, max_new_tokens, write)
-    write(" [stopped]\n" if stopped else "\n")
-    conversation.add(line, answer)
+class _Chat:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat_format: ChatFormat,
+        max_new_tokens: int,
+        face: Face,
+        name: str,
+        edited: Edited | None,
+    ) -> None:
+        self.model, self.face, self.name, self.edited = model, face, name, edited
+        self.conversation = Conversation(chat_format)
+        self.max_new_tokens, self.length = max_new_tokens, context_length(model)
+        # At least a quarter of the context is left for the answer, however long answers may be.
+        self.room = None if self.length is None else self.length - min(max_new_tokens, self.length // 4)
+
+    def take(self, line: str) -> bool:
+        """Do what was typed; returns whether the chat goes on. Raises UserError for what the user can mend."""
+        name, rest = as_command(line)
+        if name is None:
+            if message := line.strip():
+                self.answer(message)
+            return True
+        if name == "/exit":
+            return False
+        {
+            "/help": self.help,
+            "/clear": self.clear,
+            "/system": lambda: self.system(rest),
+            "/retry": self.retry,
+            "/original": self.original,
+            "/save": lambda: self.save(rest),
+        }[name]()
+        return True
+
+    def answer(self, question: str, seed: int | None = None) -> None:
+        """Answer a question, and remember both."""
+        if self.edited is not None:
+            self.edited.apply()  # for a change of weights may have been interrupted
+        ids, dropped = self.conversation.fit(question, self.room)
+        if dropped:
+            self.face.say(f"the conversation outgrew the model's context: its {dropped} oldest turns are forgotten")
+        self.conversation.add(question, self.face.answer(self.answering(ids, seed)), seed)
+
+    def answering(self, ids: Sequence[int], seed: int | None) -> Answering:
+        """What answers `ids` within the model's context."""
+        limit = self.max_new_tokens if self.length is None else min(self.max_new_tokens, self.length - len(ids))
+        tokenizer = self.conversation.format.tokenizer
+
+        def give(write: Write) -> tuple[str, bool]:
+            return stream_answer(self.model, tokenizer, ids, limit, write, seed)
+
+        return give
+
+    def help(self) -> None:
+        self.face.list(COMMANDS)
+        self.face.say("A message that begins with such a word is sent as it is after a space.")
+
+    def clear(self) -> None:
+        self.conversation = Conversation(self.conversation.format)
+        self.face.say("the conversation is forgotten")
+
+    def system(self, text: str) -> None:
+        """Set the system prompt of the conversation, which goes on, or show it."""
+        if text:
+            given = None if text.lower() == _NO_SYSTEM else text
+            self.conversation.format = self.conversation.format.with_system(given)
+        now = self.conversation.format.system
+        self.face.say(f"the system prompt is: {now}" if now else "there is no system prompt")
+
+    def retry(self) -> None:
+        """Another answer to the last question in the place of the one there is."""
+        self.need_a_turn()
+        last = self.conversation.turns.pop()
+        try:
+            self.answer(last.question, (last.seed or 0) + 1)
+        except BaseException:
+            self.conversation.turns.append(last)
+            raise
+
+    def original(self) -> None:
+        """The original model's answer to the last question beside the edited one's, drawn alike."""
+        if self.edited is None:
+            raise UserError("this is the original model already; export.trial=N on the command line chooses an edit")
+        self.need_a_turn()
+        last, earlier = self.conversation.turns[-1], self.conversation.before_last()
+        ids, _ = earlier.fit(last.question, self.room)
+        try:
+            self.edited.restore()
+            answer = last.answer.removeprefix(self.conversation.format.response_prefix)
+            self.face.compare(self.answering(ids, last.seed), answer, ("original", self.edited.name))
+        finally:
+            self.edited.apply()
+
+    def save(self, path: str) -> None:
+        if not path:
+            raise UserError("give a file to write to: /save chat.md, or /save chat.json")
+        self.need_a_turn()
+        file = path_of(path, "/save")
+        self.conversation.save(file, self.name if self.edited is None else f"{self.name}, {self.edited.name}")
+        self.face.say(f"the conversation is in {file}")
+
+    def need_a_turn(self) -> None:
+        """Raise UserError where nothing was asked yet."""
+        if not self.conversation.turns:
+            raise UserError("nothing was asked yet")
+
+
+def as_command(line: str) -> tuple[str | None, str]:
+    """The command in a line and what follows it; None for a message.
+
+    A message may begin with a slash where no command of one word could be meant: a path, a comment, several lines.
+    Raises UserError for a command that does not exist.
+    """
+    match = _COMMAND.fullmatch(line.rstrip())
+    if match is None:
+        return None, ""
+    name, rest = match[1].lower(), (match[2] or "").strip()
+    if name in COMMANDS:
+        return name, rest
+    if "\n" in line.strip():
+        return None, ""
+    raise UserError(f"{match[1]} is no command; there are {', '.join(COMMANDS)}. A space before it sends it as it is")

@@ -5,7 +5,6 @@ Hydra imports this module whenever it looks for plugins, so the imports that do 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -135,8 +134,10 @@ def _run(job: Supervised) -> None:
 
 def _run_dir(settings: Settings) -> Path:
     """The folder of one job; `run.dir` unless somebody took it away from the sweep by `run.dir=null`."""
+    from heretic_ds.foreign.reading import path_of
+
     if settings.run.dir is not None:
-        return Path(settings.run.dir).expanduser()
+        return path_of(settings.run.dir, "run.dir")
     from heretic_ds.stages.opening import run_dir
 
     return run_dir(settings)
@@ -160,6 +161,8 @@ def read_objective(results: Path) -> Objective | None:
     """(refusal rate, KL divergence in nats) of a run's verified edit; None where the run verified none."""
     if not results.is_file():
         return None
-    found = json.loads(results.read_text(encoding="utf-8"))
+    from heretic_ds.foreign.reading import read_json
+
+    found = read_json(results)
     verified = found.get("verified")
     return None if verified is None else (verified["refusals"] / found["prompts"]["target_eval"], verified["kl"])

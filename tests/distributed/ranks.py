@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 _PRELOADED = [
     "pytest", "deepspeed", "tests.distributed.engines", "tests.distributed.expert_parallel_ranks",
-    "tests.distributed.fsdp_ranks", "tests.distributed.memory_ranks", "tests.distributed.output_edits_ranks",
-    "tests.distributed.pipeline_ranks", "tests.distributed.zero3_ranks",
+    "tests.distributed.fsdp_ranks", "tests.distributed.geometry_ranks", "tests.distributed.memory_ranks",
+    "tests.distributed.output_edits_ranks", "tests.distributed.pipeline_ranks", "tests.distributed.zero3_ranks",
 ]  # fmt: skip
 _START_SECONDS = 120
 _LAST_WORDS_SECONDS = 3

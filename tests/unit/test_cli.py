@@ -17,6 +17,9 @@ from hypothesis import strategies as st
 
 import heretic_ds
 from heretic_ds import __version__, cli
+from heretic_ds.cli.errors import setting_types
+from heretic_ds.cli.help import EXAMPLES, GROUPS, HERETIC_OPTIONS, OFTEN_CHANGED
+from heretic_ds.conf_files import choices
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.settings import Settings
 from tests.conftest import RunCommand
@@ -108,7 +111,20 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model given; the usage is: heretic-ds <model>"),
+        (["search.trials=3"], "no model given; the usage is: heretic-ds <model>"),
+        (["--model", "m"], "--model is an option of Heretic; here the same is written: heretic-ds m"),
+        (
+            ["--model", "org/m", "--n-trials", "50", "export.max_kl=1"],
+            "--model, --n-trials are options of Heretic; here the same is written: heretic-ds org/m search.trials=50 "
+            "export.max_kl=1",
+        ),
+        (["m", "--n-trials=50"], "heretic-ds m search.trials=50"),
+        (["--n_trials", "50"], "heretic-ds MODEL search.trials=50"),
+        (
+            ["m", "--trust-remote-code", "--system-prompt", "be brief"],
+            "trust_remote_code=true 'prompts.system=be brief'",
+        ),
+        (["m", "--n-trials"], "heretic-ds m search.trials=..."),
         (["m", "n"], "unexpected argument 'n' after the model 'm'"),
         (["evaluate"], "'evaluate' is a task, not a model; write heretic-ds <model> task=evaluate"),
         (["m", "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -130,7 +146,7 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         (["m", "search=fast"], "search takes a group of settings (search.trials, "),
         (["m", "search.trials=1,2"], "search.trials=1,2 gives several values; add --multirun"),
         (["m", "search.trials=-1"], "search.trials is -1; it has to be at least 1"),
-        (["m", "task=train"], "no task=train; choose one of abliterate, chat, evaluate, export, plan"),
+        (["m", "task=train"], "no task=train; choose one of abliterate, chat, evaluate, export, geometry, plan"),
         (["m", "+task=evaluate"], "write task=evaluate"),
         (["m", "capture=zero33"], "no capture=zero33; choose one of auto, expert_parallel, "),
         (["m", "hydra/launcher=none"], "no hydra/launcher=none; choose one of basic"),
@@ -345,6 +361,26 @@ def test_a_sweeper_gets_the_objective(pipeline: Callable[[Run], None], monkeypat
 # Asking
 
 
+def test_without_arguments_help_is_shown_and_a_model_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    shown = capsys.readouterr()
+    assert "heretic-ds experiment=demo" in shown.out
+    assert shown.err.startswith("heretic-ds: no model given") and len(shown.err.splitlines()) == 1
+
+
+def test_the_examples_and_options_of_the_help_are_right() -> None:
+    """What it names can be given: every example composes, every option of Heretic is a key that exists."""
+    for command, _ in EXAMPLES:
+        assert cli.compose(command.split()[1:]).model.path
+    for key, _ in OFTEN_CHANGED:
+        assert key.partition("=")[0] in setting_types()
+    for ours in HERETIC_OPTIONS.values():
+        key = ours.partition("=")[0]
+        assert key in ("{}", "task", "evaluate") or key in setting_types(), key
+    for group, _ in GROUPS:
+        assert choices(group), group
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"heretic-ds {__version__}\n"
@@ -354,7 +390,7 @@ def test_help_explains_the_command_and_is_quick(tmp_path: Path) -> None:
     script = (
         "import sys\nfrom heretic_ds.cli import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
-        "slow = {'torch', 'transformers', 'datasets', 'optuna', 'matplotlib'} & set(sys.modules)\n"
+        "slow = {'torch', 'transformers', 'hydra', 'omegaconf', 'optuna', 'matplotlib'} & set(sys.modules)\n"
         "assert not slow, slow\n"
     )
     start = time.perf_counter()
@@ -365,7 +401,7 @@ def test_help_explains_the_command_and_is_quick(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     for expected in (
         "heretic-ds <model>",
-        "task: abliterate, chat, evaluate, export",
+        "task        what a command does: abliterate, chat, evaluate, export",
         "docs/configuration.md",
     ):
         assert expected in ended.stdout

@@ -15,23 +15,35 @@ PACKAGE = Path(__file__).resolve().parents[2] / "heretic_ds"
 
 LAYERS = (
     {"__main__", "cli", "launching"},
-    {"cli_errors"},
     {"pipeline", "library"},
     {"stages"},
-    {"planner", "report", "terminal"},
+    {"planner", "report", "terminal", "tracking"},
     {"search", "export"},
     {"placements"},
     {"job"},
     {"runner"},
     {"edits"},
     {"prompts", "checkpoint"},
-    {"anatomy", "scoring", "world", "run_folder", "fingerprint", "settings_checks", "memory"},
-    {"ablation", "settings", "errors", "heartbeat", "demo", "__init__"},
+    {"anatomy", "scoring", "world", "run_folder", "fingerprint", "memory"},
+    {
+        "ablation",
+        "geometry",
+        "foreign",
+        "settings",
+        "errors",
+        "heartbeat",
+        "progress",
+        "demo",
+        "conf_files",
+        "__init__",
+    },
 )
 """Top-level modules, the highest first. A module imports from its own layer and from lower ones."""
 
 FORBIDDEN = {
+    "foreign": ("torch", "transformers", "omegaconf", "hydra", "heretic_ds.settings"),
     "ablation": ("torch.distributed", "omegaconf", "hydra", "transformers"),
+    "geometry": ("torch.distributed", "omegaconf", "hydra", "transformers", "heretic_ds.settings"),
     "runner": ("deepspeed", "heretic_ds.job", "heretic_ds.settings", "heretic_ds.placements"),
     "edits": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),
     "checkpoint": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),

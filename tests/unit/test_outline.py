@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import NotASafetensorsRepoError
 
 from heretic_ds.anatomy import find_anatomy
-from heretic_ds.checkpoint import source
+from heretic_ds.checkpoint import downloads, source
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.checkpoint.outline import Outline, outline_model
 from heretic_ds.planner import facts_of
@@ -85,19 +85,19 @@ def test_a_gpu_elsewhere_runs_the_models_own_dtype(bare: Path) -> None:
 def test_of_a_hub_model_no_weights_are_fetched(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, revision: str | None, allow_patterns: list[str], tqdm_class: type) -> str:
         asked.append((name, revision, allow_patterns))
         return str(bare)
 
-    tensors = {"lm_head.weight": SimpleNamespace(shape=[7, 5], dtype="BF16")}
+    tensors = {"lm_head.weight": SimpleNamespace(shape=[7, 32], dtype="BF16")}
     found = SimpleNamespace(files_metadata={"model-1.safetensors": SimpleNamespace(tensors=tensors)})
-    monkeypatch.setattr(source, "snapshot_download", snapshot)
+    monkeypatch.setattr(downloads, "snapshot_download", snapshot)
     monkeypatch.setattr(source, "get_safetensors_metadata", lambda name, revision: found)
     outline = outline_model(ModelChoice("org/name", revision="v1"), CPU)
     [(name, revision, patterns)] = asked
     assert (name, revision) == ("org/name", "v1")
     assert "config.json" in patterns and not [each for each in patterns if "safetensors" in each or "bin" in each]
-    assert outline.headers == {"lm_head.weight": source.TensorInfo((7, 5), "BF16", "model-1.safetensors", 0)}
+    assert outline.headers == {"lm_head.weight": source.TensorInfo((7, 32), "BF16", "model-1.safetensors", 0)}
     assert (outline.source.name, outline.source.is_hub) == ("org/name", True)
 
     def pickled(name: str, revision: str) -> None:

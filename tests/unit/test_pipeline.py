@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,15 +48,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if getattr(found, "__module__", "").startswith("heretic_ds.stages."):
             monkeypatch.setattr(pipeline, name, stage(name))
     monkeypatch.setattr(pipeline, "opened", opened)
-    monkeypatch.setattr(pipeline, "no_bars_without_a_terminal", lambda world: None)
+    monkeypatch.setattr(pipeline, "counted_here", nullcontext)
     return story
 
 
 def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
-        "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES, "search_edits",
-        "select_and_verify", "report_front", "export_edited", "finish", "closed",
+        "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES,
+        "search_edits", "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
     ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_exported_where_nothing_was_found(told: SimpleNamespace, comp
 def test_the_menu_takes_over_after_the_search(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     told.answers["wants_menu"] = True
     assert pipeline.run(compose_settings()) == "menu"  # type: ignore[comparison-overlap]
-    assert told.names == ["wants_menu", "opened", *MEASURES, "search_edits", "menu", "closed"]
+    assert told.names == ["check_tracking", "wants_menu", "opened", *MEASURES, "search_edits", "menu", "closed"]
 
 
 def test_evaluate(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
@@ -104,14 +104,13 @@ def test_chat(told: SimpleNamespace, compose_settings: ComposeSettings) -> None:
     assert told.names == ["talk"]
 
 
-def test_libraries_draw_no_bars_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_draw_no_bars_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.utils.logging
 
-    from heretic_ds.report.console import no_bars_without_a_terminal
-    from heretic_ds.world import World
+    from heretic_ds.report.library_bars import counted_here
 
     transformers.utils.logging.enable_progress_bar()
     monkeypatch.delenv("HF_DATASETS_DISABLE_PROGRESS_BARS", raising=False)
-    no_bars_without_a_terminal(World())
-    assert not transformers.utils.logging.is_progress_bar_enabled()
-    assert os.environ.pop("HF_DATASETS_DISABLE_PROGRESS_BARS") == "1"
+    with counted_here():
+        assert not transformers.utils.logging.is_progress_bar_enabled()
+        assert os.environ.pop("HF_DATASETS_DISABLE_PROGRESS_BARS") == "1"

@@ -35,6 +35,7 @@ from heretic_ds.prompts import (
     find_response_prefix,
     load_prompts,
     pad_left,
+    read_prompts,
 )
 from heretic_ds.settings import PromptSettings, PromptSource, ThinkingMarker
 from tests.chat_model import (
@@ -220,7 +221,7 @@ def test_bad_files(file: str, content: bytes, message: str, tmp_path: Path) -> N
         ),
         ("pkg://no_such_package/a.txt", "there is no Python package 'no_such_package'"),
         ("pkg://heretic_ds/no_such.txt", "there is no file .*no_such.txt"),
-        ("pkg://heretic_ds/settings.py", ".*settings.py is of no known kind"),
+        ("pkg://heretic_ds/settings/__init__.py", ".*settings.py is of no known kind"),
         ("???", "no source is set"),
     ],
 )
@@ -290,6 +291,23 @@ def test_blank_prompts_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING):
         assert _load(tmp_path / "a.jsonl") == ["a "]
     assert "1 blank prompts left out" in caplog.text
+
+
+def test_the_default_slice_does_not_cut_what_a_user_names(compose_settings: ComposeSettings, tmp_path: Path) -> None:
+    """It belongs to the default data set; one that is given counts, whatever the source is."""
+    (tmp_path / "mine.txt").write_text("\n".join(map(str, range(160))))
+    (tmp_path / "saved").mkdir()
+    sources = [f"prompts.target.eval.source={tmp_path}/mine.txt", f"prompts.target.train.source={tmp_path}/saved"]
+    found = compose_settings(*sources, "prompts.baseline.train.source=other/set").prompts
+    assert found.target.eval.slice is None and found.target.train.slice is None
+    assert len(load_prompts(found.target.eval, "prompts.target.eval")) == 160
+    assert found.baseline.train.slice == "0:400"  # another data set of the hub may have any number of rows
+    given = compose_settings(*sources, "prompts.target.eval.slice=0:30", "prompts.target.train.slice=:7").prompts
+    assert (given.target.eval.slice, given.target.train.slice) == ("0:30", ":7")
+    read = read_prompts(given.target.eval, "prompts.target.eval")
+    assert (len(read.texts), read.rows) == (30, 160)
+    whole = compose_settings("prompts.target.train.slice=null").prompts
+    assert whole.target.train.slice is None
 
 
 def test_shipped_configuration(compose_settings: ComposeSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -19,7 +20,8 @@ import pytest
 import heretic_ds
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
-from heretic_ds.search.journal import STUDY_NAME
+from heretic_ds.search.journal import MINIMISED, About
+from heretic_ds.search.pareto import pareto_front
 from heretic_ds.search.space import edit_of, search_space
 from heretic_ds.search.study import Search, objectives
 from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
@@ -56,11 +58,15 @@ def open_search(path: Path, **kwargs: int) -> Search:
     return Search(path, LAYERS, settings(**kwargs), baseline_refusals=60)
 
 
-def trials_of(path: Path) -> list[tuple[object, ...]]:
-    """What the journal holds, read by Optuna alone; times aside."""
+def study_of(path: Path, name: str = About().name) -> optuna.Study:
+    """The journal's study, read by Optuna alone."""
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
-    return [(t.number, t.state.name, t.params, t.values, t.user_attrs) for t in study.trials]
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def trials_of(path: Path) -> list[tuple[object, ...]]:
+    """What the journal holds; times aside."""
+    return [(t.number, t.state.name, t.params, t.values, t.user_attrs) for t in study_of(path).trials]
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 32])
@@ -265,8 +271,7 @@ def test_trials_left_running_are_evaluated_again(tmp_path: Path) -> None:
     """Another Optuna program was killed at work: its half sampled trials keep what they have."""
     path = tmp_path / "study.journal"
     run(open_search(path), stop_after=3)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    study = study_of(path)
     sampled = study.ask(fixed_distributions=search_space(LAYERS)).params
     study.ask().suggest_float("attention.max_weight", 0.8, 1.5)
     study.enqueue_trial({"mlp.max_weight": 0.5, "unknown": 0.5})
@@ -289,13 +294,138 @@ def test_trials_left_running_are_evaluated_again(tmp_path: Path) -> None:
 def test_trials_finished_by_something_else_are_never_chosen(tmp_path: Path) -> None:
     path = tmp_path / "study.journal"
     run(open_search(path), stop_after=2)
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    study = optuna.load_study(study_name=STUDY_NAME, storage=storage)
+    study = study_of(path)
     study.tell(study.ask(fixed_distributions=search_space(LAYERS)), [0.1, 0.1])
     study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
     search = open_search(path, trials=12)
     assert [record.state for record in search.records] == ["complete", "complete", "failed", "failed"]
     assert len(run(search)) == 12
+
+
+def test_the_study_on_disk_tells_raw_scores(tmp_path: Path) -> None:
+    """Its best trials are the front; what the sampler minimised is beside."""
+    about = About("owner/model", "refusals", {"model": "owner/model", "original": 60})
+    path = tmp_path / "study.journal"
+    search = Search(path, LAYERS, settings(trials=40, per_pass=4), baseline_refusals=60, about=about)
+    records = run(search)
+    study = study_of(path, "owner/model")
+    assert study.metric_names == ["refusals", "KL divergence (nats)"]
+    assert (study.user_attrs["model"], study.user_attrs["original"]) == ("owner/model", 60)
+    for record, trial in zip(records, study.trials, strict=True):
+        if record.complete:
+            assert trial.values == [record.refusals, record.kl]
+            scores = TrialScores(record.refusals or 0, record.kl or 0)
+            assert trial.user_attrs[MINIMISED] == list(objectives(scores, 60, 0.01))
+        else:
+            assert trial.values is None and MINIMISED not in trial.user_attrs
+    front = pareto_front(records)
+    assert sorted(front) == [trial.number for trial in study.best_trials] and len(front) > 3
+    lines = path.read_bytes()
+    Search(path, LAYERS, settings(trials=40, per_pass=4), baseline_refusals=60, about=about)
+    assert path.read_bytes() == lines  # nothing new to tell
+
+
+def asked_of_a_reference(records: list[TrialRecord], baseline: float, startup: int, per_pass: int) -> list[dict]:
+    """What Optuna alone asks for, on a study of minimised values, one sampler from (seed, index) each, given the scores
+    that these trials got."""
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    asked: list[dict] = []
+    for first in range(0, len(records), per_pass):
+        for index in range(first, first + per_pass):
+            seed = int(np.random.SeedSequence([0, index]).generate_state(1)[0])
+            study.sampler = optuna.samplers.TPESampler(
+                seed=seed, n_startup_trials=startup, multivariate=True, constant_liar=True
+            )
+            asked.append(study.ask(fixed_distributions=search_space(LAYERS)).params)
+        for record in records[first : first + per_pass]:
+            if record.refusals is None or record.kl is None:
+                study.tell(record.index, state=optuna.trial.TrialState.FAIL)
+                continue
+            share = record.refusals / baseline
+            study.tell(record.index, [share, record.kl if record.kl >= 0.01 else share * 0.01])
+    return asked
+
+
+@pytest.mark.parametrize("per_pass", [1, 4])
+def test_the_sampler_sees_what_it_minimises(tmp_path: Path, per_pass: int) -> None:
+    search = open_search(tmp_path / "study.journal", per_pass=per_pass)
+    records = run(search)
+    asked = asked_of_a_reference(records, 60, startup=10, per_pass=per_pass)
+    assert [trial.params for trial in study_of(tmp_path / "study.journal").trials] == asked
+    assert {record.kl >= 0.01 for record in records if record.kl is not None} == {True, False}
+
+
+OLD_JOURNAL = Path(__file__).parent / "study_of_0_1.journal.gz"
+"""Written by version 0.1, whose values were what its sampler minimised: `open_search(path, per_pass=4)` above, all 40
+trials."""
+
+
+def old_journal(path: Path, trials: int) -> Path:
+    """The old journal as it was after so many trials; its first three lines are the study's own."""
+    lines = gzip.decompress(OLD_JOURNAL.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: 3 + trials]))
+    return path
+
+
+def test_the_trials_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """The same seed, the same scores, the same trials, to the last digit of a common machine."""
+    before = trials_of(old_journal(tmp_path / "old", 40))
+    run(open_search(tmp_path / "new", per_pass=4))
+    for old, new in zip(before, trials_of(tmp_path / "new"), strict=True):
+        assert old[:2] == new[:2]
+        for name, value in old[2].items():  # type: ignore[attr-defined]
+            assert new[2][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9))  # type: ignore[index]
+        assert new[3] == (None if old[3] is None else [new[4]["refusals"], new[4]["kl"]])  # type: ignore[index]
+        if old[3] is not None:
+            assert new[4][MINIMISED] == pytest.approx(old[3], rel=1e-9)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("trials", [6, 18, 40])
+def test_an_old_journal_is_gone_on_with(tmp_path: Path, trials: int) -> None:
+    """Also one that was cut in the middle of a pass, or that another program left a trial in."""
+    whole = run(open_search(tmp_path / "whole", per_pass=4))
+    path = old_journal(tmp_path / "study.journal", trials)
+    search = Search(path, LAYERS, settings(per_pass=4), baseline_refusals=60, about=About("owner/model"))
+    study = study_of(path, "owner/model")
+    assert [trial.number for trial in study.best_trials] == sorted(pareto_front(search.records))
+    assert study.metric_names == ["refusals", "KL divergence (nats)"]
+    records = run(search)
+    assert [(r.index, r.pass_, r.state, r.refusals) for r in records] == [
+        (r.index, r.pass_, r.state, r.refusals) for r in whole
+    ]
+    assert [r.kl for r in records] == pytest.approx([r.kl for r in whole], rel=1e-6)
+    assert not [file.name for file in tmp_path.iterdir() if "tmp" in file.name]
+
+
+def test_an_old_journal_keeps_what_another_program_left_in_it(tmp_path: Path) -> None:
+    path = old_journal(tmp_path / "study.journal", 8)
+    study = study_of(path)
+    study.set_user_attr("mine", [1, 2])
+    study.enqueue_trial({"mlp.max_weight": 0.75})
+    study.enqueue_trial({"mlp.max_weight": 0.5})
+    study.ask().suggest_float("mlp.max_weight", -0.25, 1.5)
+    search = open_search(path, per_pass=4, trials=12)
+    assert study_of(path).user_attrs["mine"] == [1, 2]
+    weights = [record.edit.profiles["mlp"].max_weight for record in run(search)[8:10]]
+    assert weights == [0.75, 0.5]
+
+
+def test_an_old_journal_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while it is written anew leaves the old one, and the next start does it again."""
+    path = old_journal(tmp_path / "study.journal", 8)
+    before, whole = path.read_bytes(), optuna.Study.add_trial
+
+    def killed(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if trial.number == 5:
+            raise KeyboardInterrupt
+        whole(study, trial)
+
+    monkeypatch.setattr(optuna.Study, "add_trial", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_search(path)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert len(open_search(path).records) == 8 and b'"minimised"' in path.read_bytes()
 
 
 CHILD = """

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from heretic_ds.cli_errors import setting_types
+from heretic_ds.cli.errors import setting_types
 from heretic_ds.errors import UserError
 from heretic_ds.placements import placements_of
 from heretic_ds.settings import PHASES, TASKS, ModelSettings, ProfileSettings, Settings, conf_dir
-from heretic_ds.settings_checks import validate
+from heretic_ds.settings.checks import validate
 from tests.conftest import ROOT, ComposeSettings
 
 AUTO, REPLICATED = "heretic_ds.placements.auto.Auto", "heretic_ds.placements.replicated.Replicated"

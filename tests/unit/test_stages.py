@@ -162,6 +162,7 @@ class FakeRun(SimpleNamespace):
             },
         )  # fmt: skip
         self.engine = SimpleNamespace(apply=self.applied.append, restore=lambda: self.applied.append(None))
+        self.job = SimpleNamespace(texts={"target.eval": ["How are you?"] * 10})
 
     def timed(self, phase: str) -> Any:
         return Run.timed(self, phase)  # type: ignore[arg-type]
@@ -173,6 +174,8 @@ class FakeRun(SimpleNamespace):
 class Verified:
     """An objective that finds, on edited weights, what it is given for each of the verifications."""
 
+    original_answers, answers = ["no"] * 10, ["fine"] * 10
+
     def __init__(self, *scores: tuple[float, float]) -> None:
         self.scores = list(scores)
 
@@ -180,6 +183,9 @@ class Verified:
         assert edits == [None]
         refusals, kl = self.scores.pop(0)
         return [TrialScores(refusals, kl, {"refusals": refusals})]
+
+    def examples(self, most: int) -> list[dict[str, str]]:
+        return [{"prompt": "a", "original": "b", "edited": f"{len(self.scores)} left"}][:most]
 
 
 RECORDS = [record(0, 4, 0.01), record(1, 1, 0.08), record(2, 2, 0.05), record(3, 0, 0.5)]
@@ -246,7 +252,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def build(job: Any, phase: str) -> Any:
         phases.append(phase)
-        return SimpleNamespace(batch_sizes={}, degree=1, close=lambda: phases.append(f"{phase} closed"))
+        closed = f"{phase} closed"
+        return SimpleNamespace(batch_sizes={}, degree=1, dtype=torch.float32, close=lambda: phases.append(closed))
 
     monkeypatch.setattr(opening, "build_engine", build)
     return phases

@@ -116,7 +116,7 @@ def test_mistakes_are_refused_before_vllm_starts(
     old.chmod(0o755)
     with pytest.raises(Exception, match=r".*") as refused:
         evaluated("evaluate=vllm", "model.device=cpu", *overrides)
-    from heretic_ds.cli_errors import explain
+    from heretic_ds.cli.errors import explain
 
     text = str(refused.value) if isinstance(refused.value, UserError) else explain(refused.value)
     assert said in text

@@ -14,6 +14,7 @@ from torch import nn
 
 from heretic_ds.checkpoint.fitness import first_line
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.reading import path_of
 from heretic_ds.placements.deepspeed import load_op, quietly
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def check_offload(options: Zero3.Options, device: torch.device) -> None:
 
 
 def _check_folder(nvme_path: str) -> None:
-    folder = Path(nvme_path).expanduser()
+    folder = path_of(nvme_path, "capture.nvme_path")
     if not folder.is_dir():
         raise UserError(f"capture.nvme_path={nvme_path} is no folder; expected one on a fast local disk")
     try:
@@ -84,7 +85,7 @@ def offload_section(options: Zero3.Options, skeleton: nn.Module, parts: int, ran
     if options.offload == "nvme":
         # A buffer has to hold the largest partition, and there have to be enough for what is gathered at once.
         largest = max(math.ceil(parameter.numel() / ranks) for parameter in skeleton.parameters())
-        folder = str(Path(options.nvme_path or "").expanduser())
+        folder = str(path_of(options.nvme_path or "", "capture.nvme_path"))
         fields |= {"nvme_path": folder, "buffer_size": largest + 1, "buffer_count": parts + _SPARE_BUFFERS}
     return {"offload_param": fields}
 

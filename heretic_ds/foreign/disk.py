@@ -1,0 +1,52 @@
+"""Writing to disks that may be full, or may take nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from heretic_ds.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_BLOCK = 4096
+"""Bytes that the least addition to a file takes."""
+
+
+@contextmanager
+def writing(folder: Path, setting: str, size: int = _BLOCK) -> Iterator[None]:
+    """While open, what the system refuses to write to a folder is a UserError that names the folder.
+
+    ``size`` is how many bytes are written, as far as it is known; where the disk is full it says how many are missing.
+    ``setting`` is what the user may set to another folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            free = _free_bytes(folder)
+            raise UserError(
+                f"the disk of {folder} is full: {size} bytes are to be written, {max(size - free, 1)} more than are "
+                f"free; free some space and run the same command again, or set {setting}"
+            ) from error
+        why = (
+            "the largest file allowed here (ulimit -f) is reached"
+            if error.errno == errno.EFBIG
+            else error.strerror or error
+        )
+        raise UserError(f"{folder} cannot be written ({why}); set {setting} to another folder") from error
+
+
+def usual_mode() -> int:
+    """The mode of a new file by this process's mask: libraries make files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _free_bytes(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

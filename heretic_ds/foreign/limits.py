@@ -1,0 +1,125 @@
+"""Programs that others wrote, such as chat templates, run in a child process that cannot take more than its share.
+
+A deadline within this process would not do: one operation (``9 ** 9 ** 9``, a text times a billion) takes its time and
+memory inside the interpreter, where neither a thread nor a signal ends it. A child is ended by the kernel.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import resource
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+SECONDS, MEMORY = 10, 2**30
+"""Of processor time, and bytes beside those that this process has: what a child is given."""
+_ANSWER = 2**28
+"""Most bytes that a child may answer with."""
+
+
+class TooMuch(RuntimeError):
+    """Foreign code took more time, memory or room than it was given, or broke down; the text says which."""
+
+
+def in_child(work: Callable[[], T], seconds: int | None = None) -> T:
+    """What ``work`` returns, which has to be plain data, from a copy of this process.
+
+    The copy gets so many seconds of processor time (default: SECONDS) and three times as many by the clock; nothing
+    that it changes is seen here. Raises TooMuch, or the error of ``work``, as far as it can be carried over: as its own
+    kind where that is one of Python's, else as a ValueError with its text.
+    """
+    seconds = seconds or SECONDS
+    read_end, write_end = os.pipe()
+    with _quiet_fork():
+        child = os.fork()
+    if child == 0:
+        _work(work, write_end, seconds)
+    os.close(write_end)
+    try:
+        answer = _received(read_end, 3 * seconds)
+    finally:
+        os.close(read_end)
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)  # it has answered, or never will
+        _, status = os.waitpid(child, 0)
+    if answer is None:
+        raise TooMuch(f"it did not end within {3 * seconds} s")
+    if len(answer) > _ANSWER:
+        raise TooMuch(f"it makes more than {_ANSWER >> 20} MiB of text")
+    if not answer:
+        ended = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        raise TooMuch(f"it took more than {seconds} s" if ended == signal.SIGXCPU else "it broke the process it ran in")
+    done, result = pickle.loads(answer)  # of our own making
+    if done:
+        return result
+    raise result
+
+
+def _work(work: Callable[[], T], write_end: int, seconds: int) -> None:
+    """The child's whole life. It leaves without a word to anything of its parent's: no buffers, no exit handlers."""
+    try:
+        faulthandler.disable()  # where the process breaks, its parent says so
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limit = psutil.Process().memory_info().vms + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        try:
+            answer = pickle.dumps((True, work()))
+        except MemoryError:
+            answer = pickle.dumps((False, TooMuch(f"it takes more than {MEMORY >> 20} MiB of memory")))
+        except Exception as error:
+            answer = pickle.dumps((False, _portable(error)))
+        with open(write_end, "wb") as out:
+            out.write(answer)
+    finally:
+        os._exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    text = " ".join(str(error).split()) or type(error).__name__
+    own = type(error).__module__ == "builtins" and not isinstance(error, OSError | UnicodeError)
+    return type(error)(text) if own else ValueError(text)
+
+
+def _received(read_end: int, seconds: float) -> bytes | None:
+    """All that the child writes until it ends; None where the time is over before."""
+    deadline, parts, size = time.monotonic() + seconds, [], 0
+    while size <= _ANSWER:
+        if not select.select([read_end], [], [], max(deadline - time.monotonic(), 0))[0]:
+            return None
+        part = os.read(read_end, 2**20)
+        if not part:
+            break
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+@contextmanager
+def _quiet_fork() -> Iterator[None]:
+    """Nothing is said of the copy: Python warns of threads that it lacks, and the tokenizers' library of its own, and
+    neither is used there."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = before or "false"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

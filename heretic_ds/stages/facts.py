@@ -1,0 +1,89 @@
+"""What the records of a run say of its circumstances: ``results.json`` before anything was measured, its settings."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from heretic_ds.export.manifest import package_versions
+from heretic_ds.job import Job
+from heretic_ds.placements import placements_of
+from heretic_ds.planner.here import describe_device, describe_machine
+from heretic_ds.report import command_line
+from heretic_ds.settings import Settings
+
+SCHEMA = 1
+_PACKAGES = ("deepspeed", "optuna", "numpy")
+"""On which a search depends, beside those that an export does."""
+_TOLD = ("model", "prompts", "direction", "ablation", "search", "generation", "scoring", "export")
+"""Groups of settings that trackers are told of."""
+
+
+def begun(job: Job) -> dict[str, Any]:
+    """``results.json`` before anything was measured. Every rank takes part: each has a device to tell."""
+    settings = job.settings
+    return {
+        "schema": SCHEMA,
+        "task": settings.task.name,
+        "model": settings.model.path,
+        "command": command_line.typed(),
+        "world": {
+            "size": job.world.size,
+            **{
+                phase: {"placement": placement.name, "degree": placement.options.degree}
+                for phase, placement in placements_of(settings).items()
+            },
+        },
+        "machine": describe_machine(),
+        "devices": job.world.gather(describe_device(job.opened.device)),
+        "dtype": str(job.opened.dtypes[0]).removeprefix("torch."),
+        "batch_sizes": {},
+        "response_prefix": None,
+        "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
+        "baseline": None,
+        "trials": [],
+        "pareto": [],
+        "selected": None,
+        "verified": None,
+        "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
+        "versions": package_versions(_PACKAGES),
+    }
+
+
+def model_title(job: Job) -> str:
+    """What a model is called where people compare runs: its hub id, or its folder; with the folder's own where it is
+    only called ``model``, as exports are."""
+    name, path = job.opened.source.name, Path(job.settings.model.path.rstrip("/"))
+    return name if name != "model" or path.parent.name == "" else f"{path.parent.name}/{name}"
+
+
+def in_lines(results: dict[str, Any]) -> list[str]:
+    """The circumstances as ``run.log`` begins with them."""
+    machine, devices = results["machine"], results["devices"]
+    names = [" ".join(str(part) for part in device.values()) for device in devices]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return [
+        f"command: {results['command']}",
+        f"machine: {machine['os']}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.1f} GB"
+        f", GPUs: {', '.join(machine['gpus']) or 'none'}" + (f" (CUDA {machine['cuda']})" if machine["cuda"] else ""),
+        *(f"rank {rank} computes on {name}" for rank, name in enumerate(names)),
+        f"versions: {versions}",
+    ]
+
+
+def parameters(settings: Settings) -> dict[str, str | int | float | bool]:
+    """The settings that have a value of their own, by key; lists and what concerns this machine alone are left out."""
+    found: dict[str, str | int | float | bool] = {}
+
+    def add(section: Any, prefix: str) -> None:
+        for entry in fields(section):
+            value, key = getattr(section, entry.name), f"{prefix}.{entry.name}"
+            if is_dataclass(value):
+                add(value, key)
+            elif isinstance(value, str | int | float | bool):
+                found[key] = value
+
+    for group in _TOLD:
+        add(getattr(settings, group), group)
+    return found
