@@ -75,6 +75,7 @@ HERETIC_OPTIONS = {
     "orthogonalize-direction": "direction.orthogonalize={}",
     "winsorization-quantile": "direction.winsorize_quantile={}",
     "row-normalization": "ablation.row_norm={}",
+    "max-shard-size": "export.max_shard_size={}",
     "study-checkpoint-dir": "run.dir={}",
     "print-residual-geometry": "task=geometry",
     "plot-residuals": "task=geometry",
