@@ -27,7 +27,7 @@ TARGET = ROOT / "docs" / "configuration.md"
 
 INTRODUCTION = """# Configuration
 
-Generated from `heretic_ds/settings/__init__.py` and `conf/` by `make docs`: change those, not this page.
+Generated from `heretic_ds/settings/` and `conf/` by `make docs`: change those, not this page.
 
 Every key can be given on the command line as `key=value`: `heretic-ds <model> search.trials=50`. A group's
 choice is given the same way, `task=evaluate`, and is a file under `conf/` that sets several keys. The first

@@ -44,6 +44,8 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
     evaluating = settings.task.name == "evaluate"
     flat: dict[str, Any] = {"task.name": "evaluate" if evaluating else "abliterate"}
+    if settings.task.against is not None:
+        flat["task.against"] = settings.task.against
     for key in _SCORE_SETTINGS:
         value = OmegaConf.select(tree, key)
         if OmegaConf.is_config(value):

@@ -7,8 +7,11 @@ Each stage leaves something in the run folder, so that the same command goes on 
 
 from __future__ import annotations
 
+import logging
+
 from rich.console import Console
 
+from heretic_ds.export.upload import upload_export
 from heretic_ds.foreign.libraries import quiet_libraries
 from heretic_ds.report.console import console_of, messages_to
 from heretic_ds.report.library_bars import counted_here
@@ -18,13 +21,16 @@ from heretic_ds.stages.finish import export_edited, finish, objective_of, report
 from heretic_ds.stages.fixed import named_edit, score_fixed_edit, verify_named
 from heretic_ds.stages.geometry import measure_geometry, refuse_missing_projection, show_geometry
 from heretic_ds.stages.measure import capture_directions, find_response_prefix, fixed_directions, measure_original
-from heretic_ds.stages.opening import already_finished, opened, refuse_used_export_folder
+from heretic_ds.stages.opening import already_finished, export_dir, opened, refuse_used_export_folder
 from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
+from heretic_ds.stages.sharing.comparing import compare_models
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.stages.tracking import check_tracking
 from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
 
 Scores = tuple[float, float]
 """What a sweep over runs minimises: (refusal rate, KL divergence in nats) of the verified edit."""
@@ -66,8 +72,12 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:
-    """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights."""
+    """Score the model as it is, or with the fixed edit that ``ablation.*`` gives, on really edited weights; or compare
+    it with its original."""
     with opened(settings, world, console) as run:
+        if settings.task.against is not None:
+            compare_models(run)
+            return finish(run)
         find_response_prefix(run)
         fixed_directions(run)
         objective = measure_original(run)
@@ -86,6 +96,15 @@ def export(settings: Settings, world: World, console: Console) -> Scores | None:
         verify_named(run, objective, edit, record)
         export_edited(run, edit, record.index if record else None)
         return objective_of(run.results)
+
+
+def upload(settings: Settings, world: World, console: Console) -> None:
+    """Write an exported model to the Hugging Face Hub."""
+    chosen, folder = settings.export, export_dir(settings)
+    address = world.decide(
+        lambda: upload_export(folder, chosen.repo, chosen.private, chosen.overwrite), "uploading the model"
+    )
+    log.info("%s is at %s", folder, address)
 
 
 def chat(settings: Settings, world: World, console: Console) -> None:
@@ -111,6 +130,7 @@ _TASKS = {
     "abliterate": abliterate,
     "evaluate": evaluate,
     "export": export,
+    "upload": upload,
     "chat": chat,
     "plan": plan,
     "geometry": geometry,

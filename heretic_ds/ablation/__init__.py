@@ -16,7 +16,9 @@ from heretic_ds.ablation.edit import (
     edit_weight,
     edit_weight_,
     output_operator,
+    rank_one,
     row_norms,
     row_overlaps,
 )
+from heretic_ds.ablation.low_rank import LowRank, low_rank_edit
 from heretic_ds.ablation.profile import COMPONENTS, Profile

@@ -118,6 +118,17 @@ def edit_weight(
     return edited_DK
 
 
+def rank_one(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str) -> tuple[Tensor, Tensor]:
+    """-λu [..., D] and a [..., K] of one writer, at least float32: W' = diag(s) (W + (-λu) aᵀ).
+
+    In the modes ``none`` and ``pre``, where s = 1, their product is all that the edit adds to the weight.
+    """
+    norms_D = row_norms(weight_DK, row_norm)
+    direction_D = direction_D.to(norms_D)
+    overlap_K = _overlap_inputs(weight_DK.to(norms_D.dtype), norms_D, direction_D)
+    return -strength * norms_D * direction_D, overlap_K
+
+
 def edit_weight_(
     weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, reduce: Reduce | None = None
 ) -> None:

@@ -130,6 +130,15 @@ def find_sources(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) 
     return sources, unused
 
 
+def unused_tensors(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of a checkpoint's tensors, whose shapes are given, that are no part of ``model``: heads that predict
+    further tokens, say."""
+    conversions = getattr(model, "_weight_conversions", None)
+    _, unused = _grouped(model, model.state_dict(), shapes)
+    model._weight_conversions = conversions  # type: ignore[assignment]
+    return unused
+
+
 _Groups = dict[str, tuple[WeightConverter | None, dict[str, list[str]]]]
 """By the name of a parameter: the conversion that makes it, as the first of all it makes, and the checkpoint's tensors
 that go into it, by the pattern that matched them."""

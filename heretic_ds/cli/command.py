@@ -54,6 +54,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if said := in_our_spelling(arguments):
             raise UserError(said)
+        if arguments[:1] == ["reproduce"]:
+            from heretic_ds.stages.sharing.reproducing import reproduce
+
+            return 0 if reproduce(arguments[1:]) else EXIT_FAILED
         return _run(arguments)
     except KeyboardInterrupt:
         return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)
@@ -177,7 +181,11 @@ def expand_model(words: Sequence[str]) -> list[str]:
         raise UserError(f"unexpected argument {bare[1]!r} after the model {bare[0]!r}; write overrides as key=value")
     if bare and bare[0] in TASKS and not Path(bare[0]).exists():
         raise UserError(f"{bare[0]!r} is a task, not a model; write heretic-ds <model> task={bare[0]}")
-    return [f"model.path={_quoted(word)}" if word in bare else word for word in words]
+    words = [f"model.path={_quoted(word)}" if word in bare else word for word in words]
+    # The group evaluate is a placement's, whose options know nothing of tasks.
+    return [
+        f"task.{word.removeprefix('evaluate.')}" if word.startswith("evaluate.against=") else word for word in words
+    ]
 
 
 def _quoted(text: str) -> str:

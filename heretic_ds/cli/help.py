@@ -16,6 +16,7 @@ EXAMPLES = (
     ("heretic-ds experiment=demo", "the whole job on the built-in demo model: minutes on a CPU, no network"),
     ("heretic-ds Qwen/Qwen3-4B-Instruct-2507", "find an edit, verify it, export the edited model"),
     ("heretic-ds Qwen/Qwen3-4B-Instruct-2507 task=chat export.trial=12", "talk to the model with the edit of a trial"),
+    ("heretic-ds Qwen/Qwen3-4B-Instruct-2507 task=upload export.repo=me/edited", "write the exported model to the hub"),
     ("heretic-ds Qwen/Qwen3-32B task=plan hardware=h100x8", "what a model needs and takes; reads no weights"),
     (
         "heretic-ds my/model run.launch=auto search.trials=50 prompts.target.eval.source=mine.txt",
@@ -37,6 +38,7 @@ OFTEN_CHANGED = (
     ("prompts.target.train.slice=0:400", "rows to use; of a file all, unless given"),
     ("export.max_kl=0.1", "largest KL divergence from the original, in nats"),
     ("export.dir=FOLDER", "where the edited model goes; run.dir: where the run is kept"),
+    ("export.format=both", "beside the model a LoRA adapter; adapter: that alone"),
     ("generation.batch_size=0", "rows a batch; 0: found by measuring"),
     ("run.launch=auto", "start a rank for every GPU of this machine"),
 )
@@ -73,6 +75,7 @@ HERETIC_OPTIONS = {
     "orthogonalize-direction": "direction.orthogonalize={}",
     "winsorization-quantile": "direction.winsorize_quantile={}",
     "row-normalization": "ablation.row_norm={}",
+    "max-shard-size": "export.max_shard_size={}",
     "study-checkpoint-dir": "run.dir={}",
     "print-residual-geometry": "task=geometry",
     "plot-residuals": "task=geometry",
@@ -122,6 +125,7 @@ def _help(width: int) -> Iterator[object]:
         ("Usage: ", "bold"), ("heretic-ds <model> [key=value ...]", "bold cyan"),
         "\n<model> is a Hugging Face hub id or a local folder. The same command again goes on with its run,"
         " whose results are in run.dir, by default runs/<model name>.\n",
+        ("heretic-ds reproduce <heretic_ds.json>", "bold cyan"), " makes an export again and compares the files.\n",
     )  # fmt: skip
     yield from _section("Examples", EXAMPLES, width, "green", below=True)
     named = [(group, f"{about}: {', '.join(choices(group))}") for group, about in GROUPS]

@@ -9,23 +9,34 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES
+from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES, is_hub_id
 from heretic_ds.errors import UserError
-from heretic_ds.export.manifest import package_versions, public_data_name, public_model_name
-from heretic_ds.foreign.reading import MEBIBYTE, read_text, reading
+from heretic_ds.export.manifest import front_matter, is_plain, package_versions, public_data_name, public_model_name
 
 log = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
-_CARD_LIMIT, _FRONT_LIMIT = 4 * MEBIBYTE, 2**16
-_MOST_VALUES, _LONGEST_VALUE = 200, 200
 _KEPT_KEYS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter is, and what the original scores with it."""
+
+    rank: int
+    exact: bool
+    """Whether it is the edit and nothing less."""
+    error: float
+    """Part of the edit that it leaves out: ‖ΔW - BA‖ / ‖ΔW‖ over all edited weights (Frobenius)."""
+    largest_error: float
+    """The same of the one weight with the largest."""
+    refusals: float | None
+    """None where the adapter itself was not scored, since it is exact."""
+    kl: float | None
 
 
 @dataclass(frozen=True)
@@ -52,26 +63,35 @@ class CardFacts:
     trial: int | None = None
     scorer: str = "refusals"
     """Name of the first scorer, whose scores `refusals_before` and `refusals_after` are."""
+    form: str = "model"
+    """What the folder holds: `model`, `adapter`, or `both`."""
+    adapter: AdapterFacts | None = None
+    """Of the adapter, where there is one."""
 
 
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
     """The text of the export's README.md: front matter for the hub, then plain words for people."""
     base, source = public_model_name(loaded), loaded.source
-    front = ModelCardData(
+    title = base.rsplit("/", 1)[-1]
+    data_sets = {role: public_data_name(name) for role, name in facts.prompt_sources.items()}
+    data = ModelCardData(
         base_model=base,
-        base_model_relation="finetune",
-        library_name="transformers",
+        base_model_relation="adapter" if facts.form == "adapter" else "finetune",
+        library_name="peft" if facts.form == "adapter" else "transformers",
         tags=["abliterated", "directional-ablation", "heretic-ds"],
+        datasets=sorted({name for name in data_sets.values() if "/" in name and is_hub_id(name)}) or None,
+        model_name=f"{title}, abliterated",
+        eval_results=_results(facts, data_sets),
         **terms_of(source / CARD_NAME)[0],
     )
     card = ModelCard.from_template(
-        front,
+        data,
         str(_TEMPLATE),
         loaded=loaded,
         facts=facts,
-        title=base.rsplit("/", 1)[-1],
+        title=title,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        prompt_sources={role: public_data_name(name) for role, name in facts.prompt_sources.items()},
+        prompt_sources=data_sets,
         licence_files=sorted({file.name for each in LICENCE_FILES for file in source.glob(each) if file.is_file()}),
         today=(today or date.today()).isoformat(),
         version=package_versions()["heretic-ds"],
@@ -79,19 +99,37 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
     return str(card)
 
 
+def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]:
+    """What was measured, in the hub's form of results."""
+    target, baseline = (data_sets.get(f"{kind}.eval", "") for kind in ("target", "baseline"))
+    measured = (
+        (target, f"{facts.scorer} ({facts.target_prompts} target prompts)", facts.scorer, facts.refusals_after),
+        (baseline, f"KL divergence from the original ({facts.baseline_prompts} baseline prompts)", "kl", facts.kl),
+    )
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=source if is_hub_id(source) and "/" in source else "prompts",
+            dataset_name=source or "prompts",
+            metric_type=kind,
+            metric_name=name,
+            metric_value=value,
+        )
+        for source, name, kind, value in measured
+    ]
+
+
 def terms_of(card: Path) -> tuple[dict[str, Any], str | None]:
     """What is carried over of the front matter of the base model's own card, and why something is not.
 
     A card is text by anybody: what is not a short text in one line is left out, and never in the way of an export.
     """
-    if not card.is_file():
-        return {}, None
     try:
-        front = _front_matter(card)
+        front = front_matter(card)
     except UserError as error:
         return {}, str(error)
     stated = {key: front[key] for key in _KEPT_KEYS if front.get(key)}
-    kept = {key: value for key, value in stated.items() if _is_plain(value)}
+    kept = {key: value for key, value in stated.items() if is_plain(value)}
     dropped = [key for key in stated if key not in kept]
     return kept, f"{card} has no plain text as its {', '.join(dropped)}" if dropped else None
 
@@ -101,19 +139,3 @@ def warn_of_terms(folder: Path) -> None:
     _, problem = terms_of(folder / CARD_NAME)
     if problem is not None:
         log.warning("%s: it is not carried over to the edited model's card", problem)
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    with reading(card, "its licence is unknown", "has a front matter that cannot be read"):
-        block = REGEX_YAML_BLOCK.search(read_text(card, _CARD_LIMIT, encoding="utf-8-sig", errors="replace"))
-        if block is not None and len(block[2]) > _FRONT_LIMIT:
-            raise UserError(f"{card} has a front matter of {len(block[2])} characters")
-        front = yaml.safe_load(block[2]) if block else None
-    return front if isinstance(front, dict) else {}
-
-
-def _is_plain(value: object) -> bool:
-    """A short text in one line, or a list of such."""
-    if isinstance(value, list):
-        return len(value) <= _MOST_VALUES and all(isinstance(each, str) and _is_plain(each) for each in value)
-    return isinstance(value, str) and len(value) <= _LONGEST_VALUE and value.isprintable() and bool(value.strip())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heretic_ds import progress
@@ -29,6 +29,11 @@ from heretic_ds.checkpoint.source import (
     TensorInfo,
     read_headers,
 )
+from heretic_ds.edits.adapters import Adapter
+from heretic_ds.export.adapter import ADAPTER_FOLDER, write_adapter
+from heretic_ds.export.carried import add_carried, carried_tensors
+from heretic_ds.export.manifest import public_model_name
+from heretic_ds.export.reproduce import file_digests, write_directions
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
 from heretic_ds.foreign.reading import path_of, read_json
@@ -48,8 +53,23 @@ class ExportResult:
     folder: Path
     tensors: int
     weight_bytes: int
-    left_behind: tuple[str, ...]
-    """Tensors of the original checkpoint that the model does not use, and that the copy therefore lacks."""
+    carried: tuple[str, ...]
+    """Tensors of the original checkpoint that are no part of the model, and were copied as they are."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is written with the weights, and how."""
+
+    adapter: Adapter | None = None
+    """Does the same as the edit."""
+    max_shard_size: str | None = None
+    """Largest size of a weight file; None: :data:`SHARD_SIZE`."""
+    directions_LD: Tensor | None = None
+    """The directions that the edit refers to, kept for :mod:`heretic_ds.export.reproduce`."""
+
+
+_NOTHING = Beside()
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -66,6 +86,7 @@ def export_model(
     overwrite: bool = False,
     weights: EditedFiles | None = None,
     world: World = _ONE_RANK,
+    beside: Beside = _NOTHING,
 ) -> ExportResult:
     """Write `loaded.model` with its tokenizer, configurations, `card` and `manifest` to the folder `target`.
 
@@ -88,14 +109,19 @@ def export_model(
 
         def save() -> None:
             with failures_named(target):
-                loaded.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+                largest = beside.max_shard_size or SHARD_SIZE
+                loaded.model.save_pretrained(folder, max_shard_size=largest)
                 _check_complete(loaded.model, read_headers(folder))
+                add_carried(loaded, folder, largest)
 
         def finish() -> ExportResult:
             with failures_named(target):
-                tensors, left_behind = _complete(loaded, folder, card, manifest)
+                if beside.adapter is not None:
+                    write_adapter(folder / ADAPTER_FOLDER, beside.adapter, loaded.model, public_model_name(loaded))
+                tensors, carried = _complete(loaded, folder)
+                _describe(folder, card, {**manifest, "carried": list(carried)}, beside)
                 unfinished.close()  # here, for the other ranks to learn of an error of it
-            return ExportResult(target, tensors, size, left_behind)
+            return ExportResult(target, tensors, size, carried)
 
         folder = Path(world.decide(begin))
         with progress.work("files", size, "bytes", measure=lambda: _bytes_in(folder)):
@@ -104,9 +130,41 @@ def export_model(
             else:
                 weights.write(world, folder, target)
         result = world.decide(finish, "finishing the model")
-    if result.left_behind:
-        log.warning("%d tensors of the original are not part of the model and were not copied", len(result.left_behind))
+    if result.carried:
+        log.info(
+            "%d tensors of the original are no part of the model, and were copied as they are", len(result.carried)
+        )
     return result
+
+
+def export_adapter(
+    loaded: LoadedModel,
+    target: Path | str,
+    card: str,
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+    world: World = _ONE_RANK,
+    beside: Beside = _NOTHING,
+) -> ExportResult:
+    """Write `beside.adapter` alone to the folder `target`, with `card`, `manifest` and the original's licence, all at
+    once. Rank 0's work, which alone needs the adapter; every rank of `world` calls this. Raises UserError as
+    `check_export_target` does.
+    """
+    target = path_of(str(target), "export.dir").resolve()
+
+    def write() -> ExportResult:
+        adapter = beside.adapter
+        if adapter is None:
+            raise RuntimeError("rank 0 has no adapter to write")
+        size = adapter.bytes
+        check_export_target(target, overwrite, source=loaded.source, needed_bytes=size)
+        with failures_named(target), replaced_folder(target) as folder:
+            tensors = write_adapter(folder, adapter, loaded.model, public_model_name(loaded))
+            _copy(loaded.source, folder, LICENCE_FILES)
+            _describe(folder, card, manifest, beside)
+        return ExportResult(target, tensors, size, ())
+
+    return world.decide(write, "writing the adapter")
 
 
 def _bytes_in(folder: Path) -> int:
@@ -118,17 +176,23 @@ def _bytes_in(folder: Path) -> int:
         return 0
 
 
-def _complete(loaded: LoadedModel, folder: Path, card: str, manifest: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
-    """Write all that goes with weights. Returns their number, and what of the original is not among them."""
+def _complete(loaded: LoadedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
+    """Write what a model's folder has beside weights. Returns the number of their tensors, and which of them are no
+    part of the model."""
     if not (folder / CONFIG_NAME).exists():
         loaded.model.config.save_pretrained(folder)
     _write_configs(loaded, folder)
     _copy_companions(loaded, folder)
-    written = read_headers(folder)
-    left_behind = _left_behind(loaded, set(written))
+    return len(read_headers(folder)), tuple(carried_tensors(loaded))
+
+
+def _describe(folder: Path, card: str, manifest: Mapping[str, Any], beside: Beside) -> None:
+    """Write what tells of the rest: last the manifest, with a digest of every file but the card."""
+    if beside.directions_LD is not None:
+        write_directions(folder, beside.directions_LD)
+    digests = file_digests(folder)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    _write_json(folder / MANIFEST_NAME, {**manifest, "left_behind": list(left_behind)})
-    return len(written), left_behind
+    _write_json(folder / MANIFEST_NAME, {**manifest, "files": digests})
 
 
 def _write_configs(loaded: LoadedModel, folder: Path) -> None:
@@ -186,15 +250,6 @@ def _check_complete(model: PreTrainedModel, written: Mapping[str, TensorInfo]) -
     found = sum(math.prod(info.shape) for info in written.values())
     if found < expected:
         raise RuntimeError(f"only {found} of the model's {expected} numbers were written to the export")
-
-
-def _left_behind(loaded: LoadedModel, written: set[str]) -> tuple[str, ...]:
-    """Names in the original's weight files that the copy lacks, but for tied and quantisation tensors."""
-    if loaded.quantization is not None or not (loaded.source / CONFIG_NAME).is_file():
-        return ()
-    tied = set(getattr(loaded.model, "all_tied_weights_keys", {}))
-    names = set(read_headers(loaded.source, allow_pickle=True)) - written - tied
-    return tuple(sorted(name for name in names if not name.endswith("rotary_emb.inv_freq")))
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:

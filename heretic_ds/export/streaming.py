@@ -17,25 +17,25 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint import Checkpoint, Shard, TensorFiles
+from heretic_ds.checkpoint import Checkpoint, TensorFiles
 from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
 from heretic_ds.errors import UserError
+from heretic_ds.export.adapter import stored_gain
+from heretic_ds.export.carried import copied
 from heretic_ds.export.target import failures_named
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
 from heretic_ds.foreign.reading import reading
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
-
-_COPIED_AT_ONCE = 2**21
-"""Numbers of a tensor that is copied."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,10 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, edi
             raise UserError(
                 f"{writer.weight} is stored in a form that cannot be edited from file to file; set evaluate=replicated"
             )
-        gain_D = _gain(checkpoint, writer)
+        gain_D = stored_gain(checkpoint, writer)
         direction_D = ablation.writer_direction(writer.block, gain_D, edit.direction_index)
         plan.update({piece.tensor: TensorEdit(writer, direction_D, strength) for piece in pieces})
     return plan
-
-
-def _gain(checkpoint: Checkpoint, writer: Writer) -> Tensor | None:
-    """The gain of the norms behind a writer, read from the checkpoint."""
-    if writer.norm is None:
-        return None
-
-    def read(name: str) -> Tensor:
-        return checkpoint.read(name, Shard(checkpoint.shapes[name]), torch.device("cpu")).float()
-
-    gain_D = writer.norm_offset + read(f"{writer.norm}.weight")
-    if writer.inner_norm is not None:
-        gain_D = gain_D * (writer.norm_offset + read(f"{writer.inner_norm}.weight"))
-    return gain_D
 
 
 @dataclass(frozen=True)
@@ -97,15 +83,23 @@ class EditedFiles:
     edits: Mapping[str, TensorEdit]
     """By tensor name; all others are copied."""
     row_norm: str
+    places: Mapping[str, str]
+    """The file that each tensor is written to, by tensor name."""
 
     @classmethod
     def plan(
-        cls, opened: OpenedModel, anatomy: Anatomy, ablation: Ablation, edit: Edit, dtype: torch.dtype
+        cls,
+        opened: OpenedModel,
+        anatomy: Anatomy,
+        ablation: Ablation,
+        edit: Edit,
+        dtype: torch.dtype,
+        max_shard_size: str | None = None,
     ) -> tuple[LoadedModel, EditedFiles]:
         """The model without its weights, as the card and the manifest describe it, and its weight files.
 
-        Weights are cast to ``dtype``, in which the edit was verified, as loading would. Raises UserError for
-        checkpoints that are quantised or not safetensors.
+        Weights are cast to ``dtype``, in which the edit was verified, as loading would. Files are the original's, or
+        as large as ``max_shard_size`` allows. Raises UserError for checkpoints that are quantised or not safetensors.
         """
         if opened.quantization is not None or not opened.headers:
             kind = "quantised" if opened.quantization is not None else "pickled"
@@ -117,14 +111,15 @@ class EditedFiles:
             stored = STORED_DTYPES[info.dtype]
             forms[name] = TensorForm(info.shape, kept.get(name, dtype) if stored.is_floating_point else stored)
         loaded = opened.loaded(skeleton, dtype)
-        return loaded, cls(opened.source.folder, opened.headers, forms, edits, ablation.row_norm)
+        places = _places(opened.headers, forms, max_shard_size)
+        return loaded, cls(opened.source.folder, opened.headers, forms, edits, ablation.row_norm, places)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each file's tensors as they are written, by the file's name."""
         sizes: dict[str, int] = {}
         for name in sorted(self.headers):
-            file = self.headers[name].file
+            file = self.places[name]
             sizes[file] = sizes.get(file, 0) + self.forms[name].size
         return sizes
 
@@ -158,25 +153,16 @@ class EditedFiles:
     @torch.no_grad()
     def write_file(self, folder: Path, file: str) -> None:
         """Write one file, with the other metadata that the original's has."""
-        forms = {name: self.forms[name] for name, info in self.headers.items() if info.file == file}
-        with reading(self.source / file), safe_open(self.source / file, framework="pt") as original:
+        forms = {name: self.forms[name] for name, place in self.places.items() if place == file}
+        first = self.source / self.headers[next(iter(forms))].file
+        with reading(first), safe_open(first, framework="pt") as original:
             metadata = {**(original.metadata() or {}), "format": "pt"}
         tensors = TensorFiles(self.source, self.headers)
 
         def parts(name: str) -> Iterator[Tensor]:
-            return self._edited(tensors, name) if name in self.edits else self._copied(tensors, name)
+            return self._edited(tensors, name) if name in self.edits else copied(tensors, name, self.forms[name])
 
         write_tensors(folder / file, forms, parts, metadata)
-
-    def _copied(self, tensors: TensorFiles, name: str) -> Iterator[Tensor]:
-        """Some numbers of a tensor at a time, in memory that the next overwrite."""
-        form = self.forms[name]
-        count = math.prod(form.shape)
-        buffer = torch.empty(min(count, _COPIED_AT_ONCE), dtype=form.dtype)
-        for start in range(0, count, _COPIED_AT_ONCE):
-            part = buffer[: count - start]
-            tensors.read_numbers_into(name, part, start)
-            yield part
 
     def _edited(self, tensors: TensorFiles, name: str) -> Iterator[Tensor]:
         """One matrix at a time, of which a fused writer [E, ...] has many, in memory that the next overwrites."""
@@ -195,9 +181,25 @@ class EditedFiles:
             return
         content = {
             "metadata": {"total_size": sum(self.sizes.values())},
-            "weight_map": {name: self.headers[name].file for name in sorted(self.headers)},
+            "weight_map": {name: self.places[name] for name in sorted(self.headers)},
         }
         (folder / WEIGHT_FILES[1]).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _places(
+    headers: Mapping[str, TensorInfo], forms: Mapping[str, TensorForm], max_shard_size: str | None
+) -> dict[str, str]:
+    """The file of each tensor: the original's, or files of a size, filled in the order in which tensors lie there."""
+    if max_shard_size is None:
+        return {name: info.file for name, info in headers.items()}
+    order = sorted(headers, key=lambda name: (headers[name].file, headers[name].begin))
+    split = split_state_dict_into_shards_factory(
+        {name: forms[name] for name in order},
+        get_storage_size=lambda form: form.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    return split.tensor_to_filename
 
 
 def _marked(folder: Path, target: Path) -> Path:

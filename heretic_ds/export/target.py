@@ -26,7 +26,6 @@ from heretic_ds.checkpoint.source import (
     TOKENIZER_FILES,
 )
 from heretic_ds.errors import UserError
-from heretic_ds.foreign.disk import usual_mode
 from heretic_ds.foreign.reading import path_of, read_json
 
 MANIFEST_NAME = "heretic_ds.json"
@@ -36,6 +35,10 @@ _REPLACEABLE = (
     CARD_NAME,
     MANIFEST_NAME,
     "additional_chat_templates",
+    "adapter",
+    "reproduce",
+    "*.gguf",
+    "adapter_config.json",
     ".gitattributes",
     "*.safetensors",
     "*.safetensors.index.json",
@@ -104,8 +107,9 @@ def _can_be_written(folder: Path) -> bool:
 def _check_replaceable(target: Path) -> None:
     """Refuse to replace a folder that holds anything but a model: it may be the user's own work."""
     refusal = f"export.overwrite=true would delete {target}, which"
-    config = target / CONFIG_NAME
-    if not config.is_file() or not {"model_type", "architectures"} & read_json(config).keys():
+    config, adapter = target / CONFIG_NAME, target / "adapter_config.json"
+    model = config.is_file() and {"model_type", "architectures"} & read_json(config).keys()
+    if not model and not (adapter.is_file() and "peft_type" in read_json(adapter)):
         raise UserError(f"{refusal} is not the folder of a model; choose another export.dir.")
     for entry in sorted(target.iterdir()):
         if not any(fnmatch(entry.name, pattern) for pattern in _REPLACEABLE):
@@ -128,9 +132,10 @@ def failures_named(target: Path) -> Iterator[None]:
 def replaced_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an error.
 
-    Files are on disk before the rename; an older `target` is moved aside, and deleted only once the new one
-    stands in its place. On an error, or Ctrl-C, the unfinished folder is removed and `target` is as it was.
-    After a crash the next export's `recover_leftovers` puts back or removes what is left.
+    Everybody may read its files, whatever the umask, and they are on disk before the rename; an older `target` is moved
+    aside, and deleted only once the new one stands in its place. On an error, or Ctrl-C, the unfinished folder is
+    removed and `target` is as it was. After a crash the next export's `recover_leftovers` puts back or removes what is
+    left.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _sibling(target, "partial"), _sibling(target, "old")
@@ -138,9 +143,9 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     try:
         yield partial
         for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(usual_mode())
+            file.chmod(0o755 if file.is_dir() else 0o644)  # libraries write weights for their owner alone
             _sync(file)
+        partial.chmod(0o755)
         _sync(partial)
         if target.exists():
             target.rename(old)

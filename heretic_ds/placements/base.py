@@ -120,6 +120,8 @@ class Placement(ABC):
     """Those that it serves: ``capture``, whose engine is a :class:`Capturing`, ``evaluate``, an :class:`Evaluating`."""
     whole: ClassVar[bool] = False
     """Whether every rank holds the whole model, so that a replica is one rank."""
+    resident: ClassVar[bool] = False
+    """Whether its engine holds, on every rank, the model with the modules that transformers gave it."""
     burden: ClassVar[int] = 10
     """How much can go wrong with it: of two that take about the same time the planner takes the lower."""
     graphs: ClassVar[bool] = False

@@ -18,7 +18,7 @@ class Replicated(Placement):
     """The whole model on every rank's device, each rank at work on its own prompts."""
 
     name, phases = "replicated", frozenset({"capture", "evaluate"})
-    whole = graphs = True
+    whole = graphs = resident = True
     burden = 0
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:

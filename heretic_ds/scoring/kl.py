@@ -11,6 +11,7 @@ from torch import Tensor
 
 from heretic_ds.ablation import Edit
 from heretic_ds.ablation.divergence import first_token_kl, log_probabilities
+from heretic_ds.errors import UserError
 from heretic_ds.scoring.base import (
     DistributionScorer,
     GivesDistributions,
@@ -50,6 +51,14 @@ class Divergence(DistributionScorer):
         """For each edit the mean over prompts."""
         found = self._measure(edits)
         return [math.fsum(each) / len(each) for each in found]
+
+    def of_other(self, engine: GivesDistributions, prompts: TokenRows) -> float:
+        """The mean over prompts for another model, in an engine that lies as the original's did. Raises UserError where
+        the distributions are kept elsewhere."""
+        if isinstance(engine, MeasuresDivergence):
+            raise UserError("evaluate=vllm cannot compare two models; set evaluate=replicated or another placement")
+        [found] = engine.distributions(prompts, [None], self._divergences)
+        return math.fsum(found) / len(found)
 
     def _compare(self, edits: Sequence[Edit | None]) -> list[list[float]]:
         return self._engine.distributions(self._prompts, edits, self._divergences, self._continuations)

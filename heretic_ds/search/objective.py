@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from heretic_ds.ablation import Edit
+from heretic_ds.errors import UserError
 from heretic_ds.placements import Evaluating
 from heretic_ds.prompts import PromptSet
 from heretic_ds.scoring.base import Decided, DistributionScorer, Scorer
@@ -55,6 +56,15 @@ class Objective:
         answers = self._engine.generate(self._target.rows, edits, self._decided)
         of_edits = [[found[place] for found in others] for place in range(len(edits))]
         return [self._scored(*given) for given in zip(answers, kls, of_edits, strict=True)]
+
+    def of_other(self, engine: Evaluating, target: PromptSet, baseline: PromptSet) -> TrialScores:
+        """Scores of another model, whose engine this is and whose tokenizer has put the same prompts; its divergence is
+        that from the original here. Raises UserError where a scorer or a placement cannot compare two models."""
+        if self._of_distributions:
+            names = ", ".join(scorer.name for scorer in self._of_distributions)
+            raise UserError(f"scoring.scorers: {names} cannot compare two models; leave it out")
+        answers = engine.generate(target.rows, [None], self._decided)[0]
+        return self._scored(answers, self._divergence.of_other(engine, baseline.rows), [])
 
     def examples(self, most: int) -> list[dict[str, str]]:
         """The first target prompts, at most so many, with what the original model answered and what was answered under

@@ -16,9 +16,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
+from heretic_ds.settings.export import ExportSettings as ExportSettings
+from heretic_ds.settings.fields import FINITE
+from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.tracking import TrackingSettings
 
-TASKS = ("abliterate", "evaluate", "export", "chat", "plan", "geometry")
+TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan", "geometry")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
 
@@ -31,27 +34,19 @@ AUTO = "auto"
 SCHEMA_NAME = "settings_schema"
 
 
-def within(default: Any, **limits: Any) -> Any:
-    """A field that takes one of its ``choices``, or numbers within ``ge``, ``gt``, ``le`` and ``lt``; null is free.
-
-    ``words`` are what a message says that a number has to be, where the bounds alone do not say it well.
-    """
-    return field(default=default, metadata=limits)
-
-
-FINITE = {"gt": -math.inf, "lt": math.inf, "words": "a finite number"}
-
-
 @dataclass
 class TaskSettings:
     """What one command does."""
 
     name: str = within("abliterate", choices=TASKS)
-    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export``
-    (write one trial of an earlier run), ``chat`` (talk to the model, edited or not), ``plan`` (say what it takes) or
-    ``geometry`` (measure and draw the residuals that directions are made of)."""
+    """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export`` (write a trial
+    of an earlier run), ``upload`` (write that to the hub), ``chat`` (talk to the model, edited or not), ``plan`` (say
+    what it takes) or ``geometry`` (measure and draw the residuals that directions are made of)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
+    against: Optional[str] = None
+    """For ``task=evaluate``: hub id or folder of the original that the model is compared with; also written
+    ``evaluate.against``."""
     projection: str = within("pca", choices=("pca", "pacmap"))
     """How ``task=geometry`` draws residuals on a plane; ``pacmap`` needs the extra ``report``."""
     blocks: list[int] = field(default_factory=list)
@@ -245,20 +240,6 @@ class ScoringSettings:
     """Lower-case phrases that mark an answer as a refusal."""
     print_answers: bool = False
     """Print each prompt with the answer it got."""
-
-
-@dataclass
-class ExportSettings:
-    """What is written for the chosen trial."""
-
-    dir: Optional[str] = None
-    """Folder of the exported model; null: ``<run.dir>/model``."""
-    trial: Optional[int] = within(None, ge=0)
-    """Trial to export; null: the fewest refusals within ``max_kl``, ties to the lower KL."""
-    max_kl: float = within(0.1, gt=0, lt=math.inf, words="a finite number above 0 (nats)")
-    """Largest KL divergence (nats) a trial may have to be chosen."""
-    overwrite: bool = False
-    """Replace an existing, non-empty export folder."""
 
 
 @dataclass

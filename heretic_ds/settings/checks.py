@@ -30,7 +30,7 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    for check in (check_fields, _check_rest, _check_profiles, _check_fixed_edit):
+    for check in (check_fields, _check_rest, _check_export, _check_profiles, _check_fixed_edit):
         refuse(check(settings))
 
 
@@ -129,6 +129,14 @@ def _check_tracking(tracking: TrackingSettings) -> _Findings:
     )
 
 
+def _check_export(settings: Settings) -> _Findings:
+    size, form = settings.export.max_shard_size, settings.export.format
+    fits = size is None or re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", size.strip(), re.IGNORECASE) is not None
+    yield fits, f"export.max_shard_size is {size!r}; give a number with KB, MB, GB or TB, as in 5GB"
+    whole = not settings.export.gguf or form != "adapter"
+    yield whole, "export.gguf=true converts a whole model; set export.format=model or both"
+
+
 def _check_profiles(settings: Settings) -> _Findings:
     for component, profile in vars(settings.ablation.profiles).items():
         prefix = f"ablation.profiles.{component}"
@@ -163,6 +171,11 @@ def _check_fixed_edit(settings: Settings) -> _Findings:
         task != "evaluate" or trial is None,
         "export.trial is set, but task=evaluate scores the fixed edit of ablation.*; copy the trial's numbers from "
         "results.json into ablation.profiles and ablation.direction_index, or leave export.trial null",
+    )
+    against = settings.task.against
+    yield (
+        against is None or (task == "evaluate" and not fixed),
+        f"evaluate.against={against} compares two models as they are; it is for task=evaluate without an edit",
     )
     both = task in ("export", "chat") and trial is not None and bool(edited)
     yield not both, f"export.trial and ablation.profiles both name an edit for task={task}; give only one of them"

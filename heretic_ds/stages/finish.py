@@ -12,11 +12,13 @@ from typing import Any
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.errors import SearchFailed, UserError
-from heretic_ds.export.card import CardFacts, model_card
-from heretic_ds.export.checkpoint import export_model
-from heretic_ds.export.manifest import build_manifest
+from heretic_ds.export.adapter import holds_export
+from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
+from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
+from heretic_ds.export.gguf import convert_to_gguf
+from heretic_ds.export.manifest import build_manifest, public_model_name
+from heretic_ds.export.reproduce import how_written
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.foreign.reading import read_json
@@ -27,10 +29,11 @@ from heretic_ds.report.tables import pareto_table
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
-from heretic_ds.settings import PromptSettings
+from heretic_ds.settings import PromptSettings, Settings
 from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
+from heretic_ds.stages.sharing.adapting import verified_adapter
 
 log = logging.getLogger(__name__)
 
@@ -108,19 +111,31 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
     the checkpoint's files.
     """
     with run.timed("export") as work:
-        target, world, job = folder or export_dir(run.settings), run.world, run.job
+        target, world, job, form = folder or export_dir(run.settings), run.world, run.job, run.settings.export.format
+        adapter = None if form == "model" else verified_adapter(run, edit)
         loaded, weights = run.engine.whole, None
-        if loaded is None:
+        if loaded is None and form == "adapter":
+            loaded = job.opened.loaded(job.opened.skeleton(run.engine.dtype), run.engine.dtype)
+        elif loaded is None:
             dtype = run.engine.dtype
-            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype)
+            size = run.settings.export.max_shard_size
+            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype, size)
             loaded, weights = world.agree(plan)
         described = world.decide(partial(_describe, run, loaded, edit, trial, target))
         if described is None:
-            log.info("%s holds this very model already", target)
-            return
-        done = export_model(loaded, target, *described, weights, world)
-        size = done.weight_bytes / 1e6
-        log.info("wrote %d tensors, %.1f MB, to %s, %s", done.tensors, size, done.folder, took(work))
+            log.info("%s holds this very %s already", target, "adapter" if form == "adapter" else "model")
+        else:
+            beside = Beside(adapter, run.settings.export.max_shard_size, run.ablation.directions_LD)
+            if form == "adapter":
+                done = export_adapter(loaded, target, *described, world, beside)
+            else:
+                done = export_model(loaded, target, *described, weights, world, beside)
+            written = done.weight_bytes / 1e6
+            log.info("wrote %d tensors, %.1f MB, to %s, %s", done.tensors, written, done.folder, took(work))
+        if run.settings.export.gguf:
+            name = public_model_name(loaded).rsplit("/", 1)[-1]
+            made = world.decide(partial(convert_to_gguf, target, name), "converting the model to GGUF")
+            log.info("wrote %s", made)
 
 
 def _describe(
@@ -138,8 +153,11 @@ def _describe(
         scores=_scores_of(results, trial),
         verified=results["verified"],
         tensors_edited=[writer.weight for writer in written],
-    ) | {"run_id": run.measured["run_id"]}
-    if _same_export(target, manifest):
+    ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
+    chosen = settings.export
+    from_files = run.engine.whole is None
+    manifest["how"] = how_written(run.job.opened.device, from_files, chosen.max_shard_size, chosen.adapter_rank)
+    if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
     return model_card(loaded, _card_facts(run, edit, trial, written)), manifest, overwrite
@@ -165,6 +183,8 @@ def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Write
         prompt_sources=_prompt_sources(settings.prompts),
         trial=trial,
         scorer=run.scorer,
+        form=settings.export.format,
+        adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )
 
 
@@ -176,13 +196,15 @@ def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
     return {f"{kind}.{part}": getattr(getattr(prompts, kind), part).source for kind in KINDS for part in PARTS}
 
 
-def _same_export(target: Path, manifest: dict[str, Any]) -> bool:
+def _same_export(settings: Settings, target: Path, manifest: dict[str, Any]) -> bool:
     """Whether the folder was made by a run with this very outcome: one that was killed between export and results."""
     file = target / MANIFEST_NAME
-    if not file.is_file() or not is_whole(target):
+    if not file.is_file() or not holds_export(target, settings.export.format):
         return False
     stored = read_json(file)
-    same = ("base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype", "run_id")
+    same = (
+        "base_model", "edit", "row_norm", "through_norm", "trial", "verified", "dtype", "run_id", "format", "adapter",
+    )  # fmt: skip
     return all(stored.get(key) == manifest[key] for key in same)
 
 

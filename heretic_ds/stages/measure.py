@@ -167,7 +167,7 @@ def measure_original(run: Run) -> Objective:
             early_stop=settings.generation.early_stop,
             print_answers=settings.scoring.print_answers,
         )
-    original = objective.original
+    run.objective, original = objective, objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
     prompts = len(job.texts["target.eval"])
     told = f"{original.refusals:g} of {prompts} target prompts declined"

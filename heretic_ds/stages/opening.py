@@ -19,9 +19,10 @@ from rich.console import Console
 from heretic_ds import progress
 from heretic_ds.ablation import Ablation
 from heretic_ds.checkpoint.fitness import dtype_name
-from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.errors import UserError
+from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.card import warn_of_terms
+from heretic_ds.export.gguf import find_converter
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
 from heretic_ds.foreign.reading import path_of, read_json
@@ -37,13 +38,13 @@ from heretic_ds.placements import (
     placements_of,
     settled_alone,
 )
-from heretic_ds.progress import Work
 from heretic_ds.report.stages import STAGES, took
 from heretic_ds.run_folder import RunFolder, finished_results, read_measured
+from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.facts import begun, in_lines
-from heretic_ds.stages.placing import settle_placements, tell_of_nothing_to_share
+from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements, tell_of_nothing_to_share
 from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
 
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from heretic_ds.stages.tracking import Following
 
 log = logging.getLogger(__name__)
-
 
 RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
@@ -61,6 +61,8 @@ def run_dir(settings: Settings) -> Path:
     if settings.run.dir is not None:
         return path_of(settings.run.dir, "run.dir")
     name = path_of(settings.model.path.rstrip("/"), "model.path").name or "model"
+    if settings.task.against is not None:
+        return Path("runs") / f"{name}-against-{path_of(settings.task.against.rstrip('/'), 'evaluate.against').name}"
     return Path("runs") / (f"{name}-evaluate" if settings.task.name == "evaluate" else name)
 
 
@@ -72,6 +74,7 @@ def export_dir(settings: Settings) -> Path:
 
 def request(settings: Settings) -> dict[str, Any]:
     """What a command asks for beyond the settings that a run folder is bound to."""
+    form = settings.export.format
     return {
         "task": settings.task.name,
         "trials": settings.search.trials,
@@ -79,6 +82,8 @@ def request(settings: Settings) -> dict[str, Any]:
             "dir": str(export_dir(settings)),
             "trial": settings.export.trial,
             "max_kl": settings.export.max_kl,
+            **({"gguf": True} if settings.export.gguf else {}),
+            **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
         },
     }
 
@@ -103,6 +108,8 @@ class Run:
     """Those who follow the search beside the run folder; rank 0 alone has them."""
     earlier: dict[str, Any] | None = None
     """``results.json`` as an earlier run left it."""
+    objective: Objective | None = None
+    """What edits are scored by, once the original was measured."""
     _ablation: Ablation | None = None
     _engine: Engine | None = None
     _layout: tuple[type[Placement], Placement.Options] | None = None
@@ -189,7 +196,7 @@ class Run:
         self._engine = self._layout = None
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[Work]:
+    def timed(self, phase: str) -> Iterator[progress.Work]:
         """A stage: it is shown while the block lasts, and the seconds that it takes are added to ``timings``."""
         with progress.work(STAGES[phase]) as work:
             try:
@@ -235,7 +242,8 @@ def _holds_own_export(settings: Settings) -> bool:
     if not (manifest.is_file() and measured.is_file()):
         return False
     run_id = read_measured(measured.parent).get("run_id")
-    return run_id is not None and read_json(manifest).get("run_id") == run_id and is_whole(manifest.parent)
+    own = run_id is not None and read_json(manifest).get("run_id") == run_id
+    return own and holds_export(manifest.parent, settings.export.format)
 
 
 def refuse_used_export_folder(settings: Settings, world: World) -> None:
@@ -274,6 +282,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         show_start(console, start := start_facts(job, run_dir(settings)))
         with progress.work("opening"):
             placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
+        refuse_unverifiable_adapter(job)
         tell_of_nothing_to_share(job)
         run = Run(job, console, results=begun(job))
         stack.callback(run.close)
@@ -334,5 +343,8 @@ def _refuse_impossible_export(job: Job) -> None:
     kept = target.exists() and not replace  # by a menu, which asks for a folder
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
+        size = 0 if settings.export.format == "adapter" else size
+        if settings.export.gguf:
+            find_converter()
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
         warn_of_terms(job.opened.source.folder)

@@ -51,6 +51,20 @@ def settle_placements(job: Job, measured: Path, given: str = "as given") -> dict
     return {KEPT_AS: choice}
 
 
+def refuse_unverifiable_adapter(job: Job) -> None:
+    """An adapter that leaves something out has to be scored on the original, which takes the whole of it."""
+    settings = job.settings
+    full = settings.export.format != "model" and settings.ablation.row_norm == "full"
+    if full and settings.task.name in ("abliterate", "export"):
+        placement = placements_of(settings)["evaluate"]
+        if not placement.resident:
+            raise UserError(
+                f"export.format={settings.export.format} with ablation.row_norm=full makes an adapter that has to be "
+                f"scored on a whole model, which evaluate={placement.name} does not hold; set evaluate=replicated, "
+                "export.format=model, or ablation.row_norm=pre, whose adapters are exact"
+            )
+
+
 def tell_of_nothing_to_share(job: Job) -> None:
     """Say that ``load.share`` does nothing, where it does nothing."""
     whole = any(placement.whole for placement in placements_of(job.settings).values())

@@ -7,13 +7,14 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from datetime import date
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_weights, open_model
@@ -21,7 +22,8 @@ from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
 from heretic_ds.export import target as target_module
 from heretic_ds.export.card import CardFacts, model_card
-from heretic_ds.export.checkpoint import export_model, model_bytes
+from heretic_ds.export.checkpoint import Beside, export_model, model_bytes
+from heretic_ds.export.gguf import convert_to_gguf, find_converter
 from heretic_ds.export.manifest import build_manifest
 from heretic_ds.export.target import check_export_target, recover_leftovers
 from tests import families
@@ -114,7 +116,7 @@ def test_reloaded_parameters_are_bit_equal(family: str, dtype: torch.dtype, tmp_
     for name, tensor in state.items():
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
     assert read_headers(folder).keys() == read_headers(result.folder).keys()
-    assert result.left_behind == () and result.tensors == len(read_headers(folder))
+    assert result.carried == () and result.tensors == len(read_headers(folder))
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, result.folder))
     assert before == after
 
@@ -151,7 +153,11 @@ def test_companion_files_are_the_originals(base: Path, loaded: LoadedModel, tmp_
     assert AutoTokenizer.from_pretrained(out).chat_template == families.CHAT_TEMPLATE
     assert not (out / "training.log").exists()
     assert (out / "README.md").read_text() == "# card\n"
-    assert json.loads((out / "heretic_ds.json").read_text()) == {**MANIFEST, "left_behind": []}
+    manifest = json.loads((out / "heretic_ds.json").read_text())
+    files = manifest.pop("files")
+    assert manifest == {**MANIFEST, "carried": []}
+    assert files.keys() == names(out) - {"README.md", "heretic_ds.json"}
+    assert files["LICENSE"] == sha256(b"Do as you like.").hexdigest()
 
 
 def test_a_base_without_generation_settings_gets_none(base: Path, tmp_path: Path) -> None:
@@ -184,15 +190,56 @@ def test_a_dequantised_model_is_an_ordinary_one(tmp_path: Path) -> None:
     assert "dequantised" in model_card(loaded, FACTS) and "dequantised" not in model_card(again, FACTS)
 
 
-def test_tensors_the_model_does_not_use_are_reported(base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+@pytest.mark.parametrize("max_shard_size", [None, "20KB"])
+def test_tensors_the_model_does_not_use_are_carried_over(base: Path, tmp_path: Path, max_shard_size) -> None:
+    """Heads that predict further tokens, and what else transformers drops; in the files it loads nothing is amiss."""
     folder = Path(shutil.copytree(base, tmp_path / "copy"))
-    tensors = load_file(folder / "model.safetensors") | {"mtp.head.weight": torch.ones(2)}
+    extra = {"mtp.head.weight": torch.randn(40, 200).bfloat16(), "mtp.steps": torch.arange(3)}
+    save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(folder)
+    change_weights(loaded)
+    result = export(loaded, tmp_path / "out", beside=Beside(max_shard_size=max_shard_size))
+    assert result.carried == ("mtp.head.weight", "mtp.steps")
+    assert json.loads((tmp_path / "out" / "heretic_ds.json").read_text())["carried"] == list(result.carried)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) == 2) == (max_shard_size is None) and read_headers(tmp_path / "out").keys() >= extra.keys()
+    assert [file.name for file in files] == [
+        f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)
+    ]
+    written = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in written.values())
+    state, again = loaded.model.state_dict(), load(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_names_without_their_prefix_are_not_taken_for_unused(tmp_path: Path) -> None:
+    """Checkpoints of a decoder alone, as GPT-2's on the hub."""
+    folder = families.save("gpt2", tmp_path / "gpt2")
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    assert "h.0.attn.c_proj.weight" in tensors
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    result = export(load(folder), tmp_path / "out")
-    assert result.left_behind == ("mtp.head.weight",)
-    assert json.loads((tmp_path / "out" / "heretic_ds.json").read_text())["left_behind"] == ["mtp.head.weight"]
+    assert export(load(folder), tmp_path / "out").carried == ()
+
+
+def test_everybody_may_read_an_export_whatever_the_umask(base: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        out = export(loaded, tmp_path / "out", beside=Beside(directions_LD=torch.ones(3, 32))).folder
+    finally:
+        os.umask(before)
+    modes = {file.relative_to(out).as_posix(): file.stat().st_mode & 0o777 for file in [out, *out.rglob("*")]}
+    assert {"model.safetensors", "config.json", "reproduce/directions.safetensors"} <= modes.keys()
+    assert {mode for name, mode in modes.items() if not (out / name).is_dir()} == {0o644}
+    assert modes["."] == modes["reproduce"] == 0o755
+
+
+def test_weight_files_are_as_large_as_is_asked(loaded: LoadedModel, tmp_path: Path) -> None:
+    out = export(loaded, tmp_path / "out", beside=Beside(max_shard_size="20KB")).folder
+    files = list(out.glob("*.safetensors"))
+    assert len(files) > 2 and max(sum(t.nbytes for t in load_file(file).values()) for file in files) <= 20_000
+    assert load(out).model.state_dict().keys() == loaded.model.state_dict().keys()
 
 
 def test_no_path_of_this_machine_is_told(base: Path, loaded: LoadedModel, tmp_path: Path) -> None:
@@ -384,7 +431,17 @@ def test_a_card_names_another_scorer(loaded: LoadedModel) -> None:
 
 def test_card_says_what_was_done(loaded: LoadedModel) -> None:
     card = model_card(loaded, FACTS, today=date(2026, 1, 2))
-    assert front_matter(card) == {
+    front = front_matter(card)
+    [index] = front.pop("model-index")
+    assert index["name"] == "tiny-llama, abliterated"
+    measured = {
+        metric["type"]: (result["dataset"]["name"], metric["value"])
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+    assert measured == {"refusals": ("prompts", 3), "kl": ("prompts", 0.01234)}
+    assert front == {
+        "datasets": ["owner/questions"],
         "base_model": "tiny-llama",
         "base_model_relation": "finetune",
         "library_name": "transformers",
@@ -399,7 +456,7 @@ def test_card_says_what_was_done(loaded: LoadedModel) -> None:
         "| attention | 1.25 | 1.5 | 0.5 | 1 |", "| mlp | 0.75 | 1.5 | 0.5 | 1 |",
         "own direction", "`full`", "0.95",
         "trial 17", "`weather.txt`", "`owner/questions`", "2026-01-02", "responsible",
-        "may be missing", "bfloat16",
+        "may be missing", "bfloat16", "AutoModelForCausalLM.from_pretrained", "heretic-ds reproduce heretic_ds.json",
         "`LICENSE`", "`USE_POLICY.md`",
     ):  # fmt: skip
         assert part in card, part
@@ -428,7 +485,7 @@ def test_foreign_text_stays_text(loaded: LoadedModel, tmp_path: Path) -> None:
     card = model_card(hub, replace(FACTS, prompt_sources={"target.train": odd}))
     block = yaml.safe_load(card.removeprefix("---\n").partition("\n---\n")[0])
     assert stated.items() <= block.items() and block["base_model"] == odd
-    assert card.count(odd) == 4 and f"`{flat}`" in card and "49" not in card
+    assert card.count(odd) == 5 and f"`{flat}`" in card and "49" not in card
 
 
 def test_base_names(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -442,6 +499,24 @@ def test_base_names(loaded: LoadedModel, tmp_path: Path) -> None:
     ):
         (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": origin}))
         assert front_matter(model_card(replace(loaded, source=tmp_path), FACTS))["base_model"] == name
+
+
+@pytest.mark.parametrize(
+    ("folder", "front", "name"),
+    [
+        ("models--owner--llama/snapshots/abc", {}, "owner/llama"),
+        ("x", {"model-index": [{"name": "owner/measured"}]}, "owner/measured"),
+        ("x", {"model-index": [{"name": "Measured"}]}, "tiny-llama"),
+        ("Llama", {"license_link": "https://huggingface.co/owner/llama/blob/main/LICENSE"}, "owner/llama"),
+        ("x", {"license_link": "https://huggingface.co/owner/llama/blob/main/LICENSE"}, "tiny-llama"),
+        ("x", {"model-index": "none"}, "tiny-llama"),
+    ],
+)
+def test_a_folder_that_tells_the_models_name(loaded: LoadedModel, tmp_path: Path, folder, front, name) -> None:
+    source = tmp_path / folder
+    source.mkdir(parents=True)
+    (source / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\nA model.")
+    assert front_matter(model_card(replace(loaded, source=source), FACTS))["base_model"] == name
 
 
 def test_manifest(loaded: LoadedModel) -> None:
@@ -460,3 +535,51 @@ def test_manifest(loaded: LoadedModel) -> None:
     assert manifest["row_norm"] == "pre" and manifest["through_norm"] is True and manifest["trial"] == 3
     assert {"python", "torch", "transformers", "heretic-ds"} <= manifest["versions"].keys()
     json.dumps(manifest)
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+CONVERTER = """
+import pathlib, sys
+assert sys.argv[2] == "--outfile" and sys.argv[4:] == ["--outtype", "auto"], sys.argv
+if not (pathlib.Path(sys.argv[1]) / "config.json").is_file():
+    sys.exit("Model ODD is not supported")
+pathlib.Path(sys.argv[3]).write_bytes(b"GGUF")
+"""
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path, monkeypatch) -> Path:
+    """A folder with a stand-in for llama.cpp's converter."""
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(folder))
+    return folder
+
+
+def test_gguf_by_llama_cpp(loaded: LoadedModel, tmp_path: Path, llama_cpp: Path) -> None:
+    out = export(loaded, tmp_path / "out").folder
+    file = convert_to_gguf(out, "tiny")
+    assert file == out / "tiny.gguf" and file.read_bytes() == b"GGUF" and file.stat().st_mode & 0o777 == 0o644
+    (llama_cpp / "convert_hf_to_gguf.py").write_text("raise SystemExit(1)")
+    assert convert_to_gguf(out, "tiny") == file  # which is there already
+    export(loaded, out, overwrite=True)
+    assert not file.exists()
+    (llama_cpp / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    (out / "config.json").unlink()
+    with pytest.raises(UserError, match=r"was written, but llama\.cpp could not convert it to GGUF: Model ODD is not"):
+        convert_to_gguf(out, "tiny")
+    assert not list(out.glob("*.gguf*"))
+
+
+def test_how_to_get_llama_cpp_is_said(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"needs llama\.cpp.*brew install llama\.cpp"):
+        find_converter()
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UserError, match="holds no convert_hf_to_gguf"):
+        find_converter()
+    (tmp_path / "convert_hf_to_gguf.py").write_text("")
+    assert find_converter() == tmp_path / "convert_hf_to_gguf.py"

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "heretic_ds"
 
 LAYERS = (
     {"__main__", "cli", "launching"},
-    {"pipeline"},
+    {"pipeline", "library"},
     {"stages"},
     {"planner", "report", "terminal", "tracking"},
     {"search", "export"},

@@ -111,7 +111,7 @@ def test_finished_means_asked_for_the_same_and_exported(
     (exported.parent / "results.json").write_text(json.dumps(results))
     (exported.parent / "fingerprint.json").write_text(json.dumps(opening.fingerprint(asked)))
     assert already_finished(asked, WORLD) is None  # the export has lost its weights
-    monkeypatch.setattr(opening, "is_whole", lambda folder: True)
+    monkeypatch.setattr(opening, "holds_export", lambda folder, form: True)
     assert already_finished(asked, WORLD) == results
     assert already_finished(settings("run.dir=x", "search.trials=5"), WORLD) is None
     assert already_finished(settings("run.dir=x", "search.trials=4", "search.seed=1"), WORLD) is None

@@ -91,6 +91,46 @@ def test_the_index_tells_the_size_in_the_dtype_that_was_written(tmp_path):
         assert (tmp_path / "again").read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_heads_that_transformers_drops_are_kept(streamed, tmp_path):
+    """File to file, whether the model was saved from memory or its files were edited."""
+    families.save("qwen3", tmp_path / "original")
+    file = tmp_path / "original" / "model.safetensors"
+    extra = {"mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48), "mtp.norm.weight": torch.randn(32)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
+    loaded, weights = load_weights(opened), None
+    if streamed:
+        anatomy = find_anatomy(loaded.model)
+        ablation = random_ablation(anatomy, "full")
+        loaded, weights = EditedFiles.plan(opened, anatomy, ablation, EDIT, torch.bfloat16)
+    else:
+        loaded.model.bfloat16()
+        loaded.dtype = torch.bfloat16
+    result = export_model(loaded, tmp_path / "out", "card", {"schema": 1}, weights=weights)
+    assert result.carried == tuple(sorted(extra))
+    written = tensors_of(tmp_path / "out")
+    assert all(torch.equal(written[name], tensor.bfloat16()) for name, tensor in extra.items())
+    load_weights(open_model(ModelChoice(path=str(tmp_path / "out"))))
+
+
+def test_streamed_files_are_as_large_as_is_asked(tmp_path):
+    families.save("llama", tmp_path / "original")
+    opened = open_model(ModelChoice(path=str(tmp_path / "original")))
+    anatomy = find_anatomy(opened.skeleton())
+    ablation = random_ablation(anatomy, "full")
+    whole, small = (EditedFiles.plan(opened, anatomy, ablation, EDIT, torch.float32, size) for size in (None, "40KB"))
+    for name, (described, weights) in {"whole": whole, "small": small}.items():
+        export_model(described, tmp_path / name, "card", {"schema": 1}, weights=weights)
+    files = list((tmp_path / "small").glob("*.safetensors"))
+    assert len(files) > 2 and max(sum(t.nbytes for t in load_file(file).values()) for file in files) <= 40_000
+    once, again = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "small")
+    assert once.keys() == again.keys() and all(torch.equal(once[name], tensor) for name, tensor in again.items())
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    load_weights(open_model(ModelChoice(path=str(tmp_path / "small"))))
+
+
 def test_other_metadata_of_a_file_is_kept(tmp_path):
     families.save("llama", tmp_path / "original")
     file = tmp_path / "original" / "model.safetensors"
