@@ -163,7 +163,8 @@ class Run:
             self.close()
             with self.timed("load") as work:
                 self._engine, self._layout = build_engine(self.job, phase), layouts[phase]
-            log.info("loaded in %s: %s", dtype_name(self._engine.dtype), took(work))
+            self.results["dtype"] = dtype_name(self._engine.dtype)  # the first of several may not have run
+            log.info("loaded in %s: %s", self.results["dtype"], took(work))
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree

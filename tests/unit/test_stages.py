@@ -273,6 +273,7 @@ def test_phases_placed_alike_share_an_engine(settings: ComposeSettings, built: l
     run = run_of(settings(*whole))
     assert run.lay_out("capture") is run.lay_out("evaluate") is run.engine
     assert built == ["capture"] and run.engine.batch_sizes == {"generate": 7}
+    assert run.results["dtype"] == "float32"  # what was loaded, whatever was to be tried first
     run = run_of(settings("capture=replicated", "evaluate=tensor_parallel"))
     run.lay_out("capture")
     run.lay_out("evaluate")
