@@ -104,6 +104,7 @@ def _captured_directions(run: Run) -> Tensor:
             "them; change prompts.target.train or prompts.baseline.train"
         )
     counts = [len(run.job.texts[f"{kind}.train"]) for kind in ("target", "baseline")]
+    run.remember()  # the batch size, before another layout may take this one's place
     log.info("directions: from %d target and %d baseline prompts, %s", *counts, took(work))
     if run.folder is not None:
         tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
