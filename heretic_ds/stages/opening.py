@@ -294,8 +294,8 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         if placed:
             run.remember(**placed)
         _add_earlier_timings(run)
-        for fact in start.values():
-            log.info("%s", fact, extra={"console": False})  # the run's log begins with it, too
+        for name, fact in start.items():  # the run's log begins with it, too
+            log.info("%s: %s", name, fact, extra={"console": False})
         try:
             yield run
             if run.following is not None:

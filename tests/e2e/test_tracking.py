@@ -218,6 +218,7 @@ def test_records_of_circumstances(heretic: Heretic, words: list[str], tmp_path: 
     assert f"command: {results['command']}" in lines
     assert any(line.startswith("machine: ") and results["machine"]["os"] in line for line in lines)
     assert "rank 0 computes on cpu 1" in lines
+    assert any(line.startswith("target.train: ") and " prompts of " in line for line in lines)
     assert any(line.startswith("batch sizes: {") and "'generate': 5" in line for line in lines)
     told = [line for line in lines if line.startswith("trial ") and ": refusals " in line]
     assert [line.split(":")[0] for line in told] == [f"trial {index}" for index in range(4)]
