@@ -34,4 +34,10 @@ def without_secrets(word: str) -> str:
     key, equals, value = word.partition("=")
     if equals and value and _SECRET_KEY.search(key.lstrip("+")):
         return f"{key}={HIDDEN}"
-    return _TOKEN.sub(HIDDEN, _CREDENTIALS.sub(f"{HIDDEN}@", word))
+    return hide_secrets(word)
+
+
+def hide_secrets(text: str) -> str:
+    """Text, such as a configuration, in which a user and password in an address, and tokens that are known by their
+    beginnings, are hidden."""
+    return _TOKEN.sub(HIDDEN, _CREDENTIALS.sub(f"{HIDDEN}@", text))

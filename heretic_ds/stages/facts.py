@@ -82,8 +82,24 @@ def parameters(settings: Settings) -> dict[str, str | int | float | bool]:
             if is_dataclass(value):
                 add(value, key)
             elif isinstance(value, str | int | float | bool):
-                found[key] = value
+                found[key] = command_line.hide_secrets(value) if isinstance(value, str) else value
 
     for group in _TOLD:
         add(getattr(settings, group), group)
     return found
+
+
+def request(settings: Settings, export_dir: Path) -> dict[str, Any]:
+    """What a command asks for beyond the settings that a run folder is bound to."""
+    form = settings.export.format
+    return {
+        "task": settings.task.name,
+        "trials": settings.search.trials,
+        "export": {
+            "dir": str(export_dir),
+            "trial": settings.export.trial,
+            "max_kl": settings.export.max_kl,
+            **({"gguf": True} if settings.export.gguf else {}),
+            **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
+        },
+    }

@@ -38,12 +38,13 @@ from heretic_ds.placements import (
     placements_of,
     settled_alone,
 )
+from heretic_ds.report.command_line import hide_secrets
 from heretic_ds.report.stages import STAGES, took
 from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.facts import begun, in_lines
+from heretic_ds.stages.facts import begun, in_lines, request
 from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements, tell_of_nothing_to_share
 from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
@@ -70,22 +71,6 @@ def export_dir(settings: Settings) -> Path:
     """The export folder: ``export.dir``, or ``model`` in the run folder."""
     given = settings.export.dir
     return run_dir(settings) / "model" if given is None else path_of(given, "export.dir")
-
-
-def request(settings: Settings) -> dict[str, Any]:
-    """What a command asks for beyond the settings that a run folder is bound to."""
-    form = settings.export.format
-    return {
-        "task": settings.task.name,
-        "trials": settings.search.trials,
-        "export": {
-            "dir": str(export_dir(settings)),
-            "trial": settings.export.trial,
-            "max_kl": settings.export.max_kl,
-            **({"gguf": True} if settings.export.gguf else {}),
-            **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
-        },
-    }
 
 
 @dataclass
@@ -225,16 +210,22 @@ class Run:
         self.results["batch_sizes"] = self.measured["batch_sizes"]
         self.results["response_prefix"] = self.job.chat.response_prefix
         if self.folder is not None:
-            self.folder.save_results(self.results, request(self.settings) if finished else None)
+            self.folder.save_results(
+                self.results, request(self.settings, export_dir(self.settings)) if finished else None
+            )
 
 
 def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:
     """The results of an earlier run that did all that this command asks for; None where something is left to do."""
-    results = world.decide(lambda: finished_results(run_dir(settings), fingerprint(settings), request(settings)))
+    results = world.decide(lambda: _finished(settings))
     if results is None or not world.decide(lambda: _holds_own_export(settings)):
         return None
     log.info("%s is finished: see %s; nothing was done", run_dir(settings), run_dir(settings) / RESULTS_NAME)
     return results
+
+
+def _finished(settings: Settings) -> dict[str, Any] | None:
+    return finished_results(run_dir(settings), fingerprint(settings), request(settings, export_dir(settings)))
 
 
 def _holds_own_export(settings: Settings) -> bool:
@@ -312,7 +303,8 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
 
 def _take_folder(run: Run, stack: ExitStack) -> None:
     searches = run.settings.task.name in ("abliterate", "evaluate") or not (run.path / FINGERPRINT_NAME).exists()
-    config = OmegaConf.to_yaml(OmegaConf.structured(run.settings)) if searches else None
+    # Shown in report.html, and sent to trackers.
+    config = hide_secrets(OmegaConf.to_yaml(OmegaConf.structured(run.settings))) if searches else None
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"))

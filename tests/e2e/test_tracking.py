@@ -213,7 +213,8 @@ def test_records_of_circumstances(heretic: Heretic, words: list[str], tmp_path: 
         results["command"].startswith(f"heretic-ds {words[0]} ")
         and "'prompts.system=never say ***'" in results["command"]
     )
-    assert secret not in (tmp_path / "run" / "results.json").read_text() + log
+    for name in ("results.json", "run.log", "config.yaml", "report.html"):  # the last two are sent to trackers
+        assert secret not in (tmp_path / "run" / name).read_text()
     lines = [line.split(": ", 1)[1] for line in log.splitlines()]
     assert f"command: {results['command']}" in lines
     assert any(line.startswith("machine: ") and results["machine"]["os"] in line for line in lines)

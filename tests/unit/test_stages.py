@@ -107,7 +107,7 @@ def test_finished_means_asked_for_the_same_and_exported(
     settings: ComposeSettings, exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = settings("run.dir=x", "search.trials=4")
-    results = {"finished": opening.request(asked), "verified": None}
+    results = {"finished": opening.request(asked, opening.export_dir(asked)), "verified": None}
     (exported.parent / "results.json").write_text(json.dumps(results))
     (exported.parent / "fingerprint.json").write_text(json.dumps(opening.fingerprint(asked)))
     assert already_finished(asked, WORLD) is None  # the export has lost its weights
