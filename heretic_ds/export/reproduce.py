@@ -4,6 +4,8 @@ every file."""
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json, reading
 from heretic_ds.foreign.text import in_one_line
+from heretic_ds.settings.export import SIZE
 
 FOLDER, DIRECTIONS = "reproduce", "directions.safetensors"
 _THREADS = 8
@@ -47,6 +50,8 @@ _CHOICES = {
     "row_norm": ROW_NORMS,
     "format": ("model", "adapter", "both"),
 }
+_MOST = 4096
+"""Threads, and an adapter's rank."""
 _AGAIN = "get it anew"
 
 
@@ -98,25 +103,40 @@ class Recipe:
         if not file.is_file():
             raise UserError(f"{path} is no {MANIFEST_NAME} of an export, nor a folder that holds one")
         manifest = read_json(file)
+        how = manifest.get("how")
         missing = [key for key in _NEEDED if key not in manifest]
+        missing += [f"how.{key}" for key in _SHAPE["how"] if isinstance(how, dict) and key not in how]
         if missing:
             raise UserError(
                 f"{file} does not say {missing[0]!r}, as exports of this version do; export the model again"
             )
         check_shape(manifest, _SHAPE, str(file), _AGAIN)
-        for key, known in _CHOICES.items():
-            if manifest[key] not in known:
-                raise UserError(f"{file} has {in_one_line(manifest[key], 60)!r} as its {key}; {_AGAIN}")
+        for key, value in _out_of_bounds(manifest):
+            raise UserError(f"{file} has {in_one_line(str(value), 60)!r} as its {key}; {_AGAIN}")
         stored, name = file.parent / FOLDER / DIRECTIONS, f"{FOLDER}/{DIRECTIONS}"
         if not stored.is_file():
             raise UserError(f"{stored} is missing; get the folder {FOLDER} from where {file.name} is from")
         if _digest(stored) != manifest["files"].get(name):
             raise UserError(f"{stored} is not the file that {file.name} was written with; get both anew")
         with reading(stored, _AGAIN, "is damaged"):
-            directions_LD = load_file(stored)["directions"]
+            directions_LD = load_file(stored)["directions"].double()
         with reading(file, _AGAIN):
             Edit.from_dict(manifest["edit"])
         return cls(file.parent, manifest, directions_LD)
+
+
+def _out_of_bounds(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What an export cannot have been made with, by name."""
+    how = manifest["how"]
+    size = how["max_shard_size"]
+    for key, fits in (
+        *((key, manifest[key] in known) for key, known in _CHOICES.items()),
+        ("how.threads", 1 <= how["threads"] <= _MOST),
+        ("how.adapter_rank", 1 <= how["adapter_rank"] <= _MOST),
+        ("how.max_shard_size", size is None or re.fullmatch(SIZE, size.strip()) is not None),
+    ):
+        if not fits:
+            yield key, manifest[key] if key in _CHOICES else how[key.removeprefix("how.")]
 
 
 @dataclass(frozen=True)

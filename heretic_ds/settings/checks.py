@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.settings import AUTO, Settings
+from heretic_ds.settings.export import SIZE
 from heretic_ds.settings.tracking import TrackingSettings
 
 _WITHOUT_URI = ("none", "tensorboard", "trackio", "wandb")
@@ -131,7 +132,7 @@ def _check_tracking(tracking: TrackingSettings) -> _Findings:
 
 def _check_export(settings: Settings) -> _Findings:
     size, form = settings.export.max_shard_size, settings.export.format
-    fits = size is None or re.fullmatch(r"\d+(\.\d+)? ?[KMGT]B", size.strip(), re.IGNORECASE) is not None
+    fits = size is None or re.fullmatch(SIZE, size.strip()) is not None
     yield fits, f"export.max_shard_size is {size!r}; give a number with KB, MB, GB or TB, as in 5GB"
     whole = not settings.export.gguf or form != "adapter"
     yield whole, "export.gguf=true converts a whole model; set export.format=model or both"

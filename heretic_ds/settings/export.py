@@ -8,6 +8,9 @@ from typing import Optional
 
 from heretic_ds.settings.fields import within
 
+SIZE = r"(?i)\d+(\.\d+)? ?[KMGT]B"
+"""What ``max_shard_size`` has to match."""
+
 
 @dataclass
 class ExportSettings:

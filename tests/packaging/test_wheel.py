@@ -120,4 +120,4 @@ def test_the_installed_help(installed: Path, tmp_path: Path) -> None:
     for command in ((installed / "bin" / "heretic-ds",), (installed / "bin" / "python", "-m", "heretic_ds")):
         printed = run(*command, "--help", cwd=tmp_path).stdout
         assert "heretic-ds <model>" in printed
-        assert "experiment: demo" in printed
+        assert "settings that belong together: demo" in printed

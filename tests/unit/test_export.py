@@ -510,6 +510,8 @@ def test_base_names(loaded: LoadedModel, tmp_path: Path) -> None:
         ("Llama", {"license_link": "https://huggingface.co/owner/llama/blob/main/LICENSE"}, "owner/llama"),
         ("x", {"license_link": "https://huggingface.co/owner/llama/blob/main/LICENSE"}, "tiny-llama"),
         ("x", {"model-index": "none"}, "tiny-llama"),
+        ("x", {"model-index": [{"name": ["owner/measured"]}], "license_link": 7}, "tiny-llama"),
+        ("x", {"model-index": [{"name": f"owner/{'x' * 300}"}, {"name": "owner/\x1b[31m"}]}, "tiny-llama"),
     ],
 )
 def test_a_folder_that_tells_the_models_name(loaded: LoadedModel, tmp_path: Path, folder, front, name) -> None:
@@ -517,6 +519,14 @@ def test_a_folder_that_tells_the_models_name(loaded: LoadedModel, tmp_path: Path
     source.mkdir(parents=True)
     (source / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\nA model.")
     assert front_matter(model_card(replace(loaded, source=source), FACTS))["base_model"] == name
+
+
+def test_a_card_that_cannot_be_read_tells_no_name(loaded: LoadedModel, tmp_path: Path) -> None:
+    rows = [f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
+    bomb = "\n".join(["a0: &a0 [x]", *rows, "model-index: [{name: *a8}]"])
+    for front in ("[" * 3000, f"x: {'y' * 2**17}", bomb):
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
+        assert front_matter(model_card(replace(loaded, source=tmp_path), FACTS))["base_model"] == "tiny-llama"
 
 
 def test_manifest(loaded: LoadedModel) -> None:
