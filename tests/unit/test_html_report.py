@@ -302,8 +302,8 @@ def test_a_line_is_broken_where_numbers_lack() -> None:
 
 def stand_in(folder: Path, html: bool = True) -> Any:
     paths = SimpleNamespace(path=folder, results=folder / "results.json", report=folder / "report.html")
-    settings = SimpleNamespace(report=SimpleNamespace(html=html))
-    job = SimpleNamespace(opened=SimpleNamespace(source=SimpleNamespace(name="org/some-model")))
+    settings = SimpleNamespace(report=SimpleNamespace(html=html), model=SimpleNamespace(path="org/some-model"))
+    job = SimpleNamespace(opened=SimpleNamespace(source=SimpleNamespace(name="org/some-model")), settings=settings)
     return SimpleNamespace(folder=paths, settings=settings, scorer="refusals", job=job)
 
 
