@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heretic_ds.checkpoint.source import read_json
 from heretic_ds.errors import UserError
-from heretic_ds.foreign.reading import read_json
 from heretic_ds.geometry.measures import LayerGeometry, measure
 from heretic_ds.geometry.projection import Projection, pacmap, pca, require_pacmap, spread_out
 from heretic_ds.geometry.store import ResidualStore
