@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from heretic_ds.foreign.text import printable
 from heretic_ds.report.geometry import COLUMNS, layer_name, number_text
 from heretic_ds.report.html import figures
 from heretic_ds.report.html.facts import Facts, read_facts
@@ -19,22 +20,12 @@ from heretic_ds.report.tables import REFUSALS, direction_text, kl_text, profile_
 
 _HERE = Path(__file__).parent
 
-_SHOWN = {
-    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
-    0x7F: 0x2421,
-    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
-    **dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
-    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
-}
-"""Signs in the place of those that would do something: control characters, marks that turn the direction of writing,
-halves of characters."""
-
 
 def visible(value: Any) -> Any:
     """A text, or markup, in which every character can be seen and does nothing."""
     if isinstance(value, Markup):
-        return Markup(str.translate(value, _SHOWN))
-    return value.translate(_SHOWN) if isinstance(value, str) else value
+        return Markup(printable(str(value)))
+    return printable(value) if isinstance(value, str) else value
 
 
 def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> str:
