@@ -67,13 +67,13 @@ def open_study(path: Path, space: dict[str, Any], about: About) -> optuna.Study:
     """
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     _repair(path)
-    study = _study_in(path, about)
-    if any(_has_old_values(trial) for trial in study.get_trials(deepcopy=False)):
-        with writing(path.parent, "run.dir"):
-            _write_anew(path, study, about)
+    with writing(path.parent, "run.dir"):
         study = _study_in(path, about)
-    if study.metric_names is None:
-        study.set_metric_names([about.scorer, KL_NAME])
+        if any(_has_old_values(trial) for trial in study.get_trials(deepcopy=False)):
+            _write_anew(path, study, about)
+            study = _study_in(path, about)
+        if study.metric_names is None:
+            study.set_metric_names([about.scorer, KL_NAME])
     stored = study.user_attrs.get(_SPACE_ATTRIBUTE)
     if stored is not None and stored != space:
         names = sorted(name for name in {*stored, *space} if stored.get(name) != space.get(name))
@@ -81,7 +81,8 @@ def open_study(path: Path, space: dict[str, Any], about: About) -> optuna.Study:
             f"{path} holds a study over another search space (different: {', '.join(names)}); "
             "give another run.dir, or remove this folder"
         )
-    tell(study, {_SPACE_ATTRIBUTE: space, **about.attributes})
+    with writing(path.parent, "run.dir"):
+        tell(study, {_SPACE_ATTRIBUTE: space, **about.attributes})
     return study
 
 

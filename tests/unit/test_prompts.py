@@ -221,7 +221,7 @@ def test_bad_files(file: str, content: bytes, message: str, tmp_path: Path) -> N
         ),
         ("pkg://no_such_package/a.txt", "there is no Python package 'no_such_package'"),
         ("pkg://heretic_ds/no_such.txt", "there is no file .*no_such.txt"),
-        ("pkg://heretic_ds/settings/__init__.py", ".*settings.py is of no known kind"),
+        ("pkg://heretic_ds/settings/__init__.py", ".*__init__.py is of no known kind"),
         ("???", "no source is set"),
     ],
 )
