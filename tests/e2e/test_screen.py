@@ -63,12 +63,14 @@ def test_no_stage_is_silent(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.timeout(1500)
 def test_no_stage_of_a_real_model_is_silent(tmp_path: Path) -> None:
     folder = os.environ.get("HERETIC_REAL_MODEL") or str(ROOT / ".models" / "SmolLM2-135M-Instruct")
     if not Path(folder, "config.json").is_file():
         pytest.skip("no real model: run `make demo-real`, or set HERETIC_REAL_MODEL to the folder of one")
     words = ("prompts=demo", "scoring.markers=[a,e]", "search.trials=2", "run.interactive=false", "run.dir=run")
-    short = ("generation.max_new_tokens=20", "export.max_kl=50")
+    parts = [f"prompts.{kind}.{part}.slice=0:24" for kind in ("target", "baseline") for part in ("train", "eval")]
+    short = ("generation.max_new_tokens=20", "export.max_kl=50", *parts)
     with Terminal([*HERETIC, folder, *words, *short], tmp_path, 80) as terminal:
         assert terminal.end(timeout=1500) == 0, terminal.text
     seconds, before = terminal.longest_silence()
