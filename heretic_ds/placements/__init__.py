@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch
 from omegaconf import OmegaConf, ValidationError
 
 from heretic_ds.conf_files import option_owners
 from heretic_ds.errors import UserError
 from heretic_ds.placements.auto import left_open, settled, settled_alone
 from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
+from heretic_ds.placements.deepspeed import settle_accelerator
 from heretic_ds.settings import PHASES, Settings
 from heretic_ds.settings.checks import check_fields, find_class, refuse, type_name
 
@@ -50,6 +52,10 @@ def build_engine(job: Job, phase: str) -> Any:
     for placement in placements.values():
         job.world.agree(partial(placement.check, job))
     chosen, evaluating = placements[phase], placements["evaluate"]
+    if not torch.cuda.is_available():
+        # Where accelerate is installed, transformers imports DeepSpeed as it saves a model, which warns that it looked
+        # for an accelerator in vain, in the middle of what a run says.
+        settle_accelerator(job.opened.device)
     engine = chosen.build(job)
     wanted = job.settings.generation.cuda_graphs and job.opened.device.type == "cuda"
     if wanted and type(chosen) is type(evaluating) and not chosen.graphs:

@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e import plain
-from tests.e2e.conftest import NEW_TOKENS, SIZES, Heretic, Material, files_below, outcome_of, read_results
+from tests.e2e.conftest import NEW_TOKENS, SIZES, Heretic, Material, Started, files_below, outcome_of, read_results
 from tests.e2e.plain import PlainModel
 
 KEYS = {
@@ -201,3 +202,15 @@ def test_other_libraries_do_not_speak_through_hydra(heretic: Heretic, material: 
     assert outcome.out.count("[HYDRA] Launching 1 jobs locally") == 1
     handlers = [type(handler).__name__ for handler in logging.getLogger().handlers]
     assert "StreamHandler" not in handlers and not logging.getLogger("hydra").propagate
+
+
+def test_libraries_say_nothing_in_what_a_whole_run_says(
+    start: Callable[[list[str]], Started], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed would, which transformers imports as it saves a model where accelerate is installed."""
+    pytest.importorskip("accelerate", reason="nothing imports DeepSpeed then")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    few = ("search.trials=1", "search.startup_trials=1", "run.interactive=false", "run.dir=run")
+    started = start(["experiment=demo", *few])
+    assert started.end() == 0
+    assert "WARNING" not in started.said() and "wrote 57 tensors" in started.said()
