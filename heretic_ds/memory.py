@@ -89,8 +89,12 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    free = min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())])
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free_on_host() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def free_on_host() -> int:
+    """Bytes of memory of this machine that nobody uses, or of what a container or a batch system grants of it."""
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _limits())]))
 
 
 def host_memory() -> int:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from heretic_ds import __version__
 from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.foreign.text import printable
 from heretic_ds.job import KINDS, PARTS, Job
+from heretic_ds.memory import free_on_host, host_memory
 from heretic_ds.progress import GREETED
 from heretic_ds.report.console import is_live, say
 from heretic_ds.settings import PromptSource
@@ -80,9 +80,9 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f"{torch.cuda.get_device_name(device)}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     counted = f"{cores or os.cpu_count()} cores, {torch.get_num_threads()} used by a rank"
-    return f"CPU: {counted}, {memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB free"
+    return f"CPU: {counted}, {free_on_host() / _GIB:.1f} of {host_memory() / _GIB:.1f} GiB free"
 
 
 def _devices(each: list[str]) -> str:
