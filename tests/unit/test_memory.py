@@ -13,6 +13,7 @@ import torch
 from heretic_ds import memory
 from heretic_ds.memory import give_back_memory, peak_memory
 from heretic_ds.runner import batch_sizes
+from heretic_ds.stages.start import _device
 
 CPU = torch.device("cpu")
 
@@ -109,3 +110,8 @@ def test_free_memory_is_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch)
     assert (memory.free_bytes(CPU), memory.host_memory()) == (1000, 5000)
     monkeypatch.setattr(memory, "_limits", lambda: [(5000, 6000)])
     assert memory.free_bytes(CPU) == 0
+
+
+def test_the_start_tells_of_what_a_container_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_limits", lambda: [(3 * 2**30, 2**30)])
+    assert _device(CPU).endswith(", 2.0 of 3.0 GiB free")

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Engine, Placement
 from heretic_ds.placements.costs import Cost, Facts, Resources, Use, Work, divisors, estimate
+from heretic_ds.placements.costs.memory import UNEVEN
 from heretic_ds.placements.fsdp import Fsdp
 from heretic_ds.placements.fsdp.units import bytes_cut
 from heretic_ds.placements.replicated import Replicated
@@ -272,3 +273,17 @@ def test_slower_links_cost_split_models_more_than_replicas() -> None:
 def test_divisors() -> None:
     """In order, each once."""
     assert [divisors(n) for n in (1, 12, 16)] == [[1], [1, 2, 3, 4, 6, 12], [1, 2, 4, 8, 16]]
+
+
+def test_experts_take_more_than_their_mean_of_memory() -> None:
+    """The allocator holds more where tokens come and go unevenly, and a rank's own experts may get twice the mean."""
+    here = Resources(machine("h100x8"), 8)
+
+    def evaluated(facts: Facts, sharers: int = 1) -> Cost:
+        return estimate(facts.with_batch(8), here, "evaluate", Use(facts.weights, 8, sharers=sharers))
+
+    experts = planned("8x7B")
+    of_allocator = [evaluated(facts).host["libraries"] for facts in (planned("8B"), experts)]
+    assert of_allocator[1] - of_allocator[0] == UNEVEN
+    alone, shared, more = (evaluated(experts, sharers).bytes["activations"] for sharers in (1, 2, 8))
+    assert alone < shared == more < 2 * alone
