@@ -13,6 +13,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import conf_dir
 from heretic_ds.settings.tracking import TrackingSettings
+from heretic_ds.stages.facts import parameters
 from heretic_ds.tracking import make_tracker
 from heretic_ds.tracking.base import Tracker, metrics_of, outcome_of
 from tests.conftest import ComposeSettings
@@ -99,3 +100,9 @@ def test_a_log_of_one_line_an_entry(tmp_path: Path) -> None:
         folder.write_log("two\nlines")
     [line] = (tmp_path / "run" / "run.log").read_text().splitlines()
     assert line.endswith("INFO heretic_ds.run_folder: two lines")
+
+
+def test_trackers_are_told_no_secrets(compose_settings: ComposeSettings) -> None:
+    token = "hf_" + 20 * "a"
+    told = parameters(compose_settings(f"prompts.system=say {token}"))
+    assert told["prompts.system"] == "say ***"
