@@ -3,7 +3,7 @@
     python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--add | --predict] [--work FOLDER]
 
 Needs: the package, no GPU and no network, some 8 GB of memory; the models are random ones of 30 to 400 million
-parameters, dense and with experts, made anew in a temporary folder. Takes some 20 minutes: each row is a job of two
+parameters, dense and with experts, made anew in a temporary folder. Takes some 40 minutes: each row is a job of two
 ranks of its own, one thread a rank. Leaves ``benchmarks/results/planner_accuracy.json`` and prints it as tables.
 
 Memory is the highest resident set of a rank (VmHWM) with the libraries, which the planner counts as a measured
