@@ -76,8 +76,9 @@ def test_menu(tmp_path: Path) -> None:
     words = ["experiment=demo", "run.dir=run", "search.trials=3", "generation.max_new_tokens=10"]
     with at_a_terminal(words, tmp_path, 60) as terminal:
         menu = Asked(terminal)
-        menu.answer("\r")
-        assert any(line.startswith(" >  1") and line.endswith("(by the rule)") for line in terminal.shown)
+        menu.ready()
+        menu.see(r"(?m)^ >  1.*\(by the rule\)$")  # drawn a moment after it begins to ask
+        terminal.type("\r")
         report = (tmp_path / "run" / "report.html").read_text()  # there to choose by, and where nothing is saved
         assert "<h1>demo/model</h1>" in report
         menu.answer(DOWN + UP + "1\r")
