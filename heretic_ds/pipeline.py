@@ -25,6 +25,7 @@ from heretic_ds.stages.opening import already_finished, export_dir, opened, refu
 from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
+from heretic_ds.stages.sharing.benchmarking import run_benchmarks
 from heretic_ds.stages.sharing.comparing import compare_models
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.stages.tracking import check_tracking
@@ -126,6 +127,11 @@ def geometry(settings: Settings, world: World, console: Console) -> None:
         write_report(run)
 
 
+def benchmark(settings: Settings, world: World, console: Console) -> None:
+    """Ask the original and the exported model what benchmarks ask, and show their scores side by side."""
+    run_benchmarks(settings, world, console)
+
+
 _TASKS = {
     "abliterate": abliterate,
     "evaluate": evaluate,
@@ -134,4 +140,5 @@ _TASKS = {
     "chat": chat,
     "plan": plan,
     "geometry": geometry,
+    "benchmark": benchmark,
 }

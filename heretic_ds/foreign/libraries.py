@@ -13,6 +13,7 @@ _LOGGERS = {
     "transformers": "TRANSFORMERS_VERBOSITY",
     "huggingface_hub": "HF_HUB_VERBOSITY",
     "datasets": "DATASETS_VERBOSITY",
+    "lm_eval": "LMEVAL_LOG_LEVEL",
 }
 """Names of libraries' loggers, each with the variable by which a user asks for what they say."""
 

@@ -122,6 +122,8 @@ class Placement(ABC):
     """Whether every rank holds the whole model, so that a replica is one rank."""
     resident: ClassVar[bool] = False
     """Whether its engine holds, on every rank, the model with the modules that transformers gave it."""
+    in_process: ClassVar[bool] = True
+    """Whether the model lies in the ranks' own processes, where any question can be put to it."""
     burden: ClassVar[int] = 10
     """How much can go wrong with it: of two that take about the same time the planner takes the lower."""
     graphs: ClassVar[bool] = False

@@ -16,12 +16,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
+from heretic_ds.settings.benchmark import BenchmarkSettings
 from heretic_ds.settings.export import ExportSettings as ExportSettings
 from heretic_ds.settings.fields import FINITE
 from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.tracking import TrackingSettings
 
-TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan", "geometry")
+TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan", "geometry", "benchmark")
 PHASES = ("capture", "evaluate")
 """Phases in which the model is laid out, each by a placement of its own."""
 
@@ -41,7 +42,8 @@ class TaskSettings:
     name: str = within("abliterate", choices=TASKS)
     """``abliterate`` (search, verify, export), ``evaluate`` (score the model, edited or not), ``export`` (write a trial
     of an earlier run), ``upload`` (write that to the hub), ``chat`` (talk to the model, edited or not), ``plan`` (say
-    what it takes) or ``geometry`` (measure and draw the residuals that directions are made of)."""
+    what it takes), ``geometry`` (measure and draw the residuals that directions are made of) or ``benchmark`` (ask the
+    original and the exported model what benchmarks ask)."""
     answer_tokens: int = within(1024, ge=1)
     """Longest answer of ``task=chat``, in tokens."""
     against: Optional[str] = None
@@ -294,6 +296,7 @@ class Settings:
     generation: GenerationSettings = field(default_factory=GenerationSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     run: RunSettings = field(default_factory=RunSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)

@@ -11,6 +11,7 @@ from rich.console import Console
 from heretic_ds.ablation import Edit
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
+from heretic_ds.export.upload import upload_export
 from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import Job
 from heretic_ds.placements import Engine, Evaluating, build_engine
@@ -84,8 +85,16 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         write_report(run)
         return run.records, pareto_front(run.records)
 
-    folder, max_kl = str(export_dir(run.settings)), run.settings.export.max_kl
-    actions = MenuActions(save, talk_to, more_trials, folder, max_kl, run.scorer)
+    def upload(index: int, folder: str, repository: str, private: bool) -> None:
+        wanted = path_of(folder, "folder")
+        save(index, folder)
+        log.info("the model is at %s", upload_export(wanted, repository, private, run.settings.export.overwrite))
+
+    chosen, folder = run.settings.export, str(export_dir(run.settings))
+    repository = chosen.repo or f"{model_title(run.job).rsplit('/', 1)[-1]}-abliterated"
+    actions = MenuActions(
+        save, talk_to, more_trials, upload, folder, repository, chosen.private, chosen.max_kl, run.scorer
+    )
     run_menu(actions, run.records, front, asker_at(run.console), run.console)
     run.save()
     return objective_of(run.results)

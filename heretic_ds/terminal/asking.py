@@ -32,6 +32,10 @@ class Asker(Protocol):
         """A folder's path, as it was typed."""
         ...
 
+    def text(self, question: str, default: str) -> str:
+        """A word or a line, as it was typed."""
+        ...
+
 
 def at_a_terminal() -> bool:
     """Whether keys can be read one by one, and the screen be drawn on."""
@@ -62,6 +66,9 @@ class Lines:
         return self._whole(question, default, 0, None)
 
     def folder(self, question: str, default: str) -> str:
+        return self.text(question, default)
+
+    def text(self, question: str, default: str) -> str:
         return self.ask(f"{question}, or Enter for {default}: ").strip() or default
 
     def _whole(self, question: str, default: int, low: int, high: int | None) -> int:
@@ -104,6 +111,11 @@ class Keys:
 
         asked = path(f"{question} (Tab completes; Enter: {default})", qmark="", only_directories=True, **self._ends)
         return str(asked.unsafe_ask()).strip() or default
+
+    def text(self, question: str, default: str) -> str:
+        from questionary import text
+
+        return str(text(f"{question} (Enter: {default})", qmark="", **self._ends).unsafe_ask()).strip() or default
 
 
 def _take_numbers(question: Question, count: int) -> None:

@@ -1,4 +1,4 @@
-"""The menu at the end of a search: choose a trial, save it, talk to it, run more trials, leave.
+"""The menu at the end of a search: choose a trial, save it, talk to it, upload it, run more trials, leave.
 
 Control flow only: what the choices do and how they are asked for is given by the caller, so that it runs without a
 model and a terminal.
@@ -38,8 +38,14 @@ class MenuActions:
     """Talk to the model with the edit of the trial of this index."""
     more_trials: Callable[[int], Trials]
     """Run so many more trials."""
+    upload: Callable[[int, str, str, bool], None]
+    """Save the trial of this index in this folder, and upload it to this repository, private or not."""
     default_dir: str
     """Folder offered to save to."""
+    default_repo: str
+    """Repository offered to upload to."""
+    private: bool = True
+    """Whether a repository is made private unless the user says otherwise."""
     max_kl: float = math.inf
     """Largest KL (nats) of the trial that a run without a menu would choose."""
     scorer: str = REFUSALS
@@ -94,14 +100,23 @@ class _Menu:
     def use(self, index: int) -> None:
         """The menu of one trial."""
         while True:
-            number = self.pick(["save the model", "chat with it", "back"], f"trial {index}", 0)
-            if number == 2:
+            choices = ["save the model", "chat with it", "upload it to the hub", "back"]
+            number = self.pick(choices, f"trial {index}", 0)
+            if number == 3:
                 return
-            self.attempt((self.save, self.actions.chat)[number], index)
+            self.attempt((self.save, self.actions.chat, self.upload)[number], index)
 
     def save(self, index: int) -> None:
         """Ask for a folder and save there."""
         self.actions.save(index, self.ask(self.asker.folder, "folder", self.actions.default_dir))
+
+    def upload(self, index: int) -> None:
+        """Ask for a folder and a repository; save there, and upload that."""
+        folder = self.ask(self.asker.folder, "folder", self.actions.default_dir)
+        repository = self.ask(self.asker.text, "repository", self.actions.default_repo)
+        seen = ["private: you alone can see it", "public: everybody can see it"]
+        private = self.pick(seen, "a new repository is", 0 if self.actions.private else 1) == 0
+        self.actions.upload(index, folder, repository, private)
 
     def attempt(self, action: Callable[[int], Any], argument: int) -> Any:
         """What the action returns; a mistake the user can mend is shown, and Ctrl-C comes back to the menu."""

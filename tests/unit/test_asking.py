@@ -69,6 +69,13 @@ def test_a_folder(asker: Keys, keys: PipeInput) -> None:
     assert asker.folder("folder", "elsewhere") == "elsewhere"
 
 
+def test_a_line_of_text(asker: Keys, keys: PipeInput) -> None:
+    keys.send_text("me/mine \r")
+    assert asker.text("repository", "tiny") == "me/mine"
+    keys.send_text("\r")
+    assert asker.text("repository", "tiny") == "tiny"
+
+
 def test_folders_are_completed_and_files_are_not(
     asker: Keys, keys: PipeInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

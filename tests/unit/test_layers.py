@@ -17,7 +17,7 @@ LAYERS = (
     {"__main__", "cli", "launching"},
     {"pipeline", "library"},
     {"stages"},
-    {"planner", "report", "terminal", "tracking"},
+    {"planner", "report", "terminal", "tracking", "harness"},
     {"search", "export"},
     {"placements"},
     {"job"},

@@ -35,7 +35,9 @@ class Session:
         self.questions: list[str] = []
         self.output = io.StringIO()
         console = Console(file=self.output, width=120)
-        actions = MenuActions(self.save, self.chat, self.more_trials, "runs/tiny/model", max_kl)
+        actions = MenuActions(
+            self.save, self.chat, self.more_trials, self.upload, "runs/tiny/model", "tiny-abliterated", max_kl=max_kl
+        )
         run_menu(actions, self.records, self.front, Lines(self.ask, console), console)
         assert not self.answers, "the menu left before all answers were used"
 
@@ -61,6 +63,9 @@ class Session:
     def chat(self, index: int) -> None:
         self.act("chat", index)
 
+    def upload(self, index: int, folder: str, repository: str, private: bool) -> None:
+        self.act("upload", index, folder, repository, private)
+
     def more_trials(self, count: int):
         self.act("more", count)
         return [*self.records, Trial(12, 0, 0.002)], [12]
@@ -73,28 +78,36 @@ def test_front_is_shown_in_its_order() -> None:
 
 
 def test_save_chat_and_back() -> None:
-    session = Session("1", "1", "", "1", " elsewhere ", "2", "3", "2", "2", "3", "4")
+    session = Session("1", "1", "", "1", " elsewhere ", "2", "4", "2", "2", "4", "4")
     assert session.done == [
         ("save", 7, "runs/tiny/model"), ("save", 7, "elsewhere"), ("chat", 7), ("chat", 4),
     ]  # fmt: skip
 
 
+def test_upload_asks_for_folder_repository_and_who_sees_it() -> None:
+    session = Session("1", "3", "", "", "", "3", "elsewhere", "me/mine", "2", "4", "4")
+    assert session.done == [
+        ("upload", 7, "runs/tiny/model", "tiny-abliterated", True), ("upload", 7, "elsewhere", "me/mine", False),
+    ]  # fmt: skip
+    assert "1  private: you alone can see it" in session.text
+
+
 def test_questions_survive_a_console_that_reads_markup() -> None:
     """Text in square brackets would vanish where the caller asks through rich."""
-    session = Session("1", "1", "", "3", "3", "2", "4")
+    session = Session("1", "1", "", "4", "3", "2", "4")
     assert any("runs/tiny/model" in question for question in session.questions)
     assert not any("[" in question for question in session.questions)
 
 
 def test_more_trials_bring_a_new_front() -> None:
-    session = Session("3", "20", "1", "2", "3", "3")
+    session = Session("3", "20", "1", "2", "4", "3")
     assert session.done == [("more", 20), ("chat", 12)]
     assert Session("3", "0", "4").done == []
 
 
 def test_enter_alone_takes_the_default_that_was_said() -> None:
     """The rule's choice, saving, its folder, and so many trials."""
-    session = Session("", "", "", "3", "3", "", "3")
+    session = Session("", "", "", "4", "3", "", "3")
     assert session.done == [("save", 7, "runs/tiny/model"), ("more", MORE_TRIALS)]
     assert [question.split(", or ")[1] for question in session.questions] == [
         "Enter for 1: ", "Enter for 1: ", "Enter for runs/tiny/model: ", "Enter for 1: ", "Enter for 1: ",
@@ -107,7 +120,7 @@ def test_the_rule_and_what_a_kl_means_are_said() -> None:
     assert "would choose trial 7: the fewest refusals with a KL of at most 0.1 (export.max_kl)" in text
     assert "KL of 0.0625 means that at most 18 % of the probability of an answer's first token moved" in text
     assert "1  trial 7: 0 refusals, KL 0.0625 (by the rule)" in Session("4").text
-    session = Session("", "2", "3", "4", max_kl=0.02)
+    session = Session("", "2", "4", "4", max_kl=0.02)
     assert session.done == [("chat", 4)] and "2  trial 4: 3 refusals, KL 0.01 (by the rule)" in session.text
     none = Session("", "4", "3", max_kl=0.001)
     assert none.done == [("more", 4)] and "the closest is trial 4. Its KL of 0.01 means" in " ".join(none.text.split())
@@ -127,26 +140,26 @@ def test_no_more_probability_moves_than_is_said(pairs: list[tuple[float, float]]
 
 @pytest.mark.parametrize("nonsense", ["0", "5", "-1", "x", "1.5", "²", "1 2", "[/red]"])
 def test_bad_input_asks_again(nonsense: str) -> None:
-    session = Session(nonsense, "2", nonsense.replace("0", "x"), "2", "3", "4")
+    session = Session(nonsense, "2", nonsense.replace("0", "x"), "2", "4", "4")
     assert session.done == [("chat", 4)]
     assert "expected a whole number from 1 to 4" in session.text
 
 
 @pytest.mark.parametrize("end", [EOFError(), KeyboardInterrupt()])
-@pytest.mark.parametrize("before", [[], ["1"], ["1", "1"], ["3"]])
+@pytest.mark.parametrize("before", [[], ["1"], ["1", "1"], ["1", "3", ""], ["1", "3", "", ""], ["3"]])
 def test_end_of_input_leaves_from_everywhere(before: list[str], end: BaseException) -> None:
     assert Session(*before, end).done == []
 
 
 @pytest.mark.parametrize("error", [UserError("export.dir=x [is] full"), SearchFailed("nothing found")])
 def test_errors_are_shown_and_the_menu_goes_on(error: Exception) -> None:
-    session = Session("1", "1", "", "2", "3", "3", "5", "4", fail=error)
+    session = Session("1", "1", "", "2", "4", "3", "5", "4", fail=error)
     assert session.done == [("save", 7, "runs/tiny/model"), ("chat", 7), ("more", 5)]
     assert session.text.count(str(error)) == 3
 
 
 def test_ctrl_c_in_an_action_comes_back_to_the_menu() -> None:
-    assert Session("1", "1", "", "3", "4", fail=KeyboardInterrupt()).done == [("save", 7, "runs/tiny/model")]
+    assert Session("1", "1", "", "4", "4", fail=KeyboardInterrupt()).done == [("save", 7, "runs/tiny/model")]
 
 
 def test_other_errors_are_not_swallowed() -> None:
@@ -157,7 +170,9 @@ def test_other_errors_are_not_swallowed() -> None:
 def test_an_empty_front_still_offers_more_trials() -> None:
     output = io.StringIO()
     answers = iter(["2"])
-    actions = MenuActions(lambda i, d: None, lambda i: None, lambda n: ([], []), default_dir="x")
+    actions = MenuActions(
+        lambda i, d: None, lambda i: None, lambda n: ([], []), lambda *given: None, default_dir="x", default_repo="y"
+    )
     console = Console(file=output)
     run_menu(actions, [], [], Lines(lambda question: next(answers), console), console)
     assert "1  run more trials" in output.getvalue()

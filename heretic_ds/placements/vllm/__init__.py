@@ -45,6 +45,7 @@ class Vllm(Placement):
     """vLLM's engine in a process of its own for each replica; edits in place, or in outputs, many trials a pass."""
 
     name, phases = "vllm", frozenset({"evaluate"})
+    in_process = False
     burden = 9
 
     @dataclass
