@@ -57,6 +57,12 @@ def note_failed_capture() -> None:
     _captures["failed"] = True
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was given: what is timed without that is how long giving it took."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.synchronize(device)
+
+
 def peak_memory() -> dict[str, int]:
     """Peak bytes used so far by this process on the host, and on its device (0 without one)."""
     host = _host_peak()

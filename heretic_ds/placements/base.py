@@ -43,6 +43,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def batch_bytes(self) -> dict[str, int]:
+        """By phase, where a batch size was measured here: what such batches take beside the weights; 0: not asked."""
+        ...
+
+    @property
     def degree(self) -> int:
         """Ranks that hold one replica of the model together."""
         ...
@@ -73,9 +78,12 @@ class Capturing(Engine, Protocol):
         ...
 
     def generate(
-        self, prompts: TokenRows, edits: Sequence[None], decided: Decided | None = None
+        self, prompts: TokenRows, edits: Sequence[None], decided: Decided | None = None, at_once: int = 0
     ) -> list[list[list[int]]]:
-        """Greedy answers of the original model; see :meth:`Evaluating.generate`."""
+        """Greedy answers of the original model; see :meth:`Evaluating.generate`.
+
+        With ``at_once``, so many rows are in a batch where its size was not measured yet, which this then leaves open.
+        """
         ...
 
 

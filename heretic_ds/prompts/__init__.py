@@ -2,5 +2,5 @@
 
 from heretic_ds.prompts.batching import Batch, PromptSet, TokenRows, check_lengths, pad_left
 from heretic_ds.prompts.chat import ChatFormat, decode_answers
-from heretic_ds.prompts.prefix import detect_response_prefix, find_response_prefix
+from heretic_ds.prompts.prefix import Parting, detect_response_prefix, find_response_prefix, start_apart
 from heretic_ds.prompts.sources import Prompts, load_prompts, read_prompts

@@ -12,6 +12,46 @@ from heretic_ds.settings import ThinkingMarker
 # Closing a chain of thought uncovers what answers start with, which is looked for once more.
 _MOST_ROUNDS = 2
 _WORD = r"[\w'’-]"
+_BROKEN = "\ufffd"
+"""In the place of a character of which only the first bytes are there."""
+
+_TOKENS_AFTER_PARTING = 4
+"""Tokens that answers go on for once they differ."""
+
+
+class Parting:
+    """Which answers need go no further, for the sake of what all of them begin with: told while they are generated."""
+
+    def __init__(self) -> None:
+        self._alike: list[int] = []
+        """The tokens that all answers seen so far begin with, as far as these go."""
+        self._parted = False
+        """Whether they have been seen to end."""
+
+    def __call__(self, answers: Sequence[Sequence[int]]) -> list[bool]:
+        """Take what some answers begin with, and say of each whether it goes on beyond what all begin with.
+
+        A little beyond: tokens that differ may begin with the same characters, and those are still common.
+        """
+        self.see(answers)
+        enough = len(self._alike) + _TOKENS_AFTER_PARTING
+        return [self._parted and len(answer) > enough for answer in answers]
+
+    def see(self, answers: Sequence[Sequence[int]]) -> None:
+        """Take answers, or what some begin with, as token ids."""
+        for answer in answers:
+            shorter, longer = sorted((self._alike, list(answer)), key=len)
+            at = next((at for at, token in enumerate(shorter) if token != longer[at]), None)
+            if at is not None:
+                self._alike, self._parted = shorter[:at], True
+            elif not self._parted:
+                self._alike = longer
+
+
+def start_apart(answers: Sequence[str]) -> bool:
+    """Whether answers have no prefix in common, whatever others say: two of them begin with different characters."""
+    first = {answer[0] for answer in answers if answer.strip()}
+    return len(first) > 1 and _BROKEN not in first  # which may become any character as an answer goes on
 
 
 def detect_response_prefix(chat: ChatFormat, answer: Callable[[ChatFormat], Sequence[str]]) -> str:
@@ -53,7 +93,7 @@ def find_response_prefix(answers: Sequence[str], thinking: Sequence[ThinkingMark
 def _whole_tokens(common: str, answers: Sequence[str]) -> str:
     """The common text without a word, or a run of line breaks, that goes on in one of the answers."""
     following = [answer[len(common) : len(common) + 1] for answer in answers]
-    prefix = common.rstrip("\ufffd")
+    prefix = common.rstrip(_BROKEN)
     if any(re.match(_WORD, character) for character in following):
         prefix = re.sub(_WORD + r"+\Z", "", prefix)
     if any(character.isspace() for character in following):

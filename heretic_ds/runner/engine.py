@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -26,56 +25,20 @@ from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
 from heretic_ds.prompts import TokenRows
-from heretic_ds.runner.batch_sizes import PROBE_TOKENS, Batches
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
-from heretic_ds.runner.reuse import Reuse
 from heretic_ds.runner.rows import Row, Stop, answering, first_cut, rows_of
+from heretic_ds.runner.sizing import PROBE_TOKENS, Batches
 from heretic_ds.runner.taps import TakeResiduals, tapped, to_rank_0
+from heretic_ds.runner.traits import RunnerOptions, Traits
 from heretic_ds.scoring.base import Decided, ReadLogits
+
+__all__ = ["MOST_EDITS", "Runner", "RunnerOptions", "Traits"]
 
 log = logging.getLogger(__name__)
 
 MOST_EDITS = 64
 """Most edits of one pass where outputs are edited."""
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What is true of a model in one placement."""
-
-    name: str = "replicated"
-    """The placement's."""
-    rows_move: bool = True
-    """Rows may come and go in a batch, and batches be of any size."""
-    slots: bool = True
-    """Rows that move may lie in slots while they are answered."""
-    forward: Callable[[PreTrainedModel, Anatomy, int, bool, Comm], Reuse] = Reuse
-    """What passes are made by."""
-    edits: type[OutputEdits] | None = OutputEdits
-    """How outputs are edited, many trials in a pass; None where they cannot be."""
-    retries: bool = True
-    """A pass in which memory ran out can be tried again with fewer rows."""
-    graphs: bool = False
-    """Steps of decoding may be captured: no rank waits for another within them."""
-    decoding: Callable[[int], AbstractContextManager[Any]] = nullcontext
-    """A context for answers of at most so many tokens."""
-    close: Callable[[], object] = lambda: None
-    """What is to be given back with the model."""
-
-
-@dataclass(frozen=True)
-class RunnerOptions:
-    """What a user chooses of how passes are run."""
-
-    max_new_tokens: int = 100
-    """Longest answer."""
-    batch_size: int = 0
-    """Rows per batch; 0: measured."""
-    cuda_graphs: bool = False
-    """Capture steps of decoding where placement, device and model allow it."""
-    prefill_reuse: bool = False
-    """Passes of edited models over prompts leave out what is the original's, where placement and model allow it."""
 
 
 class Runner:
@@ -110,7 +73,7 @@ class Runner:
         self._decoder = Decoder(self._forward, anatomy, in_slots, options.cuda_graphs and traits.graphs)
         self._batches = Batches(comm, self._device, traits.name, options.max_new_tokens, traits.retries)
         self._batches.evictable += [self._forward, self._decoder]
-        self._batches.starts_late = self._forward.wanted
+        self._batches.measured.starts_late = self._forward.wanted
         if options.batch_size:
             self.batch_sizes.update(dict.fromkeys(("capture", "kl", "generate"), options.batch_size))
         self._keeps_blocks = traits.rows_move and self._device.type == "cpu"
@@ -121,6 +84,11 @@ class Runner:
     def batch_sizes(self) -> dict[str, int]:
         """Rows per batch by phase (``capture``, ``kl``, ``generate``), as set, measured or halved."""
         return self._batches.sizes
+
+    @property
+    def batch_bytes(self) -> dict[str, int]:
+        """By phase, where a batch size was measured here: what such batches take beside the weights; 0: not asked."""
+        return self._batches.measured.bytes
 
     @property
     def degree(self) -> int:
@@ -140,7 +108,6 @@ class Runner:
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
         """Mean residuals [L+1, D], float64, at the last position of each prompt."""
         rows, own, means = self._own_rows(prompts), self._comm.shares.own(len(prompts)), ResidualMeans()
-        self._batches.find(rows, "capture", self._residuals)
         with progress.work("residuals", len(rows), "prompts") as work:
             for batch, residual_BLD in self._batches.over(rows, "capture", self._residuals, self._cut):
                 counted = [place for place, row in enumerate(batch) if row.index < own]
@@ -206,7 +173,7 @@ class Runner:
         if "kl" not in self.batch_sizes:
             self._editor.set_edit(self._applied)
             most = self.max_edits_per_pass
-            self._batches.find(rows_of(own), "kl", sample, most)
+            self._batches.find(rows_of(own), "kl", sample, most, "capture")
         for together in self._passes(edits):
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
@@ -221,9 +188,15 @@ class Runner:
         return result
 
     def generate(
-        self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None
+        self, prompts: TokenRows, edits: Sequence[Edit | None], decided: Decided | None = None, at_once: int = 0
     ) -> list[list[list[int]]]:
-        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``."""
+        """Greedy answers as token ids, without the end token: ``[edit][prompt][token]``.
+
+        With ``at_once``, so many rows are in a batch where its size was not measured yet, which this then leaves open.
+        """
+        if at_once and "generate" not in self.batch_sizes:
+            with self._batches.for_now("generate", at_once):
+                return self.generate(prompts, edits, decided)
         own, result = [prompts[index] for index in self._comm.shares.share(len(prompts))], []
         stop = Stop(self._ends, self._options.max_new_tokens, decided)
         if "generate" not in self.batch_sizes or not self._decoder.settled:  # else edited weights may stay for a while

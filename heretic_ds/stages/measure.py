@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from heretic_ds.ablation import Ablation, behaviour_directions
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
-from heretic_ds.prompts import ChatFormat, decode_answers, detect_response_prefix
+from heretic_ds.prompts import ChatFormat, Parting, decode_answers, detect_response_prefix, start_apart
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import REFUSALS
 from heretic_ds.run_folder import write_atomically
@@ -25,11 +24,11 @@ from heretic_ds.stages.opening import Run
 
 log = logging.getLogger(__name__)
 
-_PREFIX_PROMPTS = 100
-"""Train prompts of each kind whose answers show the response prefix."""
-
-_TOKENS_AFTER_PARTING = 4
-"""Tokens that answers go on for once they differ."""
+_PREFIX_PROMPTS = (4, 16, 100)
+"""Train prompts of each kind whose answers show the response prefix: all are asked only where the first few answers
+leave it open whether there is one."""
+_FEW = 8
+"""Rows of a batch that need no measuring."""
 
 
 def find_response_prefix(run: Run) -> None:
@@ -51,17 +50,21 @@ def find_response_prefix(run: Run) -> None:
 
 
 def _answers_until_they_part(run: Run, engine: Capturing, chat: ChatFormat) -> list[str]:
-    """The original model's answers to train prompts of both kinds, generated until a little after they differ."""
-    texts = [text for kind in ("target", "baseline") for text in run.job.texts[f"{kind}.train"][:_PREFIX_PROMPTS]]
-    rows = [chat.encode(text) for text in texts]
-
-    def parted(answers: Sequence[Sequence[int]]) -> list[bool]:
-        # Not at once: tokens that differ may begin with the same characters, and those are still common.
-        length = min(len(answer) for answer in answers) - _TOKENS_AFTER_PARTING
-        return [length > 0 and any(answer[:length] != answers[0][:length] for answer in answers)] * len(answers)
-
-    answers = engine.generate(rows, [None], parted)[0]
-    return decode_answers(run.job.opened.tokenizer, answers, keep_special=True)
+    """The original model's answers to train prompts of both kinds, generated until a little after they differ; no more
+    of them than it takes to see that they start apart."""
+    kinds = [run.job.texts[f"{kind}.train"] for kind in ("target", "baseline")]
+    parting, found, asked = Parting(), list[str](), 0
+    for most in _PREFIX_PROMPTS:
+        rows = [chat.encode(text) for texts in kinds for text in texts[asked:most]]
+        if rows:
+            few = _FEW if most < _PREFIX_PROMPTS[-1] else 0  # for all of them measuring is worth it
+            answers = engine.generate(rows, [None], parting, few)[0]
+            parting.see(answers)
+            found += decode_answers(run.job.opened.tokenizer, answers, keep_special=True)
+        if start_apart(found):
+            break
+        asked = most
+    return found
 
 
 def capture_directions(run: Run) -> None:

@@ -189,7 +189,8 @@ def most_rows_tried(world: World, folder: str) -> int:
     engine.model.register_forward_pre_hook(
         lambda module, args, kwargs: tried.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    with mock.patch("heretic_ds.runner.batch_sizes.rows_that_fit", lambda run, most, device: 3 - world.rank):
+    room = mock.Mock(of=lambda rows: rows, rows_within=lambda free: 3 - world.rank)
+    with mock.patch("heretic_ds.runner.sizing.sizes.working_memory", lambda run, most, device: room):
         Divergence().begin(engine, prompts())
     engine.close()
     return max(tried)

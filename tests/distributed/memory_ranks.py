@@ -71,6 +71,18 @@ def starved_scores(world: World, folder: str, placement: str, batch_size: int) -
         return {"found": found, "expected": expected, "sizes": dict(engine.batch_sizes)}
 
 
+def measured_by_its_passes(world: World, folder: str) -> dict[str, Any]:
+    """Means of many prompts whose batch size is measured by the first of their passes, where the last rank has memory
+    for three of the longest; beside those of one prompt at a time."""
+    many = prompts() * 6
+    with contextlib.closing(engine_of(world, folder, "replicated", 1)) as engine:
+        expected = engine.capture(many)
+    with contextlib.closing(engine_of(world, folder, "replicated", 0)) as engine:
+        with starved(engine, 40) if world.rank == world.size - 1 else contextlib.nullcontext():
+            means = engine.capture(many)
+        return {"means": means, "expected": expected, "size": engine.batch_sizes["capture"]}
+
+
 def answers_of_a_starved_head(world: World, folder: str, placement: str) -> list[Any]:
     """Answers, and the rows of a batch that is left, where the last rank has memory for two rows in the head; and those
     with memory enough."""

@@ -30,6 +30,14 @@ def test_both_ranks_go_on_with_as_many_rows(ranks, folder, placement, batch_size
         assert found["answers"] == expected["answers"]
 
 
+def test_replicas_go_on_measuring_alike_where_one_has_less_memory(ranks, folder):
+    """Each has prompts of its own, and passes those again that did not fit, while the other has gone on."""
+    first, second = ranks(2).run(work.measured_by_its_passes, folder=folder)
+    assert first["size"] == second["size"] and 1 <= first["size"] <= 3
+    for rank in (first, second):
+        torch.testing.assert_close(rank["means"], rank["expected"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [7, 0], ids=["in a pass", "in measuring"])
 def test_both_ranks_end_with_one_sentence_where_weights_are_gathered(ranks, folder, batch_size):
     said = [each["said"] for each in ranks(2).run(

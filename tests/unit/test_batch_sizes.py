@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from heretic_ds.errors import UserError
-from heretic_ds.runner import batch_sizes
-from heretic_ds.runner.batch_sizes import Batches, measure_batch_size
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.rows import Row
+from heretic_ds.runner.sizing import Batches, sizes
+from heretic_ds.runner.sizing.measure import WorkingMemory, measure_batch_size
 
 
 class Machine:
@@ -27,18 +27,24 @@ class Machine:
         return rows <= self._room
 
     def best(self, most: int = 64) -> int:
-        return measure_batch_size(self.run, most, "capture", clock=lambda: self.now)
+        return measure_batch_size(self.run, most, clock=lambda: self.now)
 
 
 def test_the_batch_with_the_best_throughput_is_found() -> None:
     assert Machine(lambda n: 0.1 + 0.01 * n).best() == 64  # every row more is worth it
     assert Machine(lambda n: 0.01 * n).best() == 1  # none is
     assert Machine(lambda n: 0.1 + 0.01 * n + (0.2 * (n - 24) if n > 24 else 0)).best() == 24  # no power of two
+    assert Machine(lambda n: 0.1 + 0.01 * n).best(41) == 41
 
 
-def test_one_size_that_gains_nothing_does_not_end_it() -> None:
-    steps = {1: 1.0, 2: 1.99, 4: 3.0, 8: 5.0, 16: 9.0}
-    assert Machine(lambda n: steps.get(n, float(n))).best(16) == 16
+def test_sizes_that_can_gain_nothing_are_not_tried() -> None:
+    """Where rows have come to cost as much each as they ever will, and where a few sizes between gained nothing."""
+    clear = Machine(lambda n: 0.001 + 0.1 * n)
+    assert clear.best(512) in (1, 4) and max(clear.runs) <= 16
+    nearly = Machine(lambda n: 0.03 + 0.1 * n)
+    assert nearly.best(512) == 16 and max(nearly.runs) == 16
+    spilling = Machine(lambda n: 1 + 0.1 * n + (n > 20) * n)
+    assert spilling.best(512) in (16, 24) and sorted(set(spilling.runs)) == [1, 4, 16, 24, 32, 64]
 
 
 def test_a_disturbed_run_does_not_count() -> None:
@@ -49,15 +55,19 @@ def test_a_disturbed_run_does_not_count() -> None:
 def test_runs_that_take_long_are_few() -> None:
     machine = Machine(lambda n: 1.0 + n)
     machine.best(4)
-    assert [machine.runs.count(size) for size in (1, 2, 4)] == [2, 1, 1]
+    assert [machine.runs.count(size) for size in (1, 4)] == [2, 1]
+
+
+def test_a_size_that_gains_nothing_is_tried_once_more() -> None:
+    machine = Machine(lambda n: 1.0 + 0.01 * n + 9 * (machine.runs.count(n) == 1 and n in (4, 64)))
+    assert machine.best() == 64 and [machine.runs.count(size) for size in (4, 16, 64)] == [2, 1, 2]
 
 
 def test_what_does_not_fit_is_not_tried_with_more() -> None:
-    machine = Machine(lambda n: 0.1 + 0.01 * n, room=20)
-    assert machine.best() == 16
-    assert max(machine.runs) == 32
-    with pytest.raises(UserError, match="a single prompt does not fit in memory while capture runs"):
-        Machine(lambda n: 1.0, room=0).best()
+    machine = Machine(lambda n: 1.0 + 0.01 * n, room=20)
+    assert 16 <= machine.best() <= 20
+    assert max(machine.runs) == 64
+    assert Machine(lambda n: 1.0, room=0).best() == 0
 
 
 class Ranks:
@@ -75,11 +85,11 @@ class Ranks:
 
 def test_ranks_run_alike_and_come_to_one_size() -> None:
     first, second, ranks = Machine(lambda n: 0.1 + 0.01 * n), Machine(lambda n: 0.01 * n), Ranks()
-    found = measure_batch_size(first.run, 64, "capture", ranks, clock=lambda: first.now)  # type: ignore[arg-type]
+    found = measure_batch_size(first.run, 64, ranks, clock=lambda: first.now)  # type: ignore[arg-type]
     heard = iter(ranks.told)
     ranks.most = ranks.least = lambda value: next(heard)  # type: ignore[method-assign]
     other: dict[str, Any] = {"clock": lambda: second.now, "amount": lambda rows: 1.0}
-    assert measure_batch_size(second.run, 64, "capture", ranks, **other) == found  # type: ignore[arg-type]
+    assert measure_batch_size(second.run, 64, ranks, **other) == found  # type: ignore[arg-type]
     assert second.runs == first.runs and next(heard, None) is None
 
 
@@ -120,7 +130,9 @@ class ThreeLess(Comm):
 def test_the_least_of_all_ranks_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, and on every device where memory that has run out cannot be recovered from."""
     ran: list[int] = []
-    monkeypatch.setattr(batch_sizes, "rows_that_fit", lambda run, most, device: 6)
+    room = WorkingMemory(0.0, 1.0)
+    monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: room)
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 10.0)  # for six rows
     for device, retries in (("cpu", True), ("cpu", False), ("cuda", False)):
         ran.clear()
         batches_on(device, ThreeLess(), retries).find(
@@ -143,6 +155,86 @@ def test_memory_that_runs_out_while_it_is_measured() -> None:
         alone = batches_on(device)
         alone.find(rows, "kl", full)
         assert 1 <= alone.sizes["kl"] <= 3
+
+
+class Clocked:
+    """Work on batches, by a clock of its own and with memory for some rows; what it gives is the rows' indices."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int = 1000, free: float = 1e9) -> None:
+        self.now, self.ran, self.room = 0.0, list[int](), room
+        for name in ("process_time", "perf_counter"):
+            monkeypatch.setattr(sizes.time, name, lambda: self.now)
+        monkeypatch.setattr(sizes, "free_bytes", lambda device: free)
+        monkeypatch.setattr(sizes, "peak_of", lambda run, device: run() or 100 * self.ran[-1])
+
+    def __call__(self, rows: Sequence[Row]) -> list[int]:
+        self.ran.append(len(rows))
+        self.now += 1 + 0.01 * sum(map(len, rows))
+        if len(rows) > self.room:
+            raise torch.OutOfMemoryError("pretended")
+        return [row.index for row in rows]
+
+
+def numbered(count: int) -> list[Row]:
+    return [Row([5] * 4, index) for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 30, 400])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_by_which_a_size_is_measured_are_of_use(
+    count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row is passed once, in its order, and no row for the measuring alone."""
+    batches, work = batches_on(device), Clocked(monkeypatch)
+    found = [index for _, each in batches.over(numbered(count), "capture", work) for index in each]
+    assert found == list(range(count)) and sum(work.ran) == count
+    sizes_tried = {1: [1], 2: [1, 1], 5: [1, 1, 3], 6: [1, 1, 4], 30: [1, 1, 4, 16, 8], 400: [1, 1, 4, 16, 64, 256, 58]}
+    assert work.ran == sizes_tried[count]
+    assert 1 <= batches.sizes["capture"] <= max(work.ran) and "capture" in batches.measured.bytes
+    if count == 400:
+        assert batches.sizes["capture"] == 256
+        assert batches.measured.bytes["capture"] == (25_600 if device == "cpu" else 0)
+    settled, more = batches.sizes["capture"], work.ran.copy()
+    list(batches.over(numbered(settled + 1), "capture", work))
+    assert work.ran == [*more, settled, 1]
+
+
+def test_measuring_keeps_to_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a CPU it is asked before it is taken, whereas an accelerator may say that it has no more."""
+    batches, work = batches_on("cpu"), Clocked(monkeypatch, free=2 * 100 * 9)
+    list(batches.over(numbered(60), "capture", work))
+    assert max(work.ran) == batches.sizes["capture"] == 9
+    batches, work = batches_on("cuda"), Clocked(monkeypatch, room=20)
+    rows = [index for _, each in batches.over(numbered(200), "capture", work) for index in each]
+    assert rows == list(range(200)) and 16 <= batches.sizes["capture"] <= 20
+    with pytest.raises(UserError, match="a single prompt does not fit in memory while capture runs"):
+        list(batches_on("cuda").over(numbered(9), "capture", Clocked(monkeypatch, room=0)))
+
+
+def test_passes_like_those_that_were_measured_get_batches_of_as_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches, work = batches_on("cpu"), Clocked(monkeypatch)
+    monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: run(2) or WorkingMemory(100.0, 100.0))
+    list(batches.over(numbered(400), "capture", work))
+    work.ran.clear()
+    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    assert batches.sizes["kl"] == 256 * 4 // 16 and batches.measured.bytes["kl"] == 6400
+    assert work.ran == [2]  # for the memory that they take
+    batches.measured.starts_late = True  # about half of a row is computed
+    del batches.sizes["kl"]
+    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    assert batches.sizes["kl"] == 90
+    del batches.sizes["kl"]
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 2 * 700.0)
+    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    assert batches.sizes["kl"] == 7
+
+
+def test_a_size_for_now_is_not_kept() -> None:
+    batches = batches_on("cpu")
+    with pytest.raises(KeyError), batches.for_now("generate", 8):
+        assert batches.sizes == {"generate": 8}
+        raise KeyError
+    assert batches.sizes == {}
 
 
 def test_a_batch_is_never_made_empty() -> None:

@@ -19,12 +19,12 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits import tables
 from heretic_ds.runner import decode as decoding
 from heretic_ds.runner import graphs, slots
-from heretic_ds.runner.batch_sizes import Batches
 from heretic_ds.runner.comm import PeerRanOut
 from heretic_ds.runner.decode import Decoder
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.graphs import Graphs
+from heretic_ds.runner.sizing import Batches
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder

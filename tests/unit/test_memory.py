@@ -12,29 +12,31 @@ import torch
 
 from heretic_ds import memory
 from heretic_ds.memory import give_back_memory, peak_memory
-from heretic_ds.runner import batch_sizes
+from heretic_ds.runner.sizing import measure
+from heretic_ds.runner.sizing.measure import WorkingMemory, working_memory
 from heretic_ds.stages.start import _device
 
 CPU = torch.device("cpu")
 
 
 def test_rows_that_fit_follow_the_memory_of_small_batches(monkeypatch):
-    peaks = {1: 10_000, 4: 40_000}
+    peaks = {1: 10_000, 3: 32_000, 4: 43_000}
     seen: list[int] = []
-    monkeypatch.setattr(batch_sizes, "free_bytes", lambda device: 2_000_000)
 
     def peak_of(run, device):
         run()
         return peaks[seen[-1]]
 
-    monkeypatch.setattr(batch_sizes, "peak_of", peak_of)
-    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 1 + (1_000_000 - 10_000) // 10_000
-    assert seen == [1, 1, 4]
-    assert batch_sizes.rows_that_fit(seen.append, 30, CPU) == 30
-    monkeypatch.setattr(batch_sizes, "free_bytes", lambda device: 4_000)
-    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 1
-    monkeypatch.setattr(batch_sizes, "peak_of", lambda run, device: run())
-    assert batch_sizes.rows_that_fit(seen.append, 512, CPU) == 512
+    monkeypatch.setattr(measure, "peak_of", peak_of)
+    found = working_memory(seen.append, 512, CPU)
+    assert seen == [1, 1, 4] and [found.of(rows) for rows in (1, 2, 4)] == [10_000, 21_000, 43_000]
+    assert found.rows_within(2_000_000) == 1 + (1_000_000 - 10_000) // 11_000  # half of what is free
+    assert found.rows_within(4_000) == 1
+    assert working_memory(seen.append, 3, CPU) == WorkingMemory(10_000, 11_000)
+    seen.clear()
+    assert working_memory(seen.append, 1, CPU) is None and seen == [1]
+    monkeypatch.setattr(measure, "peak_of", lambda run, device: run())
+    assert working_memory(seen.append, 512, CPU) is None
 
 
 def test_a_peak_is_measured_and_earlier_ones_are_not_forgotten():

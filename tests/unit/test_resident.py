@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, edit_weight
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
-from heretic_ds.runner.batch_sizes import Batches
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.rows import rows_of
+from heretic_ds.runner.sizing import Batches
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 
@@ -167,9 +169,9 @@ def test_batches_may_hold_rows_of_as_many_trials_as_a_pass(monkeypatch):
     """Whatever was asked for first: the original model's answers and distributions, before any trial."""
     engine, trials, find = engine_for(families.build("llama"), batch_size=0), {}, Batches.find
 
-    def noted(batches, rows, phase, work, count=1):
+    def noted(batches, rows, phase, work, count=1, like=""):
         trials[phase] = count
-        find(batches, rows, phase, work, count)
+        find(batches, rows, phase, work, count, like)
 
     monkeypatch.setattr(Batches, "find", noted)
     engine.prepare(ablation_for(engine))
@@ -292,23 +294,24 @@ def test_batch_sizes_are_measured_and_kept():
 def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(monkeypatch):
     asked, measured = [], []
 
-    def rows_that_fit(run, most, device):
+    def working_memory(run, most, device):
         run(2)
-        return 3
+        return SimpleNamespace(of=lambda rows: 100 * rows, rows_within=lambda free: 3)
 
     def measure_batch_size(run, most, *more):
-        run(1)
+        run(most)
         measured.append(most)
         return most
 
-    monkeypatch.setattr("heretic_ds.runner.batch_sizes.rows_that_fit", rows_that_fit)
-    monkeypatch.setattr("heretic_ds.runner.batch_sizes.measure_batch_size", measure_batch_size)
+    monkeypatch.setattr("heretic_ds.runner.sizing.sizes.working_memory", working_memory)
+    monkeypatch.setattr("heretic_ds.runner.sizing.sizes.measure_batch_size", measure_batch_size)
     options = RunnerOptions(64, prefill_reuse=True)
     engine = Runner(model := families.build("llama"), find_anatomy(model), families.tokenizer(), options)
     for phase in ("kl", "generate"):
         engine._batches.find(rows_of(prompts()), phase, lambda batch: asked.append([len(row) for row in batch]))
-    assert asked == [[11, 9], [6], [11 + 48, 9 + 48], [1]]  # 16 tokens of an answer are decoded in either
+    assert asked == [[11, 9], [6, 4, 3], [11 + 56, 9 + 56], [1, 1, 1]]  # 8 tokens of an answer are decoded in either
     assert measured == [3, 3] and engine.batch_sizes == {"kl": 3, "generate": 3}
+    assert engine.batch_bytes == {"kl": 300, "generate": 300}
 
 
 def test_decided_rows_stop_early_and_the_others_are_untouched():

@@ -54,6 +54,7 @@ class VllmEngine:
         self.dtype, self.degree = dtype, replicas.degree
         self.max_edits_per_pass = 1
         self.batch_sizes = {"kl": limits.rows, "generate": limits.rows}
+        self.batch_bytes: dict[str, int] = {}  # none of them was measured
         self._applied: Edit | None = None
         self._present: tuple[Edit | None, ...] = (None,)
         """The edit that the weights have now; empty after a change that failed."""
