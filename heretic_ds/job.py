@@ -50,13 +50,14 @@ class Job:
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
         """Read prompts, open the model and find its writers. Raises UserError for anything wrong with them."""
-        world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
+        local = world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
         found = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
         texts, rows = {n: each.texts for n, each in found.items()}, {n: each.rows for n, each in found.items()}
         scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
         choice = ModelChoice(**asdict(settings.model))
         # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
-        world.decide(lambda: open_model(choice) and None, "downloading the model")
+        opening = "downloading the model" if local is None else "opening the model"
+        world.decide(lambda: open_model(choice) and None, opening)
         opened = world.agree(lambda: open_model(choice), "opening the model")
         anatomy = world.agree(lambda: find_anatomy(opened.checked_skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))

@@ -95,6 +95,32 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
+class EarlierMessages(logging.Handler):
+    """What is said before there is a run folder, for its log to begin with; a context manager, until whose end at the
+    latest it listens."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[logging.LogRecord] = []
+        self._logger = logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember it."""
+        self.records.append(record)
+
+    def end(self) -> None:
+        """Listen no longer, and forget. Harmless when called again."""
+        self._logger.removeHandler(self)
+        self.records = []
+
+    def __enter__(self) -> EarlierMessages:
+        self._logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
 class RunFolder:
     """An opened run folder; a context manager that holds the folder's lock until it is closed.
 
@@ -177,13 +203,18 @@ class RunFolder:
         if (content := {**before, **values}) != before or not self._measured.exists():
             write_atomically(self._measured, json.dumps(content, indent=1) + "\n")
 
-    def attach_log(self, logger: logging.Logger, level: int = logging.INFO) -> None:
-        """Append what this logger and its children say to ``run.log``, until the folder is closed."""
+    def attach_log(
+        self, logger: logging.Logger, level: int = logging.INFO, earlier: Sequence[logging.LogRecord] = ()
+    ) -> None:
+        """Append what was said ``earlier``, and what this logger and its children say until the folder is closed, to
+        ``run.log``."""
         handler = self._open.enter_context(closing(_LogFile(self.log, encoding="utf-8")))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handler.setLevel(level)
         logger.addHandler(handler)
         self._log = handler
+        for record in earlier:
+            handler.handle(record)
         self._open.callback(logger.removeHandler, handler)
 
     def write_log(self, text: str) -> None:

@@ -14,7 +14,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heretic_ds"
 
 
-def _key(device: torch.device, threads: int, ranks: int) -> str:
+def this_machine(device: torch.device) -> list[str | int | None]:
+    """What tells this machine from others, and from itself with another device or other memory granted."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     count = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count()
+    return [platform.node(), name, count, host_memory()]
+
+
+def keep_in_cache(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of the cache folder in one step; a folder that takes none is no more than a warning."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as whole:
+            whole.write(json.dumps(content, indent=1))
+        os.replace(whole.name, file)
+    except OSError as error:
+        log.warning("what was measured cannot be kept in %s: %s", file.parent, error)
+
+
+def _key(device: torch.device, threads: int, ranks: int) -> str:
     here = os.environ.get("LOCAL_WORLD_SIZE", ranks)
-    where = [platform.node(), name, count, host_memory()]
-    told = [*where, torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
+    told = [*this_machine(device), torch.__version__, threads, ranks, here, sorted(Machine.__dataclass_fields__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
@@ -90,13 +105,7 @@ def _load(file: Path) -> Machine | None:
 
 def _kept(file: Path, values: dict[str, Any]) -> Machine:
     machine = machine_of(values)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as whole:
-            whole.write(json.dumps(asdict(machine), indent=1))
-        os.replace(whole.name, file)
-    except OSError as error:
-        log.warning("what was measured of this machine cannot be kept in %s: %s", file.parent, error)
+    keep_in_cache(file, asdict(machine))
     return machine
 
 

@@ -54,20 +54,18 @@ def begun(job: Job) -> dict[str, Any]:
 def model_title(job: Job) -> str:
     """What a model is called where people compare runs: its hub id, or its folder; with the folder's own where it is
     only called ``model``, as exports are."""
-    name, path = job.opened.source.name, Path(job.settings.model.path.rstrip("/"))
+    name, path = job.opened.source.name, Path(job.settings.model.path.rstrip("/")).absolute()
     return name if name != "model" or path.parent.name == "" else f"{path.parent.name}/{name}"
 
 
 def in_lines(results: dict[str, Any]) -> list[str]:
-    """The circumstances as ``run.log`` begins with them."""
-    machine, devices = results["machine"], results["devices"]
-    names = [" ".join(str(part) for part in device.values()) for device in devices]
+    """The circumstances as ``run.log`` has them, beside the start's own words, which tell of devices."""
+    machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return [
         f"command: {results['command']}",
         f"machine: {machine['os']}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.1f} GB"
         f", GPUs: {', '.join(machine['gpus']) or 'none'}" + (f" (CUDA {machine['cuda']})" if machine["cuda"] else ""),
-        *(f"rank {rank} computes on {name}" for rank, name in enumerate(names)),
         f"versions: {versions}",
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +38,10 @@ from heretic_ds.placements import (
     placements_of,
     settled_alone,
 )
+from heretic_ds.planner import KeptBatches
 from heretic_ds.report.command_line import hide_secrets
 from heretic_ds.report.stages import STAGES, took
-from heretic_ds.run_folder import RunFolder, finished_results, read_measured
+from heretic_ds.run_folder import EarlierMessages, RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
@@ -98,6 +99,8 @@ class Run:
     _ablation: Ablation | None = None
     _engine: Engine | None = None
     _layout: tuple[type[Placement], Placement.Options] | None = None
+    _kept: KeptBatches | None = None
+    """What is known of batch sizes from other runs on this machine."""
 
     @property
     def settings(self) -> Settings:
@@ -153,6 +156,8 @@ class Run:
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree
+            self._kept = KeptBatches(self.job, self._engine, self._layout)
+            self._kept.use()
             self._use_measured_batch_sizes()
         return self._engine
 
@@ -179,7 +184,7 @@ class Run:
         if self._engine is not None:
             with progress.work("releasing the model"):
                 self._engine.close()
-        self._engine = self._layout = None
+        self._engine = self._layout = self._kept = None
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[progress.Work]:
@@ -201,6 +206,8 @@ class Run:
         self.measured.update(values, batch_sizes=sizes)
         if self.folder is not None:
             self.folder.remember(**self.measured)
+            if self._kept is not None:
+                self._kept.keep()
 
     def save(self, finished: bool = False) -> None:
         """Write ``results.json`` as it stands. Every rank takes part: each has a peak of memory to tell."""
@@ -264,14 +271,14 @@ def may_replace(settings: Settings) -> bool:
 @contextmanager
 def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
     """Check all inputs, then take the run folder. A new one is made only after the model was loaded and found sound."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, EarlierMessages(logging.getLogger("heretic_ds")) as earlier:
         alone = "since there is one rank" if world.size == 1 and left_open(settings) else "as given"
         settings = settled_alone(settings) if world.size == 1 else settings
         world.agree(lambda: placements_of(settings))
         with progress.work("opening"):
             job = Job.check(settings, world)
             world.decide(lambda: _refuse_impossible_export(job))
-        show_start(console, start := start_facts(job, run_dir(settings)))
+        show_start(console, start_facts(job, run_dir(settings)))
         with progress.work("opening"):
             placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
         refuse_unverifiable_adapter(job)
@@ -280,13 +287,12 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
         stack.callback(run.close)
         if not world.decide(lambda: (run_dir(settings) / FINGERPRINT_NAME).exists()):
             run.lay_out("capture")
-        world.decide(lambda: _take_folder(run, stack))
+        world.decide(lambda: _take_folder(run, stack, earlier.records))
+        earlier.end()
         run.use_measured(world.decide(lambda: run.folder.measured if run.folder is not None else {}))
         if placed:
             run.remember(**placed)
         _add_earlier_timings(run)
-        for name, fact in start.items():  # the run's log begins with it, too
-            log.info("%s: %s", name, fact, extra={"console": False})
         try:
             yield run
             if run.following is not None:
@@ -301,13 +307,13 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
                 run.following.interrupted()
 
 
-def _take_folder(run: Run, stack: ExitStack) -> None:
+def _take_folder(run: Run, stack: ExitStack, earlier: Sequence[logging.LogRecord]) -> None:
     searches = run.settings.task.name in ("abliterate", "evaluate") or not (run.path / FINGERPRINT_NAME).exists()
     # Shown in report.html, and sent to trackers.
     config = hide_secrets(OmegaConf.to_yaml(OmegaConf.structured(run.settings))) if searches else None
     known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
-    run.folder.attach_log(logging.getLogger("heretic_ds"))
+    run.folder.attach_log(logging.getLogger("heretic_ds"), earlier=earlier)
     for line in in_lines(run.results):
         run.folder.write_log(line)
     if "run_id" not in run.folder.measured:

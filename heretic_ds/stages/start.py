@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -21,6 +22,9 @@ from heretic_ds.memory import free_on_host, host_memory
 from heretic_ds.progress import GREETED
 from heretic_ds.report.console import is_live, say
 from heretic_ds.settings import PromptSource
+from heretic_ds.stages.facts import model_title
+
+log = logging.getLogger(__name__)
 
 _GIB = 2**30
 _ALIGNED = 80
@@ -36,7 +40,7 @@ def start_facts(job: Job, folder: Path) -> dict[str, str]:
     other = f", or {dtypes[1]} where that does not run" if len(dtypes) > 1 else ""
     facts = {
         "version": f"heretic-ds {__version__}",
-        "model": f"{opened.source.name}: {size}{job.anatomy.summary()}",
+        "model": f"{model_title(job)}: {size}{job.anatomy.summary()}",
         "dtype": f"{dtypes[0]} (model.dtype={settings.model.dtype}{other})",
         "device": _devices(job.world.gather(_device(opened.device))),
         "run": f"{folder}, task={settings.task.name}",
@@ -49,7 +53,9 @@ def start_facts(job: Job, folder: Path) -> dict[str, str]:
 
 
 def show_start(console: Console, facts: Mapping[str, str]) -> None:
-    """Print them, a line each; at a terminal that is wide enough aligned, and folded between words."""
+    """Print them and log them, a line each; at a terminal that is wide enough aligned, and folded between words."""
+    for name, fact in facts.items():  # the run's log begins with it, too
+        log.info("%s: %s", name, fact, extra={"console": False})
     told = {name: fact for name, fact in facts.items() if name != "version"}
     if not os.environ.get(GREETED):
         say(console, facts["version"])

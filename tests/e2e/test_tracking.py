@@ -198,6 +198,19 @@ def test_optuna_dashboard_shows_the_truth(heretic: Heretic, words: list[str], tm
     assert (folder / "artifacts" / picture["artifact_id"]).read_bytes() == (folder / "pareto.png").read_bytes()
 
 
+STAGES = (
+    "version: ",
+    "model: ",
+    "device: ",
+    "capture=",
+    "loaded in ",
+    "directions: ",
+    "the original model: ",
+    "trial 0",
+)
+"""What a run's log has, in this order."""
+
+
 def test_records_of_circumstances(heretic: Heretic, words: list[str], tmp_path: Path) -> None:
     """What results.json and run.log say of machine and command, without secrets."""
     secret = "hf_" + "x" * 30
@@ -218,8 +231,14 @@ def test_records_of_circumstances(heretic: Heretic, words: list[str], tmp_path: 
     lines = [line.split(": ", 1)[1] for line in log.splitlines()]
     assert f"command: {results['command']}" in lines
     assert any(line.startswith("machine: ") and results["machine"]["os"] in line for line in lines)
-    assert "rank 0 computes on cpu 1" in lines
+    for name in ("model", "device", "target.train"):
+        assert len([line for line in lines if line.startswith(f"{name}: ")]) == 1, name
+    assert len([line for line in lines if line.endswith(", since there is one rank")]) == 1
     assert any(line.startswith("target.train: ") and " prompts of " in line for line in lines)
+    stages = [next(at for at, line in enumerate(lines) if line.startswith(each)) for each in STAGES]
+    assert stages == sorted(stages)
+    times = [line[:23] for line in log.splitlines()]
+    assert times == sorted(times)
     assert any(line.startswith("batch sizes: {") and "'generate': 5" in line for line in lines)
     told = [line for line in lines if line.startswith("trial ") and ": refusals " in line]
     assert [line.split(":")[0] for line in told] == [f"trial {index}" for index in range(4)]

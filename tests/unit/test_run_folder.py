@@ -16,7 +16,7 @@ import pytest
 
 from heretic_ds import run_folder
 from heretic_ds.errors import UserError
-from heretic_ds.run_folder import RunFolder, finished_results, write_atomically
+from heretic_ds.run_folder import EarlierMessages, RunFolder, finished_results, write_atomically
 
 HELD = {"model.path": "a/model", "search.seed": 0}
 
@@ -221,6 +221,21 @@ def test_every_trial_of_the_results_has_a_line(tmp_path: Path) -> None:
         '{"index": 0, "kl": 0.5},', '{"index": 1, "text": "a\\nb"}',
     ]  # fmt: skip
     assert len(lines) == 10 and ' "front": [0, 1],' in lines
+
+
+def test_the_log_begins_with_what_was_said_before(tmp_path: Path) -> None:
+    logger = logging.getLogger("heretic_ds_test_earlier")
+    logger.setLevel(logging.INFO)
+    with EarlierMessages(logger) as earlier:
+        logger.getChild("part").warning("%s it", "before")
+        with opened(tmp_path / "run") as folder:
+            folder.attach_log(logger, earlier=earlier.records)
+            earlier.end()
+            logger.info("within it")
+            assert earlier.records == []
+    assert logger.handlers == []
+    lines = [line.split(" ", 2)[2] for line in folder.log.read_text().splitlines()]
+    assert lines == [f"WARNING {logger.name}.part: before it", f"INFO {logger.name}: within it"]
 
 
 def test_log_is_appended_and_let_go(tmp_path: Path) -> None:

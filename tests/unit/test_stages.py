@@ -256,6 +256,9 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return SimpleNamespace(batch_sizes={}, degree=1, dtype=torch.float32, close=lambda: phases.append(closed))
 
     monkeypatch.setattr(opening, "build_engine", build)
+    monkeypatch.setattr(
+        opening, "KeptBatches", lambda *given: SimpleNamespace(use=lambda: None)
+    )  # test_kept_batches.py
     return phases
 
 
