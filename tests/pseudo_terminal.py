@@ -23,6 +23,11 @@ HERETIC = (sys.executable, "-m", "heretic_ds")
 _HISTORY = 5000
 
 
+def _take_terminal() -> None:
+    """Make standard input the controlling terminal of a new session, so that keys such as Ctrl-C are signals."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Terminal:
     """A command and the screen that it writes to; a context manager, at whose end the command is gone."""
 
@@ -42,8 +47,9 @@ class Terminal:
         }
         environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(ROOT), **(env or {})}
         self._process = subprocess.Popen(
-            list(words), cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-        )
+            list(words), cwd=cwd, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            preexec_fn=_take_terminal,
+        )  # fmt: skip
         os.close(theirs)
 
     def __enter__(self) -> Terminal:

@@ -104,6 +104,7 @@ def make_plan(
         least = min(LEAST_ROWS, facts.work.batch or LEAST_ROWS, math.ceil(prompts / resources.ranks))
         accepted = _acceptance(check, resources.ranks)
         chosen[phase] = _best(tried, chosen.get("evaluate"), least, accepted)
+    given = [phase for phase, each in placements.items() if len(each) == 1 and isinstance(each[0], Placement)]
     missing = any(each is None for each in chosen.values())
     smallest = _smallest(facts, machine, resources.ranks, placements, check) if missing else None
     return Plan(
@@ -112,7 +113,7 @@ def make_plan(
         ranks=resources.ranks,
         candidates=found,
         chosen=chosen,
-        sentence=_sentence(facts, resources, found, chosen, smallest),
+        sentence=_sentence(facts, resources, found, chosen, smallest, given),
         smallest_devices=smallest,
     )
 
@@ -242,7 +243,9 @@ def _sentence(
     tried: Sequence[Candidate],
     chosen: Mapping[str, Candidate | None],
     smallest: int | None,
+    given: Sequence[str],
 ) -> str:
+    """The choice and its reason, which is the user's for the phases that are ``given``."""
     machine, devices = resources.machine, _counted(resources)
     size = f"{facts.name} ({facts.weights / 2**30:.1f} GiB of weights)"
     evaluate, capture = chosen.get("evaluate"), chosen.get("capture")
@@ -256,7 +259,11 @@ def _sentence(
         if same
         else f"capture={_named(capture)}, evaluate={_named(evaluate)}"
     )
-    return f"{first} for {size} on {devices}: {_reason(machine, tried, evaluate)}"
+    if len(given) == 2:
+        return f"{first} for {size} on {devices}: as given"
+    open_ = capture if "evaluate" in given else evaluate
+    known = f"{given[0]} as given; {open_.phase}: " if given else ""
+    return f"{first} for {size} on {devices}: {known}{_reason(machine, tried, open_)}"
 
 
 def _counted(resources: Resources) -> str:
@@ -269,7 +276,7 @@ def _named(candidate: Candidate) -> str:
 
 
 def _reason(machine: Machine, tried: Sequence[Candidate], best: Candidate) -> str:
-    """Why a candidate was chosen to evaluate."""
+    """Why a candidate was chosen for its phase."""
     others = [c for c in tried if c.phase == best.phase and c is not best]
     wholes = [c for c in others if c.made is not None and c.made.whole and c.cost is not None]
     whole = min(wholes, key=_burden, default=None)

@@ -59,8 +59,11 @@ def open_search(run: Run, objective: Objective) -> Search | None:
         return studies[0].records
 
     run.records = run.world.decide(open_study)
-    if run.records:
-        log.info("%d of %d trials are done already", len(run.records), run.settings.search.trials)
+    done, wanted = len(run.records), run.settings.search.trials
+    if done > wanted:
+        log.info("%d trials are done already; search.trials=%d asks for no more", done, wanted)
+    elif done:
+        log.info("%d of %d trials are done already", done, wanted)
     return studies[0] if studies else None
 
 

@@ -11,7 +11,7 @@ from heretic_ds.demo import demo_prompts
 from tests.e2e.conftest import read_results
 from tests.pseudo_terminal import HERETIC, Terminal
 
-UP, DOWN, CTRL_D = "\x1b[A", "\x1b[B", "\x04"
+UP, DOWN, CTRL_C, CTRL_D = "\x1b[A", "\x1b[B", "\x03", "\x04"
 EDIT = {"max_weight": 1.3, "max_weight_position": 4.0, "min_weight": 1.0, "min_weight_distance": 4.0}
 EDITED = [
     f"ablation.profiles.{component}.{key}={value}" for component in ("attention", "mlp") for key, value in EDIT.items()
@@ -97,3 +97,26 @@ def test_menu(tmp_path: Path) -> None:
     results = read_results(tmp_path / "run")
     assert results["selected"] in results["pareto"] and results["verified"] is not None
     assert (tmp_path / "orchard" / "mine" / "config.json").is_file()
+
+
+def test_ctrl_c_in_the_search(tmp_path: Path) -> None:
+    """The key, twice: one line at the end, nothing of the live line left behind it, and the same command goes on."""
+    words = ["experiment=demo", "run.dir=run", "run.interactive=false", "generation.max_new_tokens=10"]
+    words += ["search.trials=12", "search.startup_trials=4"]
+    with at_a_terminal(words, tmp_path, 80) as terminal:
+        keys = Asked(terminal)
+        keys.see(r"(?m)^\*?\s+1 ")  # the second trial's row
+        terminal.type(CTRL_C)
+        keys.see("Ctrl-C again ends everything")
+        terminal.type(CTRL_C)
+        assert terminal.end() == 130
+        *before, last = [line for line in terminal.shown if line.strip("^C ")]
+        assert last.removeprefix("^C") == "heretic-ds: interrupted"
+        assert "Ctrl-C again ends everything" in " ".join(before) and "Traceback" not in terminal.text
+    done = (tmp_path / "run" / "study.journal").read_bytes().count(b'"kl":')
+    assert 2 <= done < 12
+    with at_a_terminal(words, tmp_path, 80) as terminal:
+        assert terminal.end() == 0, terminal.text
+        assert f"{done} of 12 trials are done already" in " ".join("\n".join(terminal.shown).split())
+    trials = read_results(tmp_path / "run")["trials"]
+    assert [trial["index"] for trial in trials] == list(range(12))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -107,6 +108,25 @@ def test_choice_and_reason(model: str, name: str, expected: str | None, why: str
         assert plan.sentence.startswith(f"capture and evaluate={expected.split()[0]}")
         assert plan.smallest_devices is None
     assert re.search(why, plan.sentence), plan.sentence
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (("evaluate",), "evaluate as given; capture: "),
+        (("capture",), "capture as given; evaluate: "),
+        (("capture", "evaluate"), "as given"),
+    ],
+)
+def test_what_the_user_gives_needs_no_reason(given: tuple[str, ...], why: str) -> None:
+    """Nothing else was tried for it; so it is not said that nothing else fits."""
+    choice: dict[str, Any] = {phase: placements_for(phase) for phase in ("capture", "evaluate")}
+    [pipeline] = [kind for kind in choice["evaluate"] if kind.name == "pipeline"]
+    choice |= {phase: [pipeline(phase, pipeline.Options(degree=8))] for phase in given}
+    sentence = make_plan(planned("70B"), machine("h100x8"), None, choice).sentence
+    reason = sentence.split(" of h100x8: ")[1]
+    assert reason.startswith(why) and (len(given) < 2 or reason == why), sentence
+    assert "nothing else fits" not in reason, sentence
 
 
 @pytest.mark.parametrize("name", ["h100x8", "cpu_server", "8 computers"])
