@@ -49,7 +49,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/heretic-ds experiment=demo run.interactive=false $(ARGS)
 
-demo-real: $(READY) ## The main job on a real chat model from the package registry: CPU, some 25 minutes on two busy cores, leaves runs/demo-real
+demo-real: $(READY) ## The main job on a real chat model from the package registry: some 10 minutes on two cores, leaves runs/demo-real
 	$(BIN)/python -m heretic_ds.demo.real_model
 	$(BIN)/heretic-ds experiment=demo_real run.interactive=false $(ARGS)
 
