@@ -9,7 +9,6 @@ import ctypes
 import gc
 import logging
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +186,11 @@ def _peak_since_reset() -> int:
 
 
 def _host_peak() -> int:
-    """The most bytes of this process so far."""
+    """The most bytes of this process so far; where the system does not keep count, those of now."""
+    try:
+        import resource
+    except ImportError:
+        return int(psutil.Process().memory_info().rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -13,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from heretic_ds.errors import UserError
 from heretic_ds.fingerprint import differences
@@ -316,18 +316,18 @@ def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
 def _acquire(lock: IO[str], path: Path) -> None:
     """Take the folder's lock, which the kernel releases with the process, however it ends."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        taken = lock_descriptor(lock.fileno(), blocking=False)
     except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise UserError(
-                f"the file system of run.dir={path} offers no file locks ({error.strerror}); "
-                "set run.dir to a folder on another one"
-            ) from error
+        raise UserError(
+            f"the file system of run.dir={path} offers no file locks ({error.strerror}); "
+            "set run.dir to a folder on another one"
+        ) from error
+    if not taken:
         lock.seek(0)
         holder = lock.read().strip() or "unknown"
         raise UserError(
             f"the run folder {path} is in use by another process (pid {holder}); wait for it, or set another run.dir"
-        ) from error
+        )
     with writing(path, "run.dir"):
         lock.truncate(0)
         lock.write(str(os.getpid()))

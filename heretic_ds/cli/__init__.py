@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from heretic_ds import __version__
+from heretic_ds import __version__, needs
 from heretic_ds.cli.help import answered
 from heretic_ds.progress import GREETED
 
@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = answered(arguments)
     if status is not None:
         return status
+    if unfit := needs.unfit_system():
+        print(f"heretic-ds: {unfit}", file=sys.stderr)
+        return 2
     _greet(arguments)
     from heretic_ds.cli.command import main as run
 

@@ -37,6 +37,7 @@ from heretic_ds.export.reproduce import file_digests, write_directions
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target, failures_named, replaced_folder
 from heretic_ds.foreign.reading import path_of, read_json
+from heretic_ds.needs import without_deepspeed
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,8 @@ def export_model(
         def save() -> None:
             with failures_named(target):
                 largest = beside.max_shard_size or SHARD_SIZE
-                loaded.model.save_pretrained(folder, max_shard_size=largest)
+                with without_deepspeed():
+                    loaded.model.save_pretrained(folder, max_shard_size=largest)
                 _check_complete(loaded.model, read_headers(folder))
                 add_carried(loaded, folder, largest)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from heretic_ds import cli
+from heretic_ds import cli, needs
 from heretic_ds.errors import UserError
 from heretic_ds.launching import nodes
 from heretic_ds.launching.plan import DEFAULT_PORT, Launch
@@ -22,6 +22,8 @@ _SWEEP_FLAGS = {"-m", "--multirun"}
 def main(words: Sequence[str]) -> int:
     """Start the ranks of a job and wait for their end. Returns the job's exit status."""
     try:
+        if unfit := needs.unfit_system():
+            raise UserError(unfit)
         if list(words) == ["--as-node"]:
             return nodes.serve()
         options, arguments = _parse(words)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from heretic_ds.errors import UserError
+from heretic_ds.needs import check_deepspeed
 
 DEFAULT_PORT = 29500
 """Where ranks on several nodes meet, unless told otherwise: the launcher's own default."""
@@ -65,6 +66,7 @@ class Plan:
 
 def make_plan(launch: Launch, folder: Path) -> Plan:
     """The launcher's command and environment; a hostfile that it needs is written to `folder`. Raises UserError."""
+    check_deepspeed("starting ranks")
     environment = {**os.environ, **launch.env}
     devices = gpus(environment)
     count = launch.ranks or len(devices) or 1

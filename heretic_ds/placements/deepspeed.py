@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.cpp_extension import get_default_build_root
 
 from heretic_ds.errors import UserError
+from heretic_ds.needs import check_deepspeed
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ def settle_accelerator(device: torch.device) -> None:
         os.environ.setdefault("DS_ACCELERATOR", device.type)
 
 
-def check_accelerator(device: torch.device) -> None:
-    """Raise UserError where DeepSpeed has settled on another kind of device than this."""
+def check_accelerator(device: torch.device, what: str) -> None:
+    """Raise UserError where ``what`` needs a DeepSpeed that is missing, or settled on another kind of device."""
+    check_deepspeed(what)
     if _is_elsewhere(device):
         return
     settle_accelerator(device)

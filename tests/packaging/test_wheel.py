@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import email
 import sys
 import sysconfig
 import venv
@@ -14,56 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-
-PARTS_OF_THE_BUILD = (
-    "pyproject.toml",
-    "setup.py",
-    "MANIFEST.in",
-    "LICENSE",
-    "README.md",
-    "conf",
-    "heretic_ds",
-    "hydra_plugins",
-)
-
-
-def run(*command: str | os.PathLike[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command that has to succeed, without the checkout on its path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run(
-        list(map(str, command)),
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
-    return ended
+from tests.packaging.conftest import Run
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources that has someone's personal defaults in it."""
-    source = tmp_path_factory.mktemp("source")
-    for name in PARTS_OF_THE_BUILD:
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source / name)
-    (source / "conf" / "local").mkdir(exist_ok=True)
-    (source / "conf" / "local" / "default.yaml").write_text("# @package _global_\nsearch:\n  trials: 99\n")
-    target = tmp_path_factory.mktemp("dist")
-    pip_wheel = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir")
-    run(sys.executable, *pip_wheel, target, source, cwd=source)
-    [built] = target.glob("heretic_ds-*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(wheel: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh environment with the wheel in it, and the dependencies of this one by a path file."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     venv.create(folder, with_pip=False)
@@ -92,7 +45,29 @@ def test_the_wheel_holds_configuration_and_demo(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_installed_command_uses_its_own_configuration(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        told = email.message_from_bytes(archive.read(name))
+    assert str(told["Description-Content-Type"]).startswith("text/markdown")
+    assert str(told.get_payload()).lstrip().startswith("# heretic_ds\n")
+    assert (told["License-Expression"], told["License-File"]) == ("Apache-2.0", "LICENSE")
+    assert told.get_all("Project-URL")
+    systems = {each for each in told.get_all("Classifier", []) if each.startswith("Operating System")}
+    assert systems == {"Operating System :: POSIX :: Linux", "Operating System :: MacOS"}
+
+
+def test_a_source_distribution_makes_the_same_wheel(source: Path, wheel: Path, run: Run, tmp_path: Path) -> None:
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    [archive] = tmp_path.glob("heretic_ds-*.tar.gz")
+    pip_wheel = ("-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir")
+    run(sys.executable, *pip_wheel, tmp_path, archive, cwd=tmp_path)
+    [built] = tmp_path.glob("heretic_ds-*.whl")
+    assert sorted(zipfile.ZipFile(built).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_installed_command_uses_its_own_configuration(installed: Path, run: Run, tmp_path: Path) -> None:
     printed = run(installed / "bin" / "heretic-ds", "--cfg", "job", "my-model", cwd=tmp_path).stdout
     assert "path: my-model\n" in printed
     assert "  trials: 200\n" in printed, "the defaults, and not someone's conf/local"
@@ -101,7 +76,7 @@ def test_the_installed_command_uses_its_own_configuration(installed: Path, tmp_p
     assert str(ROOT / "conf") not in shown
 
 
-def test_the_installed_command_knows_its_launcher(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_command_knows_its_launcher(installed: Path, run: Run, tmp_path: Path) -> None:
     ask = ("--cfg", "hydra", "hydra/launcher=deepspeed", "hydra.launcher.num_gpus=3", "my-model")
     printed = run(installed / "bin" / "heretic-ds", *ask, cwd=tmp_path).stdout
     assert "num_gpus: 3\n" in printed
@@ -109,14 +84,14 @@ def test_the_installed_command_knows_its_launcher(installed: Path, tmp_path: Pat
     assert "--node-rank" in usage
 
 
-def test_the_checkout_is_not_imported(installed: Path, tmp_path: Path) -> None:
+def test_the_checkout_is_not_imported(installed: Path, run: Run, tmp_path: Path) -> None:
     printed = run(
         installed / "bin" / "python", "-c", "import heretic_ds; print(heretic_ds.__file__)", cwd=tmp_path
     ).stdout
     assert Path(printed.strip()).is_relative_to(installed)
 
 
-def test_the_installed_help(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_help(installed: Path, run: Run, tmp_path: Path) -> None:
     for command in ((installed / "bin" / "heretic-ds",), (installed / "bin" / "python", "-m", "heretic_ds")):
         printed = run(*command, "--help", cwd=tmp_path).stdout
         assert "heretic-ds <model>" in printed

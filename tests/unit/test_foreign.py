@@ -9,12 +9,14 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import pytest
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign import limits
 from heretic_ds.foreign.disk import writing
 from heretic_ds.foreign.limits import TooMuch, in_child
 from heretic_ds.foreign.reading import (
@@ -267,6 +269,26 @@ def test_a_child_ends(work, said: str) -> None:
         in_child(work, seconds=1)
     assert time.monotonic() - began < 20
     assert psutil.Process().children() == others
+
+
+def _growing() -> None:
+    held = []
+    while True:
+        held.append(b"a" * 2**24)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [(_endless, "took more than 1 s|did not end"), (_growing, "more than 64 MiB of memory"), (lambda: 1, None)],
+)
+def test_a_parent_ends_a_child_where_the_kernel_knows_no_limits(
+    work, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "_KERNEL_LIMITS", False)
+    monkeypatch.setattr(limits, "MEMORY", 2**26)
+    with nullcontext() if said is None else pytest.raises(TooMuch, match=said):
+        assert in_child(work, seconds=1) == 1
 
 
 def test_recursion_in_a_child_is_an_error_of_its_own() -> None:

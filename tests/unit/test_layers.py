@@ -35,6 +35,7 @@ LAYERS = (
         "progress",
         "demo",
         "conf_files",
+        "needs",
         "__init__",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +63,16 @@ def test_free_memory_of_the_host_is_shared_by_the_ranks_of_the_machine(monkeypat
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_the_host_peak_is_in_bytes_where_the_system_counts_in_kibibytes_and_where_not(platform, unit, monkeypatch):
     monkeypatch.setitem(memory._highest, "host", 0)
-    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7_000_000))
     monkeypatch.setattr(memory.sys, "platform", platform)
     assert peak_memory()["host"] == 7_000_000 * unit
+
+
+def test_where_the_system_keeps_no_peak_what_is_used_now_counts(monkeypatch):
+    monkeypatch.setitem(memory._highest, "host", 0)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=5)))
+    assert peak_memory()["host"] == 5
 
 
 def test_a_peak_is_this_processs_own_whatever_started_it():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -58,6 +59,15 @@ def test_another_process_is_refused_until_the_first_is_killed(tmp_path: Path) ->
         child.wait()
     with opened(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, blocking: bool) -> bool:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder, "lock_descriptor", refuse)
+    with pytest.raises(UserError, match=r"offers no file locks \(Function not implemented\); set run.dir"):
+        opened(tmp_path / "run")
 
 
 def test_one_process_cannot_open_it_twice_either(tmp_path: Path) -> None:

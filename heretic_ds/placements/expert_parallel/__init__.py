@@ -72,7 +72,7 @@ class ExpertParallel(Placement):
     def check(self, job: Job) -> None:
         """Refuse, before any weight is read, a model that configuration and names alone show not to be served."""
         job.opened.refuse_quantised(self.phase)
-        check_accelerator(job.opened.device)
+        check_accelerator(job.opened.device, f"{self.phase}=expert_parallel")
         degree = job.world.degree(self.options.degree, f"{self.phase}.degree")
         ExpertLayers(job.opened.skeleton(), job.anatomy, degree, self.phase, job.opened.device)
 

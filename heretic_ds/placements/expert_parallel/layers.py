@@ -26,6 +26,7 @@ from heretic_ds.checkpoint import Checkpoint, Shard, fill, parameters_on_meta
 from heretic_ds.checkpoint.fitness import first_line, some_names
 from heretic_ds.checkpoint.shards import share
 from heretic_ds.errors import UserError
+from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.deepspeed import quietly, start_deepspeed
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class ExpertLayers:
 
     def _detect(self, phase: str) -> tuple[Any, list[Any]]:
         """AutoEP, and its description of each block of experts."""
+        check_deepspeed(f"{phase}=expert_parallel")
         with quietly():
             from deepspeed.module_inject.auto_ep import AutoEP
             from deepspeed.module_inject.auto_ep_config import AutoEPConfig

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from heretic_ds.errors import UserError
+from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.base import Placement, load_whole, runner_of
 from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Facts, Resources, Use, estimate
 from heretic_ds.placements.kernel_inject import op, parity
@@ -43,6 +44,7 @@ class KernelInject(Placement):
     def check(self, job: Job) -> None:
         """Refuse what this placement cannot serve, before any weights are loaded. Raises UserError."""
         op.refuse_without_cuda(job.opened.device)
+        check_deepspeed(f"{self.phase}=kernel_inject")
         config, name = job.opened.config, f"model.path={job.settings.model.path}"
         find_family(config, job.opened.dtypes[0], name)
         longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)

@@ -22,6 +22,7 @@ from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
 from heretic_ds.edits.experts import sum_experts_over_ranks
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.costs import (
     DEEPSPEED,
@@ -151,6 +152,8 @@ def check_split(
     with _advising(otherwise):
         sharding.expert_shards(model, anatomy, 0, degree)
         chosen = sharding.choose_backend(model, model.config.model_type, backend)
+        if chosen == "autotp":
+            check_deepspeed(f"{setting.partition('.')[0]}=tensor_parallel, whose backend for this model is autotp,")
         _plan(model, anatomy, chosen, degree, setting)
 
 

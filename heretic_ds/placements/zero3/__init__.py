@@ -88,7 +88,7 @@ class Zero3(Placement):
                 "all ranks; leave capture.degree null"
             )
         job.opened.refuse_quantised(self.phase)
-        check_accelerator(job.opened.device)
+        check_accelerator(job.opened.device, "capture=zero3")
         check_offload(self.options, job.opened.device)
 
     @classmethod
