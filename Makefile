@@ -33,17 +33,15 @@ help: ## List the targets
 
 venv: $(READY) ## Make the environment: some minutes, done once; the other targets do it where needed
 
-# DeepSpeed builds with the torch that is there already, so torch and the build tools come first, and nothing is built
-# in isolation. The constraints' own torch gives way to the one that TORCH chose.
+# torch comes first, and the constraints' own gives way to it, so that TORCH can choose another build.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is not Python 3.11 or newer; choose another one: make PYTHON=/path/to/python"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install -c $(VENV)/constraints.txt setuptools wheel ninja py-cpuinfo
 	$(PIP) install -c $(VENV)/constraints.txt $(TORCH)
 	$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(VENV)/constraints.txt
-	$(PIP) install -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(READY) ## The main job on the built-in demo model: CPU, under 3 minutes, leaves runs/demo
