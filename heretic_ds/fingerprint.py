@@ -21,6 +21,7 @@ _SCORE_SETTINGS = (
     "model.dtype",
     "prompts",
     "direction",
+    "ablation.rank",
     "ablation.row_norm",
     "ablation.through_norm",
     "search.seed",
@@ -31,6 +32,9 @@ _SCORE_SETTINGS = (
     "scoring.markers",
 )
 """Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
+
+_LATER = {"direction.method": "mean_difference", "direction.groups": 9, "ablation.rank": 1}
+"""Settings that came after the first run folders, and the values that change nothing: only others count."""
 
 
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
@@ -51,6 +55,9 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         _flatten(key, value, flat)
+    for key, default in _LATER.items():
+        if flat[key] == default or (key == "direction.groups" and settings.direction.method != "median_of_means"):
+            del flat[key]
     model = path_of(settings.model.path, "model.path")
     if model.is_dir():
         flat["model.path"] = str(model.resolve())

@@ -3,8 +3,10 @@
 from heretic_ds.ablation.directions import (
     Ablation,
     ResidualMeans,
+    aligned,
     behaviour_directions,
     block_direction,
+    orthonormal,
     through_norm,
     winsorize,
 )
@@ -15,8 +17,8 @@ from heretic_ds.ablation.edit import (
     Reduce,
     edit_weight,
     edit_weight_,
+    exact_factors,
     output_operator,
-    rank_one,
     row_norms,
     row_overlaps,
 )

@@ -1,7 +1,7 @@
 """Directions of a behaviour in the residual stream, from the mean residuals of two kinds of prompts.
 
-Shapes: B prompts of a batch, L blocks, D width. Residuals have L+1 entries: the embedding output, then the stream
-after each block, the last of them after the final norm. Block i uses entry i+1.
+Shapes: B prompts of a batch, L blocks, D width, R directions of an edit (its rank). Residuals have L+1 entries: the
+embedding output, then the stream after each block, the last of them after the final norm. Block i uses entry i+1.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_DEPENDENT = 1e-9
+"""Part of a vector that others have to leave, or it counts as made of them."""
 
 
 def _normalise(vectors: Tensor) -> Tensor:
@@ -66,40 +69,102 @@ def behaviour_directions(target_LD: Tensor, baseline_LD: Tensor, orthogonalize: 
     return direction_LD
 
 
-def block_direction(directions_LD: Tensor, block: int, direction_index: float | None) -> Tensor:
-    """Unit direction [D] that an edit uses at ``block``.
+def orthonormal(vectors_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """V [R, D] with orthonormal rows that span what R independent vectors X span, and T [R, R] with V = T X.
 
-    ``direction_index`` None: the block's own. A float x: one direction for all blocks, interpolated between those of
-    blocks floor(x) and floor(x)+1 and normalised again; past the last block it is the last block's.
+    By the QR decomposition of Xᵀ with a positive diagonal, which makes both unique (they are those of Gram and
+    Schmidt). Vectors that are all zero stay so. Raises ValueError where one depends on those before it.
+    """
+    lengths_R = torch.linalg.vector_norm(vectors_RD, dim=-1)
+    if not lengths_R.any():
+        return torch.zeros_like(vectors_RD), vectors_RD.new_zeros(len(vectors_RD), len(vectors_RD))
+    unit_DR, upper_RR = torch.linalg.qr(vectors_RD.T)
+    diagonal_R = upper_RR.diagonal()
+    if len(diagonal_R) < len(vectors_RD) or not (diagonal_R.abs() > _DEPENDENT * lengths_R).all():
+        raise ValueError(f"{len(vectors_RD)} directions are not independent of each other")
+    signs_R = diagonal_R.sign()
+    lower_RR = signs_R * upper_RR.T  # X = lower V
+    identity_RR = torch.eye(len(lower_RR), dtype=lower_RR.dtype, device=lower_RR.device)
+    return (unit_DR * signs_R).T, torch.linalg.solve_triangular(lower_RR, identity_RR, upper=False)
+
+
+def aligned(directions_LRD: Tensor) -> Tensor:
+    """Bases of the same subspaces, each as near as may be to the one before it.
+
+    Rows of neighbouring entries have nothing to do with each other where they were found entry by entry, so that a
+    mixture of them would be neither's. Rotating V_l within its subspace so that Σ_j |v_l,j - v_(l-1),j|² is least
+    (the orthogonal Procrustes problem, Schönemann 1966: V_l V_(l-1)ᵀ = P S Qᵀ, rotated by Q Pᵀ) leaves V_l V_(l-1)ᵀ
+    symmetric and without negative eigenvalues: any mixture with weights 1 - f and f then has R independent rows, with
+    singular values of at least 1/√2.
+    """
+    rows_RD = [directions_LRD[0]]
+    for direction_RD in directions_LRD[1:]:
+        left_RR, _, right_RR = torch.linalg.svd(direction_RD @ rows_RD[-1].T)
+        rows_RD.append((left_RR @ right_RR).T @ direction_RD)
+    return torch.stack(rows_RD)
+
+
+def _unit(vectors_RD: Tensor) -> Tensor:
+    """Orthonormal rows that span the same; of one vector [D] or [1, D] the unit vector."""
+    return _normalise(vectors_RD) if vectors_RD.dim() == 1 or len(vectors_RD) == 1 else orthonormal(vectors_RD)[0]
+
+
+def block_direction(directions: Tensor, block: int, direction_index: float | None) -> Tensor:
+    """What an edit removes at ``block``: a unit direction [D] of directions [L+1, D], or R orthonormal ones [R, D] of
+    [L+1, R, D].
+
+    ``direction_index`` None: the block's own. A float x: the same for all blocks, interpolated between those of
+    blocks floor(x) and floor(x)+1, vector by vector, and made orthonormal again; past the last block it is the last
+    block's.
     """
     if direction_index is None:
-        return directions_LD[block + 1]
-    last = directions_LD.shape[0] - 1
+        return directions[block + 1]
+    last = directions.shape[0] - 1
     below = int(direction_index)
-    start, end = directions_LD[min(below + 1, last)], directions_LD[min(below + 2, last)]
-    return _normalise(torch.lerp(start, end, direction_index - below))
+    start, end = directions[min(below + 1, last)], directions[min(below + 2, last)]
+    return _unit(torch.lerp(start, end, direction_index - below))
 
 
-def through_norm(direction_D: Tensor, gain_D: Tensor | None) -> Tensor:
-    """The unit direction to remove *before* a norm with this gain so that ``direction_D`` is absent *after* it.
+def through_norm(direction: Tensor, gain_D: Tensor | None) -> Tensor:
+    """What to remove *before* a norm with this gain so that ``direction`` [D], or [R, D], is absent *after* it.
 
     The stream receives gain ∘ (y / rms(y)), whose component along v is (gain ∘ v)·y / rms(y).
     """
-    return direction_D if gain_D is None else _normalise(gain_D.to(direction_D) * direction_D)
+    return direction if gain_D is None else _unit(gain_D.to(direction) * direction)
 
 
 @dataclass(frozen=True)
 class Ablation:
     """What all edits of a run share: the directions and the form of the edit."""
 
-    directions_LD: Tensor
-    """Unit directions [L+1, D], float64."""
+    directions_LRD: Tensor
+    """Orthonormal directions [L+1, R, D], float64; those of R = 1 may be given as [L+1, D]."""
     row_norm: str
     """One of :data:`heretic_ds.ablation.ROW_NORMS`."""
     through_norm: bool
-    """Edit along the direction that a norm after the writer maps onto the stream's."""
+    """Edit along the directions that a norm after the writer maps onto the stream's."""
 
-    def writer_direction(self, block: int, gain_D: Tensor | None, direction_index: float | None) -> Tensor:
-        """Unit direction [D] along which a writer of ``block`` is edited; ``gain_D`` is that of a norm after it."""
-        direction_D = block_direction(self.directions_LD, block, direction_index)
-        return through_norm(direction_D, gain_D) if self.through_norm else direction_D
+    def __post_init__(self) -> None:
+        if self.directions_LRD.dim() == 2:
+            object.__setattr__(self, "directions_LRD", self.directions_LRD.unsqueeze(1))
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self.directions_LRD.shape[1]
+
+    @property
+    def stored(self) -> Tensor:
+        """The directions as files hold them: [L+1, D] where R = 1, else [L+1, R, D]."""
+        return self.directions_LRD.squeeze(1) if self.rank == 1 else self.directions_LRD
+
+    def fits(self, n_blocks: int, width: int) -> bool:
+        """Whether the directions are those of a model of this shape."""
+        shape = tuple(self.directions_LRD.shape)
+        return len(shape) == 3 and shape[0] == n_blocks + 1 and 0 < shape[1] <= width == shape[2]
+
+    def writer_directions(self, block: int, gain_D: Tensor | None, direction_index: float | None) -> Tensor:
+        """Orthonormal directions [R, D] along which a writer of ``block`` is edited; ``gain_D`` is that of a norm
+        after it."""
+        direction_RD = block_direction(self.directions_LRD, block, direction_index)
+        return through_norm(direction_RD, gain_D) if self.through_norm else direction_RD

@@ -1,15 +1,16 @@
 """Edits as low-rank additions to a weight: what an adapter can hold.
 
-Shapes: D width of the stream (a writer's output), K a writer's input, R rank. With W' the edited weight,
+Shapes: D width of the stream (a writer's output), K a writer's input, R rank. With W' the edited weight, and the names
+of :mod:`heretic_ds.ablation.edit`,
 
-    ΔW = W' - W = diag(s - 1) W - λ (s∘u) aᵀ.
+    ΔW = W' - W = diag(s - 1) W - λ diag(s) N Vᵀ (V Ŵ).
 
-In the row-norm modes ``none`` and ``pre`` s = 1, and ΔW = (-λu) aᵀ has rank 1: nothing is left out. In mode ``full``
-the first term has full rank, and is small: s_i - 1 is about λ v_i b_i, of the order of 1/D where rows are unlike each
-other. There the truncated singular value decomposition gives the nearest matrix of rank R (Eckart and Young 1936): with
-U the first R left singular vectors of ΔW,
+In the row-norm modes ``none`` and ``pre`` s = 1, and ΔW is a product whose rank is the number of directions: nothing is
+left out. In mode ``full`` the first term has full rank, and is small: s_i - 1 is of the order of λ/D for each direction
+where rows are unlike each other. There the truncated singular value decomposition gives the nearest matrix of rank R
+(Eckart and Young 1936): with Q the first R left singular vectors of ΔW,
 
-    B = U,   A = Uᵀ ΔW,   ‖ΔW - BA‖² = ‖ΔW‖² - ‖A‖²  (Frobenius).
+    B = Q,   A = Qᵀ ΔW,   ‖ΔW - BA‖² = ‖ΔW‖² - ‖A‖²  (Frobenius).
 
 A norm behind the writer changes nothing of this: it acts on Wx + BAx as on W'x. Which direction is removed does depend
 on it (:meth:`heretic_ds.ablation.Ablation.writer_direction`).
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from heretic_ds.ablation.edit import edit_weight, rank_one
+from heretic_ds.ablation.edit import edit_weight, exact_factors
 
 _EXACT_BELOW = 1024
 """Matrices whose smaller side is at most this are decomposed exactly; of larger ones a subspace is iterated."""
@@ -50,18 +51,19 @@ class LowRank:
 
 
 @torch.no_grad()
-def low_rank_edit(weight_DK: Tensor, direction_D: Tensor, strength: float, row_norm: str, rank: int) -> LowRank:
-    """What an edit adds to one writer's weight, in at least float32: of rank 1 in the modes ``none`` and ``pre``,
-    whatever ``rank`` says; in mode ``full`` the nearest of that ``rank``, or of the matrix's own where that is lower.
+def low_rank_edit(weight_DK: Tensor, direction_RD: Tensor, strength: float, row_norm: str, rank: int) -> LowRank:
+    """What an edit adds to one writer's weight, in at least float32: of as many ranks as directions in the modes
+    ``none`` and ``pre``, whatever ``rank`` says; in mode ``full`` the nearest of that ``rank``, or of the matrix's own
+    where that is lower.
 
     Arguments as for :func:`heretic_ds.ablation.edit_weight`; the weight is one matrix.
     """
     if row_norm != "full":
-        step_D, overlap_K = rank_one(weight_DK, direction_D, strength, row_norm)
-        change = (step_D.double().square().sum() * overlap_K.double().square().sum()).item()
-        return LowRank(step_D[:, None], overlap_K[None, :], 0.0, change)
+        step_DR, overlap_RK = exact_factors(weight_DK, direction_RD, strength, row_norm)
+        steps_RR, overlaps_RR = (each @ each.T for each in (step_DR.T.double(), overlap_RK.double()))
+        return LowRank(step_DR, overlap_RK, 0.0, (steps_RR * overlaps_RR).sum().item())
     weight_DK = weight_DK.double()
-    change_DK = edit_weight(weight_DK, direction_D, strength, row_norm) - weight_DK
+    change_DK = edit_weight(weight_DK, direction_RD, strength, row_norm) - weight_DK
     out_DR = _leading_vectors(change_DK, rank)
     in_RK = out_DR.T @ change_DK
     change = change_DK.square().sum().item()

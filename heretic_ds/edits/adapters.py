@@ -76,9 +76,9 @@ def make_adapter(anatomy: Anatomy, ablation: Ablation, edit: Edit, read: ReadWri
         if strength == 0.0:
             continue
         weight_DK, gain_D = read(writer)
-        direction_D = ablation.writer_direction(writer.block, gain_D, edit.direction_index)
+        direction_RD = ablation.writer_directions(writer.block, gain_D, edit.direction_index)
         matrices = weight_DK.unbind(0) if weight_DK.dim() == 3 else (weight_DK,)
-        parts = (low_rank_edit(matrix, direction_D, strength, ablation.row_norm, rank) for matrix in matrices)
+        parts = (low_rank_edit(matrix, direction_RD, strength, ablation.row_norm, rank) for matrix in matrices)
         adapted.append(AdaptedWriter(writer, tuple(map(_on_host, parts))))
     return Adapter(tuple(adapted))
 

@@ -53,7 +53,7 @@ class ExpertEdit:
 
     def __call__(self, output_SD: Tensor, expert_S: Tensor, trial_S: Tensor) -> Tensor:
         """Edited outputs [S, D] of some experts for rows of some trials, at least float32."""
-        chunk = max(1, _CHUNK_NUMBERS // output_SD.shape[-1])
+        chunk = max(1, _CHUNK_NUMBERS // (output_SD.shape[-1] * self._tables.rank))
         parts = zip(output_SD.split(chunk), expert_S.split(chunk), trial_S.split(chunk), strict=True)
         return torch.cat([self._edited(*part) for part in parts])
 

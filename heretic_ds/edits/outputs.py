@@ -1,10 +1,11 @@
 """Edits in output space: weights stay as they are, and every row of a batch gets the edit of its own trial.
 
-With y = Wx a writer's edit is y ↦ s∘(y - λu (w·y)) (:mod:`heretic_ds.ablation.edit`): three vectors a writer, so that
-one forward pass serves many trials. What all of them share of a writer is found once: the row norms n and, where edits
-keep them and memory allows, ŴŴᵀ on every direction, from which any trial's b follows by interpolation.
+With y = Wx a writer's edit is y ↦ s∘(y - λU (Py)) (:mod:`heretic_ds.ablation.edit`): 2R + 1 vectors a writer for R
+directions, so that one forward pass serves many trials. What all of them share of a writer is found once: the row norms
+n and, where edits keep them and memory allows, ŴŴᵀ on every direction, from which any trial's B follows by
+interpolation.
 
-Shapes: T trials of a pass, B rows, S positions, D width, E experts, F fields of an operator.
+Shapes: T trials of a pass, B rows, S positions, D width, E experts, R directions of an edit, F fields of an operator.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class DenseEdit:
         norms_D = self._tables.norms_D
         norms_D = norms_D if norms_D.dim() == 1 else norms_D[0]  # experts alike: all have n = 1
         operator = self._tables.directions(edits).operator(norms_D)
-        vectors = (operator.step_D, operator.probe_D, operator.scale_D)
-        return torch.stack([each.expand_as(operator.step_D) for each in vectors if each is not None], dim=1)
+        fields = [operator.step_RD, operator.probe_RD]
+        if operator.scale_D is not None:
+            fields.append(operator.scale_D.unsqueeze(1))
+        return torch.cat([each.expand(len(edits), -1, -1) for each in fields], dim=1)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """A forward hook: what calling the operator does, in fewer passes over memory. Outputs are [B, S, D], or
@@ -53,8 +56,13 @@ class DenseEdit:
         value = output.reshape(len(trial_B), -1, output.shape[-1]).to(self._fields_TFD.dtype)
         if self._bias_D is not None:
             value = value - self._bias_D
-        step_B1D, probe_B1D, *scale = self._fields_TFD.index_select(0, trial_B).unsqueeze(2).unbind(1)
-        value = torch.addcmul(value, step_B1D, value @ probe_B1D.transpose(-1, -2), value=-1)
+        rank = self._tables.rank
+        step_BRD, probe_BRD, *scale = self._fields_TFD.index_select(0, trial_B).split(rank, dim=1)
+        found_BSR = value @ probe_BRD.transpose(-1, -2)
+        if rank == 1:
+            value = torch.addcmul(value, step_BRD, found_BSR, value=-1)
+        else:
+            value = torch.baddbmm(value, found_BSR, step_BRD, alpha=-1)
         if scale:
             value *= scale[0]
         if self._bias_D is not None:
@@ -90,9 +98,9 @@ class OutputEdits:
         """0 unless passes read static edits; else how many trials these have memory for: it grows when that moves."""
         experts = [w for w in anatomy.writers if self._edits_experts(w)] if ablation.row_norm == "full" else []
         each = bytes_of_vectors(model, experts)  # of a direction, and of the row norms
-        whole, budget = (anatomy.n_blocks + 1) * each, table_budget(model) if budget is None else budget
+        whole, budget = (anatomy.n_blocks * ablation.rank + 1) * each, table_budget(model) if budget is None else budget
         self._keeps_tables = whole <= budget
-        self.most_edits = sys.maxsize if self._keeps_tables else max(1, budget // each - 1)
+        self.most_edits = sys.maxsize if self._keeps_tables else max(1, (budget // each - 1) // ablation.rank)
         """Edits of one pass at most, for what they need to stay within the budget; 1 where not even two fit."""
         if not self._keeps_tables:
             told = "tables of experts would take %.1f GiB: each pass computes what its edits need, of up to %d trials"

@@ -1,32 +1,40 @@
 """What edits of outputs share: of one writer over all trials of a run, and of one trial over the rows of a pass.
 
-Mode ``full`` needs b = ŴŴᵀv of every trial. A table of ŴŴᵀ on all blocks' directions gives them all by interpolation.
-Experts have a table each, [E, L, D] a block, which for large models comes to tens of GiB: where the tables of all
-blocks do not fit in a budget, b is computed at the start of a pass for its own trials, [E, T, D] a block. That is work
-of two tokens a trial in every expert's down projection: 0.03 s beside 2.7 s of a KL pass over 64 prompts with 4 trials,
-for 39 M weights in 8 blocks of 32 experts on a CPU.
+Mode ``full`` needs B = VŴŴᵀ of every trial. A table of ŴŴᵀ on all blocks' directions gives them all by interpolation.
+Experts have a table each, [E, L·R, D] a block, which for large models comes to tens of GiB: where the tables of all
+blocks do not fit in a budget, B is computed at the start of a pass for its own trials, [E, T·R, D] a block. That is
+work of two tokens a direction in every expert's down projection: 0.03 s beside 2.7 s of a KL pass over 64 prompts with
+4 trials of one direction, for 39 M weights in 8 blocks of 32 experts on a CPU.
 
-Shapes: T trials of a pass, N different directions of theirs, B rows, L blocks, D width, E experts.
+Shapes: T trials of a pass, R directions of each, Q rows of a table, B rows, L blocks, D width, E experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from heretic_ds.ablation import Ablation, Edit, OutputOperator, Reduce, output_operator, row_norms, row_overlaps
+from heretic_ds.ablation import (
+    Ablation,
+    Edit,
+    OutputOperator,
+    Reduce,
+    orthonormal,
+    output_operator,
+    row_norms,
+    row_overlaps,
+)
 from heretic_ds.anatomy import Writer
 
 _LEAST_BYTES, _SHARE_OF_WEIGHTS = 64 * 2**20, 0.05
 """Memory that tables of experts may take on a device: this, or that share of its weights if it is more."""
 
-_Place = tuple[tuple[int, int], tuple[float, float]]
-"""Two rows of a table between which a direction lies, and its shares of them."""
+_Place = tuple[list[int], Tensor]
+"""2R rows of a table between which the directions of a trial lie, and their shares [R, 2R] of them."""
 
 
 def table_budget(model: nn.Module, ranks: int = 1) -> int:
@@ -51,28 +59,33 @@ def in_memory_of(old: Tensor, new: Tensor) -> Tensor:
 class TrialDirections:
     """What T edits do to one writer."""
 
-    strength_T1: Tensor
+    strength_T11: Tensor
     """λ."""
-    unit_TD: Tensor
-    """v."""
-    place_T2: Tensor
-    """Rows of the table between which v lies, int64."""
-    share_T2: Tensor
-    """With which v is the sum of the two: v = share[0] q_place[0] + share[1] q_place[1], q the table's directions."""
+    unit_TRD: Tensor
+    """V."""
+    place_TM: Tensor
+    """M = 2R rows of the table between which the rows of V lie, int64."""
+    share_TRM: Tensor
+    """With which V is a sum of them: V = share q_place, q the table's directions."""
     overlaps_QD: Tensor | None
-    """The table, ŴŴᵀq: [Q, D], or [E, Q, D]; None where no edit needs it."""
+    """The table, q ŴŴᵀ: [Q, D], or [E, Q, D]; None where no edit needs it."""
 
     def operator(
         self, norms_D: Tensor, trial: Tensor | slice = slice(None), expert_S: Tensor | None = None
     ) -> OutputOperator:
-        """The edits of all trials [T, D], or those of slots [S, D] by trial and expert; ``norms_D`` is n of each."""
-        overlaps = None
+        """The edits of all trials [T, R, D], or those of slots [S, R, D] by trial and expert; ``norms_D`` is n of
+        each."""
+        overlaps_RD = None
         if self.overlaps_QD is not None:
             experts = () if expert_S is None else (expert_S,)
-            below, above = (self.overlaps_QD[*experts, place] for place in self.place_T2[trial].unbind(1))
-            share_below, share_above = self.share_T2[trial, :, None].unbind(1)
-            overlaps = torch.addcmul(below * share_below, above, share_above)
-        return output_operator(norms_D, overlaps, self.unit_TD[trial], self.strength_T1[trial])
+            places, share_RM = self.place_TM[trial].unbind(1), self.share_TRM[trial]
+            rows = [self.overlaps_QD[*experts, place] for place in places]
+            if share_RM.shape[1] == 1:
+                below, above = share_RM.unbind(-1)
+                overlaps_RD = torch.addcmul(rows[0] * below, rows[1], above).unsqueeze(1)
+            else:
+                overlaps_RD = share_RM @ torch.stack(rows, dim=1)
+        return output_operator(norms_D, overlaps_RD, self.unit_TRD[trial], self.strength_T11[trial])
 
     def replaced(self, other: TrialDirections) -> TrialDirections:
         """The values of another, in this one's memory where that is for as many trials."""
@@ -91,14 +104,20 @@ class WriterTables:
         self._model, self._writer, self._ablation, self._reduce = model, writer, ablation, reduce
         gain_D = writer.norm_gain(model) if ablation.through_norm else None
         self._gain_D = None if gain_D is None else gain_D.double().cpu()
-        directions_LD = ablation.directions_LD[1:]  # the entry 0 is used by no block
-        self._basis_LD = directions_LD if self._gain_D is None else self._gain_D * directions_LD
+        directions_LRD = ablation.directions_LRD[1:]  # the entry 0 is used by no block
+        self._basis_LRD = directions_LRD if self._gain_D is None else self._gain_D * directions_LRD
         self.norms_D = row_norms(writer.weight_DK(model), ablation.row_norm, reduce)
         """n: [D], or [E, D] for experts."""
-        self._overlaps_LD = self._overlaps(self._basis_LD) if kept and ablation.row_norm == "full" else None
+        made = kept and ablation.row_norm == "full"
+        self._overlaps_QD = self._overlaps(self._basis_LRD.flatten(0, 1)) if made else None
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return self._ablation.rank
 
     def _overlaps(self, basis_QD: Tensor) -> Tensor:
-        """ŴŴᵀq for directions q: [Q, D], or [E, Q, D]."""
+        """q ŴŴᵀ for directions q: [Q, D], or [E, Q, D]."""
         basis_QD, weight_DK = basis_QD.to(self.norms_D), self._writer.weight_DK(self._model)
         if weight_DK.dim() == 2:
             return row_overlaps(weight_DK, self.norms_D, basis_QD, self._reduce)
@@ -109,43 +128,53 @@ class WriterTables:
 
     def directions(self, edits: Sequence[Edit | None]) -> TrialDirections:
         """What the edits do to this writer."""
-        writer, table = self._writer, self._overlaps_LD
+        writer, table = self._writer, self._overlaps_QD
         indices = [None if edit is None else edit.direction_index for edit in edits]
         strengths = [0.0 if edit is None else edit.strength(writer.component, writer.block) for edit in edits]
-        units = [self._ablation.writer_direction(writer.block, self._gain_D, index) for index in indices]
+        units = [self._ablation.writer_directions(writer.block, self._gain_D, index) for index in indices]
         if table is None and self._ablation.row_norm == "full":
             table, places = self._overlaps_of_pass(units, indices)
         else:
             places = [self._place(index) for index in indices]
-        numbers, dtype = partial(torch.tensor, device=self.norms_D.device), self.norms_D.dtype
         return TrialDirections(
-            strength_T1=numbers(strengths, dtype=dtype)[:, None],
-            unit_TD=torch.stack(units).to(self.norms_D),
-            place_T2=numbers([rows for rows, _ in places]),
-            share_T2=numbers([shares for _, shares in places], dtype=dtype),
+            strength_T11=torch.tensor(strengths, dtype=self.norms_D.dtype, device=self.norms_D.device)[:, None, None],
+            unit_TRD=torch.stack(units).to(self.norms_D),
+            place_TM=torch.tensor([rows for rows, _ in places], device=self.norms_D.device),
+            share_TRM=torch.stack([share_RM for _, share_RM in places]).to(self.norms_D),
             overlaps_QD=table,
         )
 
     def _place(self, index: float | None) -> _Place:
-        """Where v lies in the table over all directions."""
-        block, last = self._writer.block, len(self._basis_LD) - 1
+        """Where V lies in the table over all directions: V = T ((1 - f) q_below + f q_above)."""
+        block, last = self._writer.block, len(self._basis_LRD) - 1
         below = block if index is None else min(int(index), last)
         above = below if index is None else min(below + 1, last)
         fraction = 0.0 if index is None else index - int(index)
-        length = torch.lerp(self._basis_LD[below], self._basis_LD[above], fraction).norm().item()
-        scale = 1 / length if length > 0 else 0.0
-        return (below, above), ((1 - fraction) * scale, fraction * scale)
+        mixed_RD = torch.lerp(self._basis_LRD[below], self._basis_LRD[above], fraction)
+        rank, made_RR = len(mixed_RD), _made(mixed_RD)
+        rows = [first * rank + each for first in (below, above) for each in range(rank)]
+        return rows, torch.cat([(1 - fraction) * made_RR, fraction * made_RR], dim=1)
 
     def _overlaps_of_pass(
         self, units: Sequence[Tensor], indices: Sequence[float | None]
     ) -> tuple[Tensor, list[_Place]]:
-        """b of the trials of one pass, and where each is found: once for those that have v in common, with room for one
+        """B of the trials of one pass, and where each is found: once for those that have V in common, with room for one
         each, so that tables of as many trials are alike."""
-        different = list(dict.fromkeys(indices))
-        table_XTD = self.norms_D.new_zeros(*self.norms_D.shape[:-1], len(units), self.norms_D.shape[-1])
-        unit_ND = torch.stack([units[indices.index(index)] for index in different])
-        table_XTD[..., : len(different), :] = self._overlaps(unit_ND)
-        return table_XTD, [((place, place), (1.0, 0.0)) for place in map(different.index, indices)]
+        different, rank = list(dict.fromkeys(indices)), len(units[0])
+        table_XQD = self.norms_D.new_zeros(*self.norms_D.shape[:-1], len(units) * rank, self.norms_D.shape[-1])
+        unit_QD = torch.cat([units[indices.index(index)] for index in different])
+        table_XQD[..., : len(unit_QD), :] = self._overlaps(unit_QD)
+        itself_RM = torch.eye(rank, 2 * rank, dtype=torch.float64)
+        firsts = [rank * different.index(index) for index in indices]
+        return table_XQD, [([first + each % rank for each in range(2 * rank)], itself_RM) for first in firsts]
+
+
+def _made(vectors_RD: Tensor) -> Tensor:
+    """T [R, R] by which vectors become orthonormal: :func:`heretic_ds.ablation.orthonormal`; of one its 1/length."""
+    if len(vectors_RD) > 1:
+        return orthonormal(vectors_RD)[1]
+    length = vectors_RD.norm().item()
+    return vectors_RD.new_full((1, 1), 1 / length if length > 0 else 0.0)
 
 
 class Rows:

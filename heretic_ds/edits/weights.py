@@ -48,6 +48,7 @@ class WeightEditor:
         weight_DK = writer.weight_DK(self._model)
         if writer.weight not in self._originals:
             self._originals[writer.weight] = weight_DK.detach().to("cpu", copy=True)
-        direction_D = self._ablation.writer_direction(writer.block, writer.norm_gain(self._model), edit.direction_index)
+        gain_D = writer.norm_gain(self._model)
+        direction_RD = self._ablation.writer_directions(writer.block, gain_D, edit.direction_index)
         self._edited.add(writer.weight)
-        edit_weight_(weight_DK, direction_D, strength, self._ablation.row_norm, self.reduce)
+        edit_weight_(weight_DK, direction_RD, strength, self._ablation.row_norm, self.reduce)

@@ -61,6 +61,10 @@ class CardFacts:
     prompt_sources: Mapping[str, str]
     """Prompt sources as configured, by role, e.g. `target.train`."""
     trial: int | None = None
+    rank: int = 1
+    """Directions that the edit removes in each layer."""
+    method: str = "mean_difference"
+    """How they were found, as `direction.method` says."""
     scorer: str = "refusals"
     """Name of the first scorer, whose scores `refusals_before` and `refusals_after` are."""
     form: str = "model"

@@ -66,7 +66,7 @@ class Beside:
     """Does the same as the edit."""
     max_shard_size: str | None = None
     """Largest size of a weight file; None: :data:`SHARD_SIZE`."""
-    directions_LD: Tensor | None = None
+    directions: Tensor | None = None
     """The directions that the edit refers to, kept for :mod:`heretic_ds.export.reproduce`."""
 
 
@@ -190,8 +190,8 @@ def _complete(loaded: LoadedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
 
 def _describe(folder: Path, card: str, manifest: Mapping[str, Any], beside: Beside) -> None:
     """Write what tells of the rest: last the manifest, with a digest of every file but the card."""
-    if beside.directions_LD is not None:
-        write_directions(folder, beside.directions_LD)
+    if beside.directions is not None:
+        write_directions(folder, beside.directions)
     digests = file_digests(folder)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
     _write_json(folder / MANIFEST_NAME, {**manifest, "files": digests})

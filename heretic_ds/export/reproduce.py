@@ -55,10 +55,10 @@ _MOST = 4096
 _AGAIN = "get it anew"
 
 
-def write_directions(folder: Path, directions_LD: Tensor) -> None:
-    """Keep the unit directions [L+1, D], float64, in an export's folder."""
+def write_directions(folder: Path, directions: Tensor) -> None:
+    """Keep directions, as :attr:`heretic_ds.ablation.Ablation.stored` has them, in an export's folder."""
     (folder / FOLDER).mkdir(exist_ok=True)
-    save_file({"directions": directions_LD.contiguous().cpu()}, folder / FOLDER / DIRECTIONS)
+    save_file({"directions": directions.contiguous().cpu()}, folder / FOLDER / DIRECTIONS)
 
 
 def how_written(
@@ -94,7 +94,8 @@ class Recipe:
 
     folder: Path
     manifest: dict[str, Any]
-    directions_LD: Tensor
+    directions: Tensor
+    """Unit directions [L+1, D], or several orthonormal ones a layer, [L+1, R, D], float64."""
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -119,10 +120,10 @@ class Recipe:
         if _digest(stored) != manifest["files"].get(name):
             raise UserError(f"{stored} is not the file that {file.name} was written with; get both anew")
         with reading(stored, _AGAIN, "is damaged"):
-            directions_LD = load_file(stored)["directions"].double()
+            directions = load_file(stored)["directions"].double()
         with reading(file, _AGAIN):
             Edit.from_dict(manifest["edit"])
-        return cls(file.parent, manifest, directions_LD)
+        return cls(file.parent, manifest, directions)
 
 
 def _out_of_bounds(manifest: dict[str, Any]) -> Iterator[tuple[str, Any]]:

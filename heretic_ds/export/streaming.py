@@ -43,7 +43,7 @@ class TensorEdit:
     """What happens to one tensor of the checkpoint."""
 
     writer: Writer
-    direction_D: Tensor
+    direction_RD: Tensor
     strength: float
 
 
@@ -65,8 +65,8 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, edi
                 f"{writer.weight} is stored in a form that cannot be edited from file to file; set evaluate=replicated"
             )
         gain_D = stored_gain(checkpoint, writer)
-        direction_D = ablation.writer_direction(writer.block, gain_D, edit.direction_index)
-        plan.update({piece.tensor: TensorEdit(writer, direction_D, strength) for piece in pieces})
+        direction_RD = ablation.writer_directions(writer.block, gain_D, edit.direction_index)
+        plan.update({piece.tensor: TensorEdit(writer, direction_RD, strength) for piece in pieces})
     return plan
 
 
@@ -172,7 +172,7 @@ class EditedFiles:
         for start in range(0, math.prod(form.shape), matrix.numel()):
             tensors.read_numbers_into(name, matrix.view(-1), start)
             weight_DK = matrix.T if across else matrix
-            edit_weight_(weight_DK, change.direction_D, change.strength, self.row_norm)
+            edit_weight_(weight_DK, change.direction_RD, change.strength, self.row_norm)
             yield matrix
 
     def _write_index(self, folder: Path) -> None:

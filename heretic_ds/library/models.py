@@ -4,7 +4,7 @@
 ``hd.score`` says what that does, and ``hd.load_run`` reads what a run of the command has found. They take any causal
 language model of transformers whose anatomy is known, on one device, and leave it as they found it.
 
-Shapes: L blocks, D width of the residual stream.
+Shapes: L blocks, D width of the residual stream, R directions of an edit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from heretic_ds.ablation import COMPONENTS, ROW_NORMS, Ablation, Edit, Profile, behaviour_directions
+from heretic_ds.ablation import COMPONENTS, ROW_NORMS, Ablation, Edit, Profile
 from heretic_ds.anatomy import Anatomy, find_anatomy, has_expert_dispatch
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.conf_files import choice
+from heretic_ds.directions import METHODS, Request
 from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -31,6 +32,7 @@ from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.scoring import RefusalScorer
 from heretic_ds.search.objective import Objective
 from heretic_ds.settings import PromptSettings
+from heretic_ds.world import World
 
 _EXPERTS = "_experts_implementation"
 """Attribute of configurations by which transformers looks up how experts are computed."""
@@ -69,11 +71,11 @@ class Directions:
 
     directions_LD: Tensor
     """Unit directions [L+1, D], float64, on the CPU: of the embedding output, then of the stream after each block.
-    Block i uses entry i+1."""
+    Block i uses entry i+1. Of several directions a layer: orthonormal ones, [L+1, R, D]."""
     target_mean_LD: Tensor
-    """Mean residuals of the target prompts, [L+1, D]."""
+    """Mean residuals of the target prompts, [L+1, D]; with ``method="median_of_means"`` that is what they are."""
     baseline_mean_LD: Tensor
-    """Mean residuals of the baseline prompts."""
+    """The same of the baseline prompts."""
 
     def edit(
         self,
@@ -140,30 +142,48 @@ def capture(
     *,
     orthogonalize: bool = True,
     winsorize_quantile: float = 1.0,
+    method: str = "mean_difference",
+    rank: int = 1,
+    groups: int = 9,
     chat: Chat | None = None,
     batch_size: int = 0,
 ) -> Directions:
-    """Directions between the mean residuals of two kinds of prompts, at the last position of each.
+    """Directions between the residuals of two kinds of prompts, at the last position of each.
 
     ``target`` prompts show the behaviour, ``baseline`` prompts do not; ``chat`` says how they are put to the model.
-    ``batch_size`` 0: measured. Raises UserError for a model without a chat template or of unknown anatomy, and where
-    there is no direction between the two.
+    ``orthogonalize``, ``winsorize_quantile``, ``method`` and ``groups`` are the settings ``direction.*`` of the
+    command, ``rank`` is ``ablation.rank``: directions a layer, of which ``method="som"`` finds several. ``batch_size``
+    0: measured. Raises UserError for a model without a chat template or of unknown anatomy, and where there is no
+    direction between the two.
     """
     if not target or not baseline:
         raise UserError("there have to be target and baseline prompts; give at least one of each")
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    if rank < 1 or (rank > 1 and not METHODS[method].many):
+        raise UserError(f"rank is {rank}, but method={method!r} finds one direction a layer; give rank=1")
+    if groups < 3:
+        raise UserError(f"groups is {groups}; it has to be at least 3")
     form = (chat or Chat()).form(tokenizer)
     with _running(model, tokenizer, RunnerOptions(batch_size=batch_size)) as engine:
-        target_LD, baseline_LD = (
-            engine.capture([form.encode(text) for text in texts], winsorize_quantile) for texts in (target, baseline)
+        rows = ([form.encode(text) for text in texts] for texts in (target, baseline))
+        shape = engine.anatomy.n_blocks + 1, engine.anatomy.width
+        request = Request(
+            *rows,
+            *shape,
+            orthogonalize=orthogonalize,
+            winsorize_quantile=winsorize_quantile,
+            rank=rank,
+            groups=groups,
         )
-    directions_LD = behaviour_directions(target_LD, baseline_LD, orthogonalize)
-    if not directions_LD.isfinite().all():
+        found = METHODS[method]().find(engine, request, World())
+    if not found.is_finite:
         raise UserError("the residuals of the prompts are not finite; load the model in float32")
-    if not directions_LD[1:].any():
+    if not found.is_any:
         raise UserError(
             "target and baseline prompts leave the same mean residuals, so there is no direction between them"
         )
-    return Directions(directions_LD, target_LD, baseline_LD)
+    return Directions(Ablation(found.directions_LRD, "none", False).stored, found.target_LD, found.baseline_LD)
 
 
 @contextmanager
@@ -240,11 +260,11 @@ def score(
 def _anatomy(model: PreTrainedModel, edit: ModelEdit) -> Anatomy:
     """The model's anatomy, once directions are known to be those of a model like it."""
     anatomy = find_anatomy(model)
-    expected, found = (anatomy.n_blocks + 1, anatomy.width), tuple(edit.ablation.directions_LD.shape)
-    if found != expected:
+    if not edit.ablation.fits(anatomy.n_blocks, anatomy.width):
         raise UserError(
-            f"the directions have the shape {list(found)}, but the model has {anatomy.n_blocks} blocks and a residual "
-            f"stream {anatomy.width} wide, which takes {list(expected)}; capture them from this model"
+            f"the directions have the shape {list(edit.ablation.stored.shape)}, but the model has {anatomy.n_blocks} "
+            f"blocks and a residual stream {anatomy.width} wide, which takes {[anatomy.n_blocks + 1, anatomy.width]}; "
+            "capture them from this model"
         )
     return anatomy
 

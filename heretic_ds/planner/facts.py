@@ -44,6 +44,7 @@ def work_of(settings: Settings, lengths: Mapping[str, Sequence[int]] | None = No
         "trials": search.trials,
         "batch": generation.batch_size,
         "row_norm": settings.ablation.row_norm,
+        "rank": settings.ablation.rank,
     }
     if search.trials_per_pass != AUTO:
         given["together"] = int(search.trials_per_pass)

@@ -17,8 +17,9 @@ from omegaconf import MISSING, OmegaConf
 
 from heretic_ds.conf_files import conf_dir as conf_dir
 from heretic_ds.settings.benchmark import BenchmarkSettings
+from heretic_ds.settings.directions import AblationSettings as AblationSettings
+from heretic_ds.settings.directions import DirectionSettings as DirectionSettings
 from heretic_ds.settings.export import ExportSettings as ExportSettings
-from heretic_ds.settings.fields import FINITE
 from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.tracking import TrackingSettings
 
@@ -140,60 +141,6 @@ class PromptSettings:
     """Jinja chat template, or the path of a file that holds one, for a model that ships none."""
     thinking: list[ThinkingMarker] = field(default_factory=list)
     """Chain-of-thought markers that ``response_prefix=auto`` closes."""
-
-
-@dataclass
-class DirectionSettings:
-    """How directions are made from residuals."""
-
-    orthogonalize: bool = True
-    """Keep only the part of each direction that is orthogonal to the baseline mean."""
-    winsorize_quantile: float = within(1.0, gt=0, le=1)
-    """Clamp each residual's components to this quantile of their absolute values; 1 switches it off."""
-    compare: Optional[str] = None
-    """Safetensors file with a known ``direction`` [D]: the |cosine| of every block's direction with it is
-    reported."""
-
-
-@dataclass
-class ProfileSettings:
-    """Ablation weight over the layers for one component. All four numbers, or none."""
-
-    max_weight: Optional[float] = within(None, **FINITE)
-    """Weight at ``max_weight_position``."""
-    max_weight_position: Optional[float] = within(None, **FINITE)
-    """Layer of the largest weight, as a float in layers."""
-    min_weight: Optional[float] = within(None, **FINITE)
-    """Weight at ``min_weight_distance`` from the position."""
-    min_weight_distance: Optional[float] = within(None, **FINITE)
-    """Distance in layers beyond which nothing is edited."""
-
-
-@dataclass
-class ProfilesSettings:
-    """A fixed edit's profiles, by component."""
-
-    attention: ProfileSettings = field(default_factory=ProfileSettings)
-    """Attention output projections, and the linear-attention and convolution projections of hybrids."""
-    mlp: ProfileSettings = field(default_factory=ProfileSettings)
-    """MLP and expert down projections."""
-
-
-@dataclass
-class AblationSettings:
-    """The form of the edits, and a fixed edit for ``task=evaluate|export|chat``."""
-
-    row_norm: str = within("full", choices=("none", "pre", "full"))
-    """``none``, ``pre`` or ``full``: what happens to the norms of a writer's rows."""
-    through_norm: bool = False
-    """In families with a norm after the writer, edit along the direction that the norm's gain maps onto the
-    stream."""
-    direction_index: Optional[float] = within(
-        None, ge=0, lt=math.inf, words="at least 0, or null for one direction a layer"
-    )
-    """One global direction interpolated at this block (a float); null: every layer uses its own."""
-    profiles: ProfilesSettings = field(default_factory=ProfilesSettings)
-    """Profiles of a fixed edit; null for none."""
 
 
 @dataclass

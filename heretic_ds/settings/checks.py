@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.settings import AUTO, Settings
+from heretic_ds.settings.directions import MANY
 from heretic_ds.settings.export import SIZE
 from heretic_ds.settings.tracking import TrackingSettings
 
@@ -31,7 +32,7 @@ def validate(settings: Settings) -> None:
     Raises UserError for the first mistake found, naming the override to change. Whether files, data sets and
     classes exist is found out by those who load them.
     """
-    for check in (check_fields, _check_rest, _check_export, _check_profiles, _check_fixed_edit):
+    for check in (check_fields, _check_rest, _check_directions, _check_export, _check_profiles, _check_fixed_edit):
         refuse(check(settings))
 
 
@@ -127,6 +128,15 @@ def _check_tracking(tracking: TrackingSettings) -> _Findings:
         "@" not in urlsplit(tracking.uri or "").netloc,
         "tracking.uri holds a user or a password, which would be kept in the run folder; give them as "
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+    )
+
+
+def _check_directions(settings: Settings) -> _Findings:
+    rank, method = settings.ablation.rank, settings.direction.method
+    yield (
+        rank == 1 or method in MANY,
+        f"ablation.rank is {rank}, but direction.method={method} finds one direction a layer; set "
+        f"direction.method={MANY[0]}, or ablation.rank=1",
     )
 
 

@@ -36,4 +36,5 @@ class ExportSettings:
     private: bool = True
     """Whether a repository that it makes is private."""
     adapter_rank: int = within(8, ge=1)
-    """Rank of an adapter with ``ablation.row_norm=full``; those of ``none`` and ``pre`` are exact with rank 1."""
+    """Rank of an adapter with ``ablation.row_norm=full``; with ``none`` and ``pre`` it is ``ablation.rank``, and
+    exact."""

@@ -125,7 +125,7 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
         if described is None:
             log.info("%s holds this very %s already", target, "adapter" if form == "adapter" else "model")
         else:
-            beside = Beside(adapter, run.settings.export.max_shard_size, run.ablation.directions_LD)
+            beside = Beside(adapter, run.settings.export.max_shard_size, run.ablation.stored)
             if form == "adapter":
                 done = export_adapter(loaded, target, *described, world, beside)
             else:
@@ -154,6 +154,7 @@ def _describe(
         verified=results["verified"],
         tensors_edited=[writer.weight for writer in written],
     ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
+    manifest |= {"direction_method": settings.direction.method, "rank": run.ablation.rank}
     chosen = settings.export
     from_files = run.engine.whole is None
     manifest["how"] = how_written(run.job.opened.device, from_files, chosen.max_shard_size, chosen.adapter_rank)
@@ -174,6 +175,8 @@ def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Write
         through_norm=settings.ablation.through_norm,
         orthogonalize=settings.direction.orthogonalize,
         winsorize_quantile=settings.direction.winsorize_quantile,
+        rank=run.ablation.rank,
+        method=settings.direction.method,
         writers=dict(counts),
         refusals_before=results["baseline"]["refusals"],
         refusals_after=results["verified"]["refusals"],

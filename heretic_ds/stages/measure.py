@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from heretic_ds.ablation import Ablation, behaviour_directions
+from heretic_ds.ablation import Ablation
+from heretic_ds.directions import METHODS, Request
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
@@ -68,9 +69,9 @@ def _answers_until_they_part(run: Run, engine: Capturing, chat: ChatFormat) -> l
 
 
 def capture_directions(run: Run) -> None:
-    """Directions from the mean residuals of the two kinds of train prompts; read back where this run has them."""
-    stored_LD = _stored_directions(run, run.path)
-    _use_directions(run, _captured_directions(run) if stored_LD is None else stored_LD)
+    """Directions from the residuals of the two kinds of train prompts; read back where this run has them."""
+    stored = _stored_directions(run, run.path)
+    _use_directions(run, _captured_directions(run) if stored is None else stored)
 
 
 def fixed_directions(run: Run) -> None:
@@ -78,82 +79,99 @@ def fixed_directions(run: Run) -> None:
     captured anew."""
     search = run.path.with_name(run.path.name.removesuffix("-evaluate"))
     for folder in (run.path, search):
-        directions_LD = _stored_directions(run, folder)
-        if directions_LD is not None:
+        stored = _stored_directions(run, folder)
+        if stored is not None:
             log.info("directions are those of %s", folder)
-            return _use_directions(run, directions_LD)
+            return _use_directions(run, stored)
     return _use_directions(run, _captured_directions(run))
 
 
-def _use_directions(run: Run, directions_LD: Tensor) -> None:
-    ablation = run.settings.ablation
-    _compare_with_known(run, directions_LD)
-    run.edit_along(Ablation(directions_LD, ablation.row_norm, ablation.through_norm))
+def _use_directions(run: Run, ablation: Ablation) -> None:
+    _compare_with_known(run, ablation.directions_LRD)
+    run.edit_along(ablation)
 
 
-def _captured_directions(run: Run) -> Tensor:
-    direction, engine = run.settings.direction, run.lay_out("capture")
+def _ablation(run: Run, directions: Tensor) -> Ablation:
+    return Ablation(directions, run.settings.ablation.row_norm, run.settings.ablation.through_norm)
+
+
+def _captured_directions(run: Run) -> Ablation:
+    settings, anatomy, engine = run.settings, run.job.anatomy, run.lay_out("capture")
+    target, baseline = (run.job.prompts(f"{kind}.train").rows for kind in ("target", "baseline"))
+    request = Request(
+        target, baseline, anatomy.n_blocks + 1, anatomy.width,
+        orthogonalize=settings.direction.orthogonalize,
+        winsorize_quantile=settings.direction.winsorize_quantile,
+        rank=settings.ablation.rank,
+        groups=settings.direction.groups,
+        folder=run.path,
+    )  # fmt: skip
     with run.timed("capture") as work:
-        target_LD, baseline_LD = (
-            engine.capture(run.job.prompts(f"{kind}.train").rows, direction.winsorize_quantile)
-            for kind in ("target", "baseline")
-        )
-        directions_LD = behaviour_directions(target_LD, baseline_LD, direction.orthogonalize)
-    if not directions_LD.isfinite().all():
+        found = METHODS[settings.direction.method]().find(engine, request, run.world)
+    if not found.is_finite:
         raise UserError("the residuals of the train prompts are not finite; set model.dtype=float32")
-    if not directions_LD[1:].any():
+    if not found.is_any:
         raise UserError(
             "the target and baseline train prompts leave the same mean residuals, so there is no direction between "
             "them; change prompts.target.train or prompts.baseline.train"
         )
-    counts = [len(run.job.texts[f"{kind}.train"]) for kind in ("target", "baseline")]
+    ablation = _ablation(run, found.directions_LRD)
     run.remember()  # the batch size, before another layout may take this one's place
-    log.info("directions: from %d target and %d baseline prompts, %s", *counts, took(work))
+    several = f", {ablation.rank} a layer" if ablation.rank > 1 else ""
+    prompts = "directions: from %d target and %d baseline prompts%s, %s"
+    log.info(prompts, len(target), len(baseline), several, took(work))
     if run.folder is not None:
-        tensors = {"directions": directions_LD, "target_mean": target_LD, "baseline_mean": baseline_LD}
+        tensors = {"directions": ablation.stored, "target_mean": found.target_LD, "baseline_mean": found.baseline_LD}
         write_atomically(run.folder.directions, save(tensors, metadata={"fingerprint": direction_fingerprint(run)}))
-    return directions_LD
+    return ablation
 
 
-def _stored_directions(run: Run, folder: Path) -> Tensor | None:
-    """Directions [L+1, D] that a run folder holds, where they come from the same model, prompts and settings."""
+def _stored_directions(run: Run, folder: Path) -> Ablation | None:
+    """Directions that a run folder holds, where they come from the same model, prompts and settings."""
 
     def read() -> Tensor | None:
-        file = folder / "directions.safetensors"
+        file, anatomy = folder / "directions.safetensors", run.job.anatomy
         if not file.is_file():
             return None
         advice = "remove it, and it is made anew"
         with reading(file, advice, "is damaged"), safe_open(file, framework="pt") as tensors:
             if (tensors.metadata() or {}).get("fingerprint") != direction_fingerprint(run):
                 return None
-            directions_LD = tensors.get_tensor("directions")
-            if tuple(directions_LD.shape) != (run.job.anatomy.n_blocks + 1, run.job.anatomy.width):
-                raise UserError(f"{file} holds directions of shape {tuple(directions_LD.shape)}; {advice}")
-            return directions_LD
+            directions: Tensor = tensors.get_tensor("directions")
+            ablation = _ablation(run, directions)
+            if not ablation.fits(anatomy.n_blocks, anatomy.width) or ablation.rank != run.settings.ablation.rank:
+                raise UserError(f"{file} holds directions of shape {tuple(directions.shape)}; {advice}")
+            return directions
 
-    return run.world.decide(read)
+    stored = run.world.decide(read)
+    return None if stored is None else _ablation(run, stored)
 
 
 def direction_fingerprint(run: Run) -> str:
     """Digest of all that directions depend on: the model's files, the train prompts as put to it, the settings."""
     settings, folder = run.settings, run.job.opened.source.folder
+    direction, rank = settings.direction, settings.ablation.rank
     facts = {
         "model": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())],
         "dtype": settings.model.dtype,
         "rows": [run.job.prompts(f"{kind}.train").rows for kind in ("target", "baseline")],
-        "direction": [settings.direction.orthogonalize, settings.direction.winsorize_quantile],
+        "direction": [direction.orthogonalize, direction.winsorize_quantile],
     }
+    if direction.method != "mean_difference":  # whose digests are those of earlier versions
+        facts["method"] = [direction.method, direction.groups, rank]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _compare_with_known(run: Run, directions_LD: Tensor) -> None:
-    """|cosine| of every block's direction with a direction that is known, such as the one planted in the demo model."""
+def _compare_with_known(run: Run, directions_LRD: Tensor) -> None:
+    """Of every block's directions the |cosine|, or the length of what they hold of it where there are several, with a
+    direction that is known, such as the one planted in the demo model."""
     known_D, file = run.job.known_direction_D, run.settings.direction.compare
     if known_D is None or file is None:
         return
-    cosine_L = (directions_LD[1:] @ known_D).abs()
-    run.results["known_direction_cosine"] = [round(cosine, 6) for cosine in cosine_L.tolist()]
-    blocks = "  ".join(f"{block}: {cosine:.2f}" for block, cosine in enumerate(cosine_L.tolist()))
+    held_LR = (directions_LRD[1:] @ known_D).abs()
+    held_L = held_LR[:, 0] if held_LR.shape[1] == 1 else held_LR.norm(dim=1)
+    run.results["known_direction_cosine"] = [round(held, 6) for held in held_L.tolist()]
+    blocks = "  ".join(f"{block}: {held:.2f}" for block, held in enumerate(held_L.tolist()))
     log.info("|cosine| with the direction of %s, by block: %s", Path(file).name, blocks)
 
 

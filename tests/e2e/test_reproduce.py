@@ -24,8 +24,9 @@ def exported(material: Material, heretic: Heretic, *words: str) -> Path:
     [
         ("export.format=both", "ablation.row_norm=pre", "export.max_shard_size=30KB"),
         ("export.format=adapter", "export.adapter_rank=4"),
+        ("direction.method=som", "ablation.rank=2", "ablation.direction_index=1.3"),
     ],
-    ids=["both", "adapter"],
+    ids=["both", "adapter", "two directions"],
 )
 def test_an_export_is_made_again_byte_for_byte(words, material: Material, heretic: Heretic) -> None:
     first = exported(material, heretic, *words)

@@ -113,7 +113,7 @@ def test_steps_captured_with_other_directions_are_not_replayed(recorder):
     engine, eager = engine_of(model), engine_of(model, False)
     first = ablation_for(engine, "none")
     answers = []
-    for ablation in (first, dataclasses.replace(first, directions_LD=first.directions_LD.flip(-1)), first):
+    for ablation in (first, dataclasses.replace(first, directions_LRD=first.directions_LRD.flip(-1)), first):
         for each in (engine, eager):
             each.prepare(ablation)
         answers.append(engine.generate(prompts(), edits))

@@ -226,7 +226,7 @@ def test_names_without_their_prefix_are_not_taken_for_unused(tmp_path: Path) -> 
 def test_everybody_may_read_an_export_whatever_the_umask(base: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     before = os.umask(0o077)
     try:
-        out = export(loaded, tmp_path / "out", beside=Beside(directions_LD=torch.ones(3, 32))).folder
+        out = export(loaded, tmp_path / "out", beside=Beside(directions=torch.ones(3, 32))).folder
     finally:
         os.umask(before)
     modes = {file.relative_to(out).as_posix(): file.stat().st_mode & 0o777 for file in [out, *out.rglob("*")]}
@@ -421,6 +421,14 @@ def test_leftovers_of_killed_exports(tmp_path: Path) -> None:
 def front_matter(card: str) -> dict:
     assert card.startswith("---\n")
     return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_tells_of_several_directions(loaded: LoadedModel) -> None:
+    one, several = (model_card(loaded, replace(FACTS, rank=rank, method="som")) for rank in (1, 4))
+    assert "4 directions in the residual stream" in several and "their span" in several
+    assert "self-organising map" in several and "4 directions" not in one
+    assert "medians of the means" in model_card(loaded, replace(FACTS, method="median_of_means"))
+    assert "self-organising" not in model_card(loaded, FACTS)
 
 
 def test_a_card_names_another_scorer(loaded: LoadedModel) -> None:

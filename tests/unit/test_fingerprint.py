@@ -15,7 +15,7 @@ SCORE_CHANGES = [
     "prompts.target.eval.slice='0:10'", "prompts.baseline.train.source=other/set",
     "prompts.response_prefix=''",
     "direction.orthogonalize=false", "direction.winsorize_quantile=0.9", "ablation.row_norm=none",
-    "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
+    "direction.method=som", "ablation.rank=2", "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
     "generation.max_new_tokens=50", "scoring.scorers=[a.b.C]", "scoring.markers=[sorry]",
 ]  # fmt: skip
 FREE_CHANGES = [
@@ -43,6 +43,14 @@ def test_long_values_that_differ_at_the_end_are_still_named() -> None:
     ]
     one, two = {"model.files": {"a": "1", "b": "2"}}, {"model.files": {"a": "1", "b": "3"}}
     assert differences(one, two) == ['model.files.b was "2", is now "3"']
+
+
+def test_settings_that_came_later_leave_earlier_folders_as_they_are() -> None:
+    assert not {"direction.method", "direction.groups", "ablation.rank"} & fingerprint(settings()).keys()
+    assert fingerprint(settings("direction.groups=5")) == fingerprint(settings())
+    median = "direction.method=median_of_means"
+    [told] = differences(fingerprint(settings(median)), fingerprint(settings(median, "direction.groups=5")))
+    assert told.startswith("direction.groups ")
 
 
 @pytest.mark.parametrize("override", SCORE_CHANGES)

@@ -22,7 +22,7 @@ LAYERS = (
     {"placements"},
     {"job"},
     {"runner"},
-    {"edits"},
+    {"edits", "directions"},
     {"prompts", "checkpoint"},
     {"anatomy", "scoring", "world", "run_folder", "fingerprint", "memory"},
     {
@@ -46,6 +46,7 @@ FORBIDDEN = {
     "ablation": ("torch.distributed", "omegaconf", "hydra", "transformers"),
     "geometry": ("torch.distributed", "omegaconf", "hydra", "transformers", "heretic_ds.settings"),
     "runner": ("deepspeed", "heretic_ds.job", "heretic_ds.settings", "heretic_ds.placements"),
+    "directions": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),
     "edits": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),
     "checkpoint": ("deepspeed", "heretic_ds.job", "heretic_ds.settings"),
 }

@@ -176,7 +176,7 @@ def test_in_bfloat16_edited_outputs_are_as_exact_as_the_product_allows(name):
         module, weight_DK = model.get_submodule(writer.module), writer.weight_DK(model)
         x_RK = torch.randn(256, weight_DK.shape[-1], generator=torch.Generator().manual_seed(0)).bfloat16()
         bias_D = 0.0 if writer.bias is None else model.get_parameter(writer.bias).float()
-        v_D = ablation.writer_direction(writer.block, None, EDIT.direction_index)
+        v_D = ablation.writer_directions(writer.block, None, EDIT.direction_index)
         strength = EDIT.strength(writer.component, writer.block)
         exact_RD = x_RK.float() @ edit_weight(weight_DK.float(), v_D, strength, "full").T + bias_D
         with torch.inference_mode(), outputs.active([EDIT, None]):

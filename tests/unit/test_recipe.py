@@ -42,7 +42,7 @@ def test_what_an_export_needs_is_read(tmp_path: Path) -> None:
     manifest = export(tmp_path)
     for path in (tmp_path, tmp_path / "heretic_ds.json"):
         recipe = Recipe.read(path)
-        assert recipe.manifest == manifest and recipe.directions_LD.shape == (3, 4)
+        assert recipe.manifest == manifest and recipe.directions.shape == (3, 4)
 
 
 @pytest.mark.parametrize(

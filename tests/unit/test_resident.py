@@ -76,7 +76,7 @@ def test_apply_edits_the_writers_and_restore_is_bit_exact(family, row_norm):
     edited = 0
     for writer in engine.anatomy.writers:
         strength = EDIT.strength(writer.component, writer.block)
-        v_D = ablation.writer_direction(writer.block, writer.norm_gain(model), EDIT.direction_index)
+        v_D = ablation.writer_directions(writer.block, writer.norm_gain(model), EDIT.direction_index)
         expected_DK = edit_weight(originals[writer.weight].double(), v_D, strength, row_norm)
         assert torch.allclose(writer.weight_DK(model).double(), expected_DK, atol=1e-6)
         edited += strength != 0.0
@@ -240,7 +240,7 @@ def test_bfloat16_edits_stay_within_twice_the_rounding_of_the_product(name):
         original_DK = originals[writer.weight]
         x_KB = torch.randn(original_DK.shape[-1], 256, generator=torch.Generator().manual_seed(0)).bfloat16()
         strength = EDIT.strength(writer.component, writer.block)
-        v_D = ablation.writer_direction(writer.block, None, EDIT.direction_index)
+        v_D = ablation.writer_directions(writer.block, None, EDIT.direction_index)
         exact_DB = edit_weight(original_DK.float(), v_D, strength, "full") @ x_KB.float()
         rounding = ((original_DK @ x_KB).float() - original_DK.float() @ x_KB.float()).norm() / exact_DB.norm()
         error = ((writer.weight_DK(model) @ x_KB).float() - exact_DB).norm() / exact_DB.norm()

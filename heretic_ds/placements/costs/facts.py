@@ -38,6 +38,8 @@ class Work:
     batch: int = 0
     """Rows a batch; 0: as many as memory holds."""
     row_norm: str = "full"
+    rank: int = 1
+    """Directions of an edit."""
 
 
 class _Known(Generic[T]):

@@ -97,10 +97,10 @@ def _known_prompts(facts: Facts, use: Use) -> float:
 
 
 def _tables(facts: Facts, use: Use) -> float:
-    """Bytes of what edits of outputs need: for each writer [L+1, D], for experts up to a budget."""
+    """Bytes of what edits of outputs need: for each writer [L·R + 1, D], for experts up to a budget."""
     if facts.work.row_norm != "full" or not use.together:
         return 0.0
-    each = (facts.anatomy.n_blocks + 1) * facts.anatomy.width * 4
+    each = (facts.anatomy.n_blocks * facts.work.rank + 1) * facts.anatomy.width * 4
     writers = facts.anatomy.writers
     dense, experts = sum(w.experts is None for w in writers), sum(w.experts or 0 for w in writers) / use.sharers
     return (dense * each + min(experts * each, max(_LEAST_TABLES, _SHARE_TABLES * use.held))) / use.stages

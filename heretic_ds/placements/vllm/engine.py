@@ -66,7 +66,7 @@ class VllmEngine:
         """Take the directions that every later edit refers to."""
         form = [ablation.row_norm, ablation.through_norm]
         self._applied, self._present = None, ()
-        told = self._everywhere(lambda server: server.ask("prepare", ablation.directions_LD, form=form).fields)
+        told = self._everywhere(lambda server: server.ask("prepare", ablation.directions_LRD, form=form).fields)
         self.max_edits_per_pass = MOST_EDITS if told[0]["obstacle"] is None else 1
         self._present = (None,)
         self._prepared += 1

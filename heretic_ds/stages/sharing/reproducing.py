@@ -99,12 +99,11 @@ def _model(recipe: Recipe, options: Mapping[str, str]) -> ModelChoice:
 
 def _export(recipe: Recipe, opened: OpenedModel, target: Path, overwrite: bool) -> None:
     manifest, how = recipe.manifest, recipe.manifest["how"]
-    ablation = Ablation(recipe.directions_LD, manifest["row_norm"], manifest["through_norm"])
+    ablation = Ablation(recipe.directions, manifest["row_norm"], manifest["through_norm"])
     edit, form = Edit.from_dict(manifest["edit"]), manifest["format"]
     dtype = getattr(torch, manifest["dtype"])
     anatomy = find_anatomy(opened.skeleton(dtype))
-    expected = (anatomy.n_blocks + 1, anatomy.width)
-    if tuple(ablation.directions_LD.shape) != expected:
+    if not ablation.fits(anatomy.n_blocks, anatomy.width):
         raise UserError(f"{opened.source.name} is not the model that the export was made from: its shapes differ")
     weights, adapter = None, None
     if how["from_files"]:
@@ -115,7 +114,7 @@ def _export(recipe: Recipe, opened: OpenedModel, target: Path, overwrite: bool) 
         read = partial(resident_writer, loaded.model)
     if form != "model":
         adapter = make_adapter(anatomy, ablation, edit, read, how["adapter_rank"])
-    beside = Beside(adapter, how["max_shard_size"], ablation.directions_LD)
+    beside = Beside(adapter, how["max_shard_size"], ablation.stored)
     content = {**manifest, "versions": package_versions(), "reproduced": True}
     card = _card(recipe, loaded)
     if form == "adapter":

@@ -62,10 +62,11 @@ class Resident:
             "weights": {w.weight: list(self._model.get_parameter(w.weight).shape) for w in self._anatomy.writers},
         }
 
-    def prepare(self, directions: bytes, width: int, row_norm: str, through_norm: bool) -> str | None:
-        """Take the directions [L+1, D], float64, of all edits to come; gives why outputs cannot be edited, or None."""
-        directions_LD = torch.frombuffer(bytearray(directions), dtype=torch.float64).view(-1, width)
-        ablation = Ablation(directions_LD, row_norm, through_norm)
+    def prepare(self, directions: bytes, shape: list[int], row_norm: str, through_norm: bool) -> str | None:
+        """Take the directions of a shape [L+1, R, D], float64, of all edits to come; gives why outputs cannot be
+        edited, or None."""
+        directions_LRD = torch.frombuffer(bytearray(directions), dtype=torch.float64).view(shape)
+        ablation = Ablation(directions_LRD, row_norm, through_norm)
         self._editor.prepare(ablation)
         self._outputs = None
         experts = [w for w in self._anatomy.writers if w.experts is not None]

@@ -58,8 +58,8 @@ class Serving:
 
     def prepare(self, message: Message) -> dict[str, Any]:
         """Take the directions of all edits to come; says why outputs cannot be edited, where they cannot."""
-        [directions_LD] = message.tensors
-        given = directions_LD.numpy().tobytes(), directions_LD.shape[1]
+        [directions_LRD] = message.tensors
+        given = directions_LRD.numpy().tobytes(), list(directions_LRD.shape)
         self._set_weights(None)
         return {"obstacle": self._on_ranks("prepare", *given, *message.fields["form"])[0]}
 
