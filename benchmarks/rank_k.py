@@ -2,8 +2,8 @@
 
     python benchmarks/rank_k.py [--rounds 7] [--rank 4] [--result FILE]
 
-Needs: the package; the models are random ones with the demo's tokenizer: a llama of 30 million parameters, and a mixture
-of experts. Takes some minutes. Leaves ``benchmarks/results/rank_k.json``, or the file that ``--result`` names.
+Needs: the package; the models are random ones with the demo's tokenizer: a llama of 30 million parameters, and a
+mixture of experts. Takes some minutes. Leaves ``benchmarks/results/rank_k.json``, or the file that ``--result`` names.
 
 Four ways of using an edit of all writers, ``ablation.row_norm=full``: weights edited and brought back; four trials' KL
 in one pass (outputs edited); four trials' answers of 16 tokens in one pass; and one trial as a search takes it, on

@@ -19,8 +19,10 @@ from heretic_ds.ablation.edit import (
     edit_weight_,
     exact_factors,
     output_operator,
+    reciprocal,
     row_norms,
     row_overlaps,
+    row_scales,
 )
 from heretic_ds.ablation.low_rank import LowRank, low_rank_edit
 from heretic_ds.ablation.profile import COMPONENTS, Profile

@@ -83,7 +83,7 @@ def row_norms(weight_DK: Tensor, row_norm: str, reduce: Reduce | None = None) ->
     return norms_D if reduce is None else reduce(norms_D.square()).sqrt()
 
 
-def _reciprocal(norms_D: Tensor) -> Tensor:
+def reciprocal(norms_D: Tensor) -> Tensor:
     """1/n, with 0 for a zero row, whose normalised row is defined as zero."""
     return torch.where(norms_D > 0, 1 / norms_D, torch.zeros_like(norms_D))
 
@@ -99,13 +99,14 @@ def row_overlaps(weight_DK: Tensor, norms_D: Tensor, directions_ND: Tensor, redu
     Linear in V, so a table over all blocks' directions yields every later trial's by interpolation, without another
     pass over weights.
     """
-    unit_DK = weight_DK.to(norms_D.dtype) * _reciprocal(norms_D).unsqueeze(-1)
+    unit_DK = weight_DK.to(norms_D.dtype) * reciprocal(norms_D).unsqueeze(-1)
     overlaps_ND = (directions_ND.to(unit_DK) @ unit_DK) @ unit_DK.transpose(-1, -2)
     return overlaps_ND if reduce is None else reduce(overlaps_ND)
 
 
-def _row_scales(norms_D: Tensor, overlaps_RD: Tensor, direction_RD: Tensor, strength: float | Tensor) -> Tensor:
-    """s of mode ``full``. A row that the edit leaves nothing of (radicand at rounding) gets 0; a zero row gets 1."""
+def row_scales(norms_D: Tensor, overlaps_RD: Tensor, direction_RD: Tensor, strength: float | Tensor) -> Tensor:
+    """s [..., D] of mode ``full``. A row that the edit leaves nothing of (radicand at rounding) gets 0; a zero row
+    gets 1."""
     removed_RD = strength * direction_RD
     if removed_RD.shape[-2] == 1:
         removed_D, overlaps_D = removed_RD.squeeze(-2), overlaps_RD.squeeze(-2)
@@ -203,14 +204,14 @@ def _edit_split_experts_(
 
 def _overlap_inputs(matrix_DK: Tensor, norms_D: Tensor, direction_RD: Tensor) -> Tensor:
     """A = V Ŵ, [..., R, K]."""
-    return (direction_RD * _reciprocal(norms_D).unsqueeze(-2)) @ matrix_DK
+    return (direction_RD * reciprocal(norms_D).unsqueeze(-2)) @ matrix_DK
 
 
 def _overlap_rows(matrix_DK: Tensor, norms_D: Tensor, overlap_RK: Tensor) -> Tensor:
     """B = A Ŵᵀ, [..., R, D], over the columns at hand."""
     if overlap_RK.shape[-2] == 1:  # a product with a vector, which is computed otherwise than one with a matrix
-        return ((matrix_DK @ overlap_RK.squeeze(-2).unsqueeze(-1)).squeeze(-1) * _reciprocal(norms_D)).unsqueeze(-2)
-    return (overlap_RK @ matrix_DK.transpose(-1, -2)) * _reciprocal(norms_D).unsqueeze(-2)
+        return ((matrix_DK @ overlap_RK.squeeze(-2).unsqueeze(-1)).squeeze(-1) * reciprocal(norms_D)).unsqueeze(-2)
+    return (overlap_RK @ matrix_DK.transpose(-1, -2)) * reciprocal(norms_D).unsqueeze(-2)
 
 
 def _write_edited(
@@ -225,7 +226,7 @@ def _write_edited(
     """W' from A, n and, in mode ``full``, B. Rows need nothing of each other any more, and go some at a time, so that
     they may be written over the matrix itself and take little memory beside it."""
     step_DR = (strength * norms_D.unsqueeze(-2) * direction_RD).transpose(-1, -2)
-    scale_D = None if overlaps_RD is None else _row_scales(norms_D, overlaps_RD, direction_RD, strength)
+    scale_D = None if overlaps_RD is None else row_scales(norms_D, overlaps_RD, direction_RD, strength)
     rows, per_row = matrix_DK.shape[-2], matrix_DK.numel() // max(1, matrix_DK.shape[-2])
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, per_row))
     for first in range(0, rows, at_once):
@@ -281,5 +282,5 @@ def output_operator(
     step_RD = strength * norms_D.unsqueeze(-2) * direction_RD
     scale_D = None
     if overlaps_RD is not None:
-        scale_D = _row_scales(norms_D, _rows(overlaps_RD), direction_RD, strength)
-    return OutputOperator(step_RD, direction_RD * _reciprocal(norms_D).unsqueeze(-2), scale_D)
+        scale_D = row_scales(norms_D, _rows(overlaps_RD), direction_RD, strength)
+    return OutputOperator(step_RD, direction_RD * reciprocal(norms_D).unsqueeze(-2), scale_D)

@@ -5,13 +5,14 @@ each (token, expert) slot by itself, unweighted; edits the slots, by their own e
 adds them. Where ranks hold parts of the experts' inner width, outputs are partial sums: edits, weights and sums are
 linear, so one sum over ranks comes last for everything. Without edits the function chosen before computes all at once.
 
-Shapes: N tokens, C experts a token, S = N·C slots, T trials, D width, E experts.
+Shapes: N tokens, C experts a token, S = N·C slots, T trials, D width, E experts, R directions of an edit.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from heretic_ds.ablation import Edit
+from heretic_ds.ablation import Edit, reciprocal
 from heretic_ds.anatomy import Anatomy
-from heretic_ds.edits.tables import WriterTables
+from heretic_ds.edits.tables import WriterTables, in_memory_of
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +42,54 @@ EditSlots = Callable[[Tensor, Tensor], Tensor]
 
 
 class ExpertEdit:
-    """The edits of one pass to the outputs of one module of experts."""
+    """The edits of one pass to the outputs of one module of experts.
+
+    One direction is looked up slot by slot. Of several the products with all trials' directions are computed at once,
+    and those with other trials' than a slot's own left out; s, which is each trial's and expert's own, is kept for the
+    pass. So R hardly counts (``benchmarks/rank_k.py``).
+    """
 
     def __init__(self, tables: WriterTables, bias_ED: Tensor | None, edits: Sequence[Edit | None]) -> None:
         self._tables, self._bias_ED = tables, bias_ED
         self._trials = tables.directions(edits)
+        self._scales_ETD = self._scales()
 
     def set(self, edits: Sequence[Edit | None]) -> None:
         """Become other edits, in the memory of those before where these are as many."""
         self._trials = self._trials.replaced(self._tables.directions(edits))
+        scales_ETD = self._scales()
+        if self._scales_ETD is not None and scales_ETD is not None:
+            self._scales_ETD = in_memory_of(self._scales_ETD, scales_ETD)
+
+    def _scales(self) -> Tensor | None:
+        return None if self._tables.rank == 1 else self._trials.scales(self._tables.norms_D)
 
     def __call__(self, output_SD: Tensor, expert_S: Tensor, trial_S: Tensor) -> Tensor:
         """Edited outputs [S, D] of some experts for rows of some trials, at least float32."""
-        chunk = max(1, _CHUNK_NUMBERS // (output_SD.shape[-1] * self._tables.rank))
+        chunk = max(1, _CHUNK_NUMBERS // output_SD.shape[-1])
         parts = zip(output_SD.split(chunk), expert_S.split(chunk), trial_S.split(chunk), strict=True)
         return torch.cat([self._edited(*part) for part in parts])
 
     def _edited(self, output_SD: Tensor, expert_S: Tensor, trial_S: Tensor) -> Tensor:
         norms_SD = self._tables.norms_D[expert_S]
-        operator, value_SD = self._trials.operator(norms_SD, trial_S, expert_S), output_SD.to(norms_SD.dtype)
+        value_SD = output_SD.to(norms_SD.dtype)
+        if self._tables.rank == 1:
+            operator: Callable[[Tensor], Tensor] = self._trials.operator(norms_SD, trial_S, expert_S)
+        else:
+            operator = partial(self._along_several, norms_SD, expert_S, trial_S)
         if self._bias_ED is None:
             return operator(value_SD)
         bias_SD = self._bias_ED[expert_S]
         return operator(value_SD - bias_SD) + bias_SD
+
+    def _along_several(self, norms_SD: Tensor, expert_S: Tensor, trial_S: Tensor, value_SD: Tensor) -> Tensor:
+        trials, directions_QD = self._trials, self._trials.unit_TRD.flatten(0, 1)
+        trial_T = torch.arange(len(trials.unit_TRD), device=trial_S.device)
+        strength_ST = (trial_S[:, None] == trial_T) * trials.strength_T11[:, 0, 0]
+        found_SQ = (value_SD * reciprocal(norms_SD)) @ directions_QD.T
+        removed_SQ = (found_SQ.unflatten(1, (len(trial_T), -1)) * strength_ST[..., None]).flatten(1)
+        value_SD = torch.addcmul(value_SD, norms_SD, removed_SQ @ directions_QD, value=-1)
+        return value_SD if self._scales_ETD is None else value_SD * self._scales_ETD[expert_S, trial_S]
 
 
 def edit_experts(model: PreTrainedModel, path: str, edit: EditSlots) -> Callable[[], None]:

@@ -27,6 +27,9 @@ from heretic_ds.edits.tables import Rows, WriterTables, bytes_of_vectors, in_mem
 
 log = logging.getLogger(__name__)
 
+_LEAST_BESIDE = 8
+"""Edits along several directions for which there has to be room beside tables, or these are not worth keeping."""
+
 
 class DenseEdit:
     """The edits of one pass to the outputs of one module."""
@@ -98,11 +101,11 @@ class OutputEdits:
         """0 unless passes read static edits; else how many trials these have memory for: it grows when that moves."""
         experts = [w for w in anatomy.writers if self._edits_experts(w)] if ablation.row_norm == "full" else []
         each = bytes_of_vectors(model, experts)  # of a direction, and of the row norms
-        whole, budget = (anatomy.n_blocks * ablation.rank + 1) * each, table_budget(model) if budget is None else budget
-        self._keeps_tables = whole <= budget
-        self.most_edits = sys.maxsize if self._keeps_tables else max(1, (budget // each - 1) // ablation.rank)
+        budget = table_budget(model) if budget is None else budget
+        self._keeps_tables, self.most_edits = _tables_and_edits(anatomy.n_blocks, ablation.rank, each, budget)
         """Edits of one pass at most, for what they need to stay within the budget; 1 where not even two fit."""
         if not self._keeps_tables:
+            whole = (anatomy.n_blocks * ablation.rank + 1) * each
             told = "tables of experts would take %.1f GiB: each pass computes what its edits need, of up to %d trials"
             log.info(told, whole / 2**30, self.most_edits)
 
@@ -174,3 +177,15 @@ class OutputEdits:
             return edit(output_SD, expert_S, self._rows.tokens(len(expert_S)))
 
         stack.callback(edit_experts(self._model, writer.module, by_slot))
+
+
+def _tables_and_edits(blocks: int, rank: int, each: int, budget: int) -> tuple[bool, int]:
+    """Whether tables over all directions are kept, and how many edits a pass may have, for experts whose every
+    direction takes ``each`` bytes. Edits along several directions keep s beside, as much as one direction."""
+    if each == 0:
+        return True, sys.maxsize
+    vectors = budget // each
+    beside = vectors - (blocks * rank + 1)
+    if beside >= (0 if rank == 1 else _LEAST_BESIDE):
+        return True, sys.maxsize if rank == 1 else beside
+    return False, max(1, (vectors - 1) // (1 if rank == 1 else rank + 1))

@@ -27,6 +27,7 @@ from heretic_ds.ablation import (
     output_operator,
     row_norms,
     row_overlaps,
+    row_scales,
 )
 from heretic_ds.anatomy import Writer
 
@@ -86,6 +87,14 @@ class TrialDirections:
             else:
                 overlaps_RD = share_RM @ torch.stack(rows, dim=1)
         return output_operator(norms_D, overlaps_RD, self.unit_TRD[trial], self.strength_T11[trial])
+
+    def scales(self, norms_ED: Tensor) -> Tensor | None:
+        """s [E, T, D] of every expert and trial, ``norms_ED`` their n; None where it is 1."""
+        if self.overlaps_QD is None:
+            return None
+        experts = zip(norms_ED, self.overlaps_QD, strict=True)  # one at a time, for what it takes
+        overlaps = ((norms_D, self.share_TRM @ table_QD[self.place_TM]) for norms_D, table_QD in experts)
+        return torch.stack([row_scales(*expert, self.unit_TRD, self.strength_T11) for expert in overlaps])
 
     def replaced(self, other: TrialDirections) -> TrialDirections:
         """The values of another, in this one's memory where that is for as many trials."""

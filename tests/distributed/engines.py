@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile
+from heretic_ds.ablation import ROW_NORMS, Ablation, Edit, Profile, aligned
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.errors import UserError
@@ -70,10 +70,13 @@ def job_for(world: World, folder: str, batch_size: int = 3, dtype: str = "float3
     return Job(settings, world, opened, find_anatomy(opened.skeleton()), None, [])  # type: ignore[arg-type]
 
 
-def ablation_for(engine: Runner, row_norm: str, through_norm: bool = False) -> Ablation:
+def ablation_for(engine: Runner, row_norm: str, through_norm: bool = False, rank: int = 1) -> Ablation:
     """Random directions, the same in every process."""
     generator = torch.Generator().manual_seed(3)
     shape = (engine.anatomy.n_blocks + 1, engine.anatomy.width)
+    if rank > 1:
+        vectors_LDR = torch.randn(*shape, rank, generator=generator, dtype=torch.float64)
+        return Ablation(aligned(torch.linalg.qr(vectors_LDR).Q.transpose(-1, -2)), row_norm, through_norm)
     directions_LD = torch.randn(shape, generator=generator, dtype=torch.float64)
     return Ablation(torch.nn.functional.normalize(directions_LD, dim=-1), row_norm, through_norm)
 

@@ -7,23 +7,14 @@ from typing import Any
 
 import torch
 
-from heretic_ds.ablation import Ablation, aligned
 from heretic_ds.directions import METHODS, Request
 from heretic_ds.placements import build_engine
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.world import World
-from tests.distributed.engines import EDIT, job_for, prompts, target
+from tests.distributed.engines import EDIT, ablation_for, job_for, prompts, target
 from tests.distributed.output_edits_ranks import EDITS
 
 RANK = 3
-
-
-def ablation_for(engine: Any, row_norm: str) -> Ablation:
-    """Random bases, the same in every process."""
-    shape = engine.anatomy.n_blocks + 1, engine.anatomy.width, RANK
-    vectors_LDR = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    bases_LRD = torch.linalg.qr(vectors_LDR).Q.transpose(-1, -2)
-    return Ablation(aligned(bases_LRD), row_norm, through_norm=row_norm == "pre")
 
 
 def score(world: World, folder: str, placement: str, together: bool = True, **options: Any) -> dict[str, Any]:
@@ -34,7 +25,7 @@ def score(world: World, folder: str, placement: str, together: bool = True, **op
     rows, passes = prompts(), [EDITS] if together else [[edit] for edit in EDITS]
     with contextlib.closing(build_engine(job, "evaluate")) as engine:
         for row_norm in ("none", "pre", "full"):
-            engine.prepare(ablation_for(engine, row_norm))
+            engine.prepare(ablation_for(engine, row_norm, through_norm=row_norm == "pre", rank=RANK))
             if together:
                 engine.max_edits_per_pass = len(EDITS)  # tiny models have no memory for two; that is not to be shown
             reference = Divergence().begin(engine, rows)

@@ -41,6 +41,13 @@ def test_it_agrees_with_the_model_in_this_process(family: str, vllm_python: str,
     check(everything(World(), folder, vllm_python), expected(folder), family)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_it_removes_several_directions_alike(family: str, vllm_python: str, tmp_path: Path) -> None:
+    folder = str(save(family, tmp_path / family))
+    check(everything(World(), folder, vllm_python, rank=3), expected(folder, rank=3), family)
+
+
 @pytest.mark.parametrize(
     "family", [pytest.param("llama", marks=pytest.mark.thorough), pytest.param("mixtral", marks=pytest.mark.thorough)]
 )

@@ -96,11 +96,11 @@ def most_probable(at: list[int], logits_KV: list[torch.Tensor]) -> list[float]:
     return [each_KV[-1].float().log_softmax(-1).max().item() for each_KV in logits_KV]
 
 
-def everything(world: World, folder: str, python: str, **options: Any) -> dict[str, Any]:
+def everything(world: World, folder: str, python: str, rank: int = 1, **options: Any) -> dict[str, Any]:
     """:func:`measure` of vLLM, what its logits are, and whether its weights are the same at the end."""
     with vllm(world, folder, python, **options) as engine:
         before = engine.digests()
-        ablation = ablations(folder)
+        ablation = ablations(folder, rank)
         found = measure(engine, ablation)
         engine.apply(OTHER)
         edited = engine.digests()
@@ -116,7 +116,7 @@ def everything(world: World, folder: str, python: str, **options: Any) -> dict[s
         }
 
 
-def ablations(folder: str) -> Callable[[str, bool], Ablation]:
+def ablations(folder: str, rank: int = 1) -> Callable[[str, bool], Ablation]:
     """Random directions that fit a model."""
     anatomy = job_for(World(), folder).anatomy
 
@@ -125,11 +125,11 @@ def ablations(folder: str) -> Callable[[str, bool], Ablation]:
 
     fits: Any = Fits()
     fits.anatomy = anatomy
-    return lambda mode, through_norm: ablation_for(fits, mode, through_norm)
+    return lambda mode, through_norm: ablation_for(fits, mode, through_norm, rank)
 
 
-def expected(folder: str) -> dict[str, Any]:
+def expected(folder: str, rank: int = 1) -> dict[str, Any]:
     """The same of the model in this process."""
     with contextlib.closing(build(job(World(), folder), "replicated")) as engine:
-        found = measure(engine, ablations(folder))
+        found = measure(engine, ablations(folder, rank))
         return {"measured": found, "logits": engine.distributions(prompts(), [None], most_probable)[0]}

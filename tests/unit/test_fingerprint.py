@@ -15,7 +15,8 @@ SCORE_CHANGES = [
     "prompts.target.eval.slice='0:10'", "prompts.baseline.train.source=other/set",
     "prompts.response_prefix=''",
     "direction.orthogonalize=false", "direction.winsorize_quantile=0.9", "ablation.row_norm=none",
-    "direction.method=som", "ablation.rank=2", "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
+    "direction.method=som", "ablation.rank=2",
+    "ablation.through_norm=true", "search.seed=1", "search.startup_trials=5", "search.kl_target=0.1",
     "generation.max_new_tokens=50", "scoring.scorers=[a.b.C]", "scoring.markers=[sorry]",
 ]  # fmt: skip
 FREE_CHANGES = [
