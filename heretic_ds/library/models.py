@@ -158,19 +158,14 @@ def capture(
     """
     if not target or not baseline:
         raise UserError("there have to be target and baseline prompts; give at least one of each")
-    if method not in METHODS:
-        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
-    if rank < 1 or (rank > 1 and not METHODS[method].many):
-        raise UserError(f"rank is {rank}, but method={method!r} finds one direction a layer; give rank=1")
-    if groups < 3:
-        raise UserError(f"groups is {groups}; it has to be at least 3")
+    _check_method(method, rank, groups)
     form = (chat or Chat()).form(tokenizer)
     with _running(model, tokenizer, RunnerOptions(batch_size=batch_size)) as engine:
-        rows = ([form.encode(text) for text in texts] for texts in (target, baseline))
-        shape = engine.anatomy.n_blocks + 1, engine.anatomy.width
         request = Request(
-            *rows,
-            *shape,
+            [form.encode(text) for text in target],
+            [form.encode(text) for text in baseline],
+            engine.anatomy.n_blocks + 1,
+            engine.anatomy.width,
             orthogonalize=orthogonalize,
             winsorize_quantile=winsorize_quantile,
             rank=rank,
@@ -184,6 +179,16 @@ def capture(
             "target and baseline prompts leave the same mean residuals, so there is no direction between them"
         )
     return Directions(Ablation(found.directions_LRD, "none", False).stored, found.target_LD, found.baseline_LD)
+
+
+def _check_method(method: str, rank: int, groups: int) -> None:
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose one of {', '.join(METHODS)}")
+    for name, number, least in (("rank", rank, 1), ("groups", groups, 3)):
+        if number < least:
+            raise UserError(f"{name} is {number}; it has to be at least {least}")
+    if rank > 1 and not METHODS[method].many:
+        raise UserError(f"rank is {rank}, but method={method!r} finds one direction a layer; give rank=1")
 
 
 @contextmanager

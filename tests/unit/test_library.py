@@ -58,6 +58,33 @@ def test_the_import_does_not_wait_for_torch() -> None:
     assert all(getattr(hd, name) is not None for name in hd.__all__)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_several_directions(family: str, tmp_path: Path) -> None:
+    model, tokenizer = user_model(family, tmp_path / family)
+    model.eval()
+    given = model, tokenizer, TARGET, BASELINE
+    directions = hd.capture(*given, method="som", rank=2, batch_size=4)
+    assert directions.directions_LD.shape == (3, 2, 32)
+    edit, original = directions.edit(attention=hd.Profile(1.2, 1.0, 0.3, 1.5), direction_index=0.6), logits(model)
+    with hd.ablated(model, edit):
+        inside = logits(model)
+    undo = hd.apply(model, edit)
+    applied = logits(model)
+    undo()
+    assert (applied - original).abs().max() > 1e-2 and (applied - inside).abs().max() < 1e-4
+    assert torch.equal(logits(model), original)
+    one = hd.capture(*given, method="median_of_means", groups=3, batch_size=4)
+    assert one.directions_LD.shape == (3, 32)
+    for more, told in (
+        ({"method": "mean"}, "method is 'mean'; choose one of mean_difference, median_of_means, som"),
+        ({"rank": 2}, "method='mean_difference' finds one direction a layer"),
+        ({"method": "som", "rank": 0}, "rank is 0"),
+        ({"method": "median_of_means", "groups": 1}, "groups is 1"),
+    ):
+        with pytest.raises(UserError, match=told):
+            hd.capture(*given, **more)
+
+
 @pytest.mark.parametrize("row_norm", ["none", "full"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mixtral", "llama4"])
 def test_outputs_of_an_ablated_model_are_those_of_edited_weights(family: str, row_norm: str, tmp_path: Path) -> None:
