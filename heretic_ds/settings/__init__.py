@@ -19,6 +19,7 @@ from heretic_ds.conf_files import conf_dir as conf_dir
 from heretic_ds.settings.benchmark import BenchmarkSettings
 from heretic_ds.settings.directions import AblationSettings as AblationSettings
 from heretic_ds.settings.directions import DirectionSettings as DirectionSettings
+from heretic_ds.settings.directions import ProfileSettings as ProfileSettings
 from heretic_ds.settings.export import ExportSettings as ExportSettings
 from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.tracking import TrackingSettings
