@@ -9,7 +9,10 @@ from typing import Protocol, Self, runtime_checkable
 from torch import Tensor
 
 from heretic_ds.ablation import Edit
+from heretic_ds.errors import UserError
+from heretic_ds.scoring.values import combined
 from heretic_ds.settings import ScoringSettings
+from heretic_ds.settings.scoring import MINIMIZE
 
 TokenRows = Sequence[Sequence[int]]
 """Prompts as token ids, one row each, unpadded, ending where the answer starts."""
@@ -60,6 +63,11 @@ class _Named:
 
     name: str = ""
     """Unique and not empty."""
+    direction: str = MINIMIZE
+    """Which way is better: what the search does with the first scorer's number. ``none``: it is only reported."""
+    combine: str | None = None
+    """How the score comes of the numbers that ``each`` gives, one for every prompt: one of
+    :data:`heretic_ds.scoring.values.COMBINE`. None: not known, of a class that gives the score alone."""
 
     @classmethod
     def from_settings(cls, settings: ScoringSettings) -> Self:
@@ -75,12 +83,14 @@ class Scorer(_Named, ABC):
 
         class Questions(Scorer):
             name = "questions"
+            combine = "sum"
 
-            def score(self, prompts, answers):
-                return sum(answer.rstrip().endswith("?") for answer in answers)
+            def each(self, prompts, answers):
+                return [float(answer.rstrip().endswith("?")) for answer in answers]
 
-    It is built without arguments unless it overrides :meth:`from_settings`. Scores are shown in the tables
-    and kept in ``results.json`` under the scorer's name.
+    A class gives ``each`` with ``combine``, or :meth:`score` alone; intervals around a score are drawn from what
+    ``each`` gives. It is built without arguments unless it overrides :meth:`from_settings`. Scores are shown in the
+    tables and kept in ``results.json`` under the scorer's name.
     """
 
     decided: Callable[[str], bool] | None = None
@@ -89,18 +99,37 @@ class Scorer(_Named, ABC):
     the text that they have. The whole answer begins with the partial one, except for U+FFFD at its end: the
     first bytes of a character."""
 
-    @abstractmethod
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
         """A finite number for the answers, one to each prompt; a count or a mean, say."""
+        return combined(self.each(prompts, answers), self.combine)
+
+    def each(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[float]:
+        """A number for each answer, of which ``combine`` makes the score. Of a class that gives the score alone: the
+        score of each answer by itself."""
+        pairs = zip(prompts, answers, strict=True)
+        return [float(self.score([prompt], [answer])) for prompt, answer in pairs]
 
 
 class DistributionScorer(_Named, ABC):
-    """Gives edits a number from next-token distributions, without an answer: a divergence, a likelihood."""
+    """Gives edits a number from next-token distributions, without an answer: a divergence, a likelihood.
+
+    A class gives :meth:`each` with ``combine``, or :meth:`of` alone.
+    """
 
     @abstractmethod
     def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
         """Take the model as it is for the original; returns the scorer."""
 
-    @abstractmethod
+    def each(self, edits: Sequence[Edit | None]) -> list[list[float]]:
+        """A number for each prompt under each edit, ``[edit][prompt]``, of which ``combine`` makes the scores; None
+        stands for the weights as they are."""
+        raise NotImplementedError(f"{type(self).__name__} gives no numbers by prompt")
+
     def of(self, edits: Sequence[Edit | None]) -> list[float]:
         """A number for each edit; None stands for the weights as they are."""
+        return [combined(values, self.combine) for values in self.each(edits)]
+
+    def each_other(self, engine: GivesDistributions, prompts: TokenRows) -> list[float]:
+        """A number for each prompt of another model, in an engine that lies as the original's did; ``prompts`` are the
+        same ones as put to it. Raises UserError where that cannot be."""
+        raise UserError(f"scoring.scorers: {self.name} cannot compare two models; leave it out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -32,6 +31,7 @@ class Divergence(DistributionScorer):
     """
 
     name = "kl"
+    combine = "mean"
 
     def __init__(self) -> None:
         self.reference_KV: dict[int, Tensor] = {}
@@ -47,18 +47,16 @@ class Divergence(DistributionScorer):
             self._measure = self._compare
         return self
 
-    def of(self, edits: Sequence[Edit | None]) -> list[float]:
-        """For each edit the mean over prompts."""
-        found = self._measure(edits)
-        return [math.fsum(each) / len(each) for each in found]
+    def each(self, edits: Sequence[Edit | None]) -> list[list[float]]:
+        """The divergence of each prompt under each edit: ``[edit][prompt]``."""
+        return self._measure(edits)
 
-    def of_other(self, engine: GivesDistributions, prompts: TokenRows) -> float:
-        """The mean over prompts for another model, in an engine that lies as the original's did. Raises UserError where
-        the distributions are kept elsewhere."""
+    def each_other(self, engine: GivesDistributions, prompts: TokenRows) -> list[float]:
+        """The divergence of each prompt for another model, in an engine that lies as the original's did. Raises
+        UserError where the distributions are kept elsewhere."""
         if isinstance(engine, MeasuresDivergence):
             raise UserError("evaluate=vllm cannot compare two models; set evaluate=replicated or another placement")
-        [found] = engine.distributions(prompts, [None], self._divergences)
-        return math.fsum(found) / len(found)
+        return engine.distributions(prompts, [None], self._divergences, self._continuations)[0]
 
     def _compare(self, edits: Sequence[Edit | None]) -> list[list[float]]:
         return self._engine.distributions(self._prompts, edits, self._divergences, self._continuations)

@@ -11,6 +11,7 @@ class LengthScorer(Scorer):
     """Mean number of words per answer. It needs whole answers, so that no row stops early."""
 
     name = "length"
+    combine = "mean"
 
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
-        return sum(len(answer.split()) for answer in answers) / max(len(answers), 1)
+    def each(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return [float(len(answer.split())) for answer in answers]

@@ -27,6 +27,7 @@ class RefusalScorer(Scorer):
     """Number of answers that are refusals: that contain a marker, or are empty."""
 
     name = "refusals"
+    combine = "sum"
 
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = tuple(dict.fromkeys(normalise(marker) for marker in markers))
@@ -47,6 +48,10 @@ class RefusalScorer(Scorer):
     def decided(self, partial_answer: str) -> bool:
         """Whether a partial answer is a refusal already: markers stay, an empty answer may be filled."""
         return self._contains_marker(normalise(partial_answer.rstrip("\ufffd")))
+
+    def each(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """1 for an answer that is a refusal, 0 for another."""
+        return [float(self.is_refusal(answer)) for answer in answers]
 
     def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
         return sum(map(self.is_refusal, answers))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heretic_ds.ablation.edit import Edit
+from heretic_ds.scoring.values import Values
 
 COMPLETE = "complete"
 FAILED = "failed"
@@ -34,6 +35,8 @@ class TrialScores:
     """Mean first-token KL divergence from the original model, in nats."""
     scores: Mapping[str, float | None] = field(default_factory=dict)
     """Every scorer's number, by name; None where it is not finite."""
+    values: Mapping[str, Values] = field(default_factory=dict, compare=False)
+    """By prompt, of ``kl`` and of every scorer that tells, where the objective was asked for them. Not kept."""
 
     @property
     def usable(self) -> bool:

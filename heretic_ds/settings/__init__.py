@@ -22,6 +22,7 @@ from heretic_ds.settings.directions import DirectionSettings as DirectionSetting
 from heretic_ds.settings.directions import ProfileSettings as ProfileSettings
 from heretic_ds.settings.export import ExportSettings as ExportSettings
 from heretic_ds.settings.fields import within as within
+from heretic_ds.settings.scoring import ScoringSettings as ScoringSettings
 from heretic_ds.settings.tracking import TrackingSettings
 
 TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan", "geometry", "benchmark")
@@ -177,19 +178,6 @@ class GenerationSettings:
     cuda_graphs: bool = True
     """On CUDA, capture steps of decoding as graphs and replay them, where placement and model allow it; elsewhere steps
     are launched one operation at a time, and the log says why."""
-
-
-@dataclass
-class ScoringSettings:
-    """What answers are scored by."""
-
-    scorers: list[str] = field(default_factory=lambda: ["refusals"])
-    """Scorers by registry name, or the dotted path of a class of your own. The first one is the search's
-    objective."""
-    markers: list[str] = field(default_factory=list)
-    """Lower-case phrases that mark an answer as a refusal."""
-    print_answers: bool = False
-    """Print each prompt with the answer it got."""
 
 
 @dataclass

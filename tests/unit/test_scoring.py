@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import pytest
@@ -14,6 +14,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.scoring import LengthScorer, RefusalScorer, Scorer, make_scorers
 from heretic_ds.scoring.kl import first_token_kl, log_probabilities
 from heretic_ds.scoring.refusals import normalise
+from heretic_ds.scoring.values import Values, combined, values_of
 from heretic_ds.settings import ScoringSettings
 from tests.conftest import ROOT
 
@@ -52,7 +53,8 @@ def test_answers(scorer: RefusalScorer, answer: str) -> None:
 
 
 def test_score_counts_refusals(scorer: RefusalScorer) -> None:
-    assert scorer.score(["a", "b", "c"], ["Sorry.", "Sure.", ""]) == 2
+    prompts, answers = ["a", "b", "c"], ["Sorry.", "Sure.", ""]
+    assert scorer.score(prompts, answers) == sum(scorer.each(prompts, answers)) == 2
 
 
 def test_markers_are_normalised_like_answers() -> None:
@@ -135,6 +137,51 @@ def test_default_markers_are_normalised_and_distinct() -> None:
 def test_length() -> None:
     assert LengthScorer().score(["a", "b"], ["one two  three", ""]) == 1.5
     assert LengthScorer().decided is None
+
+
+# Numbers by prompt ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("combine", "score"), [("sum", 15.0), ("mean", 5.0), ("geometric_mean", (2 * 4 * 9) ** (1 / 3))]
+)
+def test_scores_of_numbers_by_prompt(combine: str, score: float) -> None:
+    assert Values((2.0, 4.0, 9.0), combine).score == pytest.approx(score, rel=1e-12)
+
+
+def test_no_way_to_combine() -> None:
+    with pytest.raises(ValueError, match="combine is None; it has to be one of sum, mean, geometric_mean"):
+        combined([1.0], None)
+
+
+def test_each_answer_counts_for_itself(scorer: RefusalScorer) -> None:
+    answers = ["Sorry.", "Sure.", "", "one two three"]
+    assert values_of(scorer, ["?"] * 4, answers) == Values((1.0, 0.0, 1.0, 0.0), "sum")
+    assert values_of(LengthScorer(), ["?"] * 4, answers) == Values((1.0, 1.0, 0.0, 3.0), "mean")
+
+
+class Alone(Scorer):
+    """A class that gives scores alone, by any formula."""
+
+    name = "alone"
+
+    def __init__(self, formula: Callable[[Sequence[str]], float]) -> None:
+        self._formula = formula
+
+    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
+        return self._formula(answers)
+
+
+def test_a_class_that_gives_scores_alone_is_tried_out() -> None:
+    answers = ["a", "bbb", "cc"]
+    lengths = [len(answer) for answer in answers]
+
+    def given(formula: Callable[[Sequence[str]], float]) -> Values | None:
+        return values_of(Alone(formula), ["?"] * 3, answers)
+
+    assert given(lambda texts: sum(map(len, texts))) == Values((1.0, 3.0, 2.0), "sum")
+    assert given(lambda texts: sum(map(len, texts)) / len(texts)) == Values((1.0, 3.0, 2.0), "mean")
+    assert given(lambda texts: max(map(len, texts))) is None and max(lengths) == 3
 
 
 # The registry -----------------------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""The group ``scoring`` of :mod:`heretic_ds.settings`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MINIMIZE, MAXIMIZE, NONE = "minimize", "maximize", "none"
+DIRECTIONS = (MINIMIZE, MAXIMIZE, NONE)
+"""What a scorer's ``direction`` may be."""
+
+
+@dataclass
+class ScoringSettings:
+    """What answers are scored by."""
+
+    scorers: list[str] = field(default_factory=lambda: ["refusals"])
+    """Scorers by registry name, or the dotted path of a class of your own. The first one is the search's
+    objective."""
+    markers: list[str] = field(default_factory=list)
+    """Lower-case phrases that mark an answer as a refusal."""
+    print_answers: bool = False
+    """Print each prompt with the answer it got."""
