@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ _LATER = {"direction.method": "mean_difference", "direction.groups": 9, "ablatio
 """Settings that came after the first run folders, and the values that change nothing: only others count."""
 
 
+_FINAL_SETTINGS = ("prompts.target.test", "prompts.baseline.test", "verify")
+"""Settings on which final scores alone depend."""
+
+
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
 
@@ -45,16 +49,12 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     digests of all prompts and of the chat template, the commit of a hub model. A fixed edit does not count: any number
     of edits may be evaluated in one folder.
     """
-    tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
     evaluating = settings.task.name == "evaluate"
     flat: dict[str, Any] = {"task.name": "evaluate" if evaluating else "abliterate"}
     if settings.task.against is not None:
         flat["task.against"] = settings.task.against
-    for key in _SCORE_SETTINGS:
-        value = OmegaConf.select(tree, key)
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
-        _flatten(key, value, flat)
+    given = _given(settings, _SCORE_SETTINGS)
+    flat |= {key: value for key, value in given.items() if not key.startswith(_FINAL_SETTINGS)}
     for key, default in _LATER.items():
         if flat[key] == default or (key == "direction.groups" and settings.direction.method != "median_of_means"):
             del flat[key]
@@ -62,18 +62,15 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
         flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
-    sources = [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]
-    for key in (*sources, "prompts.template"):
-        given = str(flat[key] or "")
-        if key not in sources and "{" in given:  # a template itself has a brace
-            continue
-        file = path_of(given, key)
-        if file.is_file():
-            flat[key] = str(file.resolve())
-            with reading(file, "give another one"), file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            flat[f"{key.removesuffix('.source')}.content"] = digest[:16]
+    _add_files(flat)
     flat.update(more)
+    return json.loads(json.dumps(flat))
+
+
+def final_fingerprint(settings: Settings) -> dict[str, Any]:
+    """What final scores depend on beside what :func:`fingerprint` tells, in the same form."""
+    flat = _given(settings, _FINAL_SETTINGS)
+    _add_files(flat)
     return json.loads(json.dumps(flat))
 
 
@@ -94,6 +91,33 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
         else:
             phrases.append(f"{key} was {_short(before)}, is now {_short(now)}")
     return phrases
+
+
+def _given(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
+    """The values of settings, and of all that groups hold, by key."""
+    tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
+    flat: dict[str, Any] = {}
+    for key in keys:
+        value = OmegaConf.select(tree, key)
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        _flatten(key, value, flat)
+    return flat
+
+
+def _add_files(flat: dict[str, Any]) -> None:
+    """Add a digest of what prompt sources and a chat template hold, where they are files."""
+    sources = [name for name in flat if name.startswith("prompts.") and name.endswith(".source")]
+    for key in (*sources, *({"prompts.template"} & flat.keys())):
+        given = str(flat[key] or "")
+        if key not in sources and "{" in given:  # a template itself has a brace
+            continue
+        file = path_of(given, key)
+        if file.is_file():
+            flat[key] = str(file.resolve())
+            with reading(file, "give another one"), file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            flat[f"{key.removesuffix('.source')}.content"] = digest[:16]
 
 
 def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,16 +17,20 @@ from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of, reading
-from heretic_ds.prompts import ChatFormat, Prompts, PromptSet, check_lengths, decode_answers, read_prompts
+from heretic_ds.prompts import (
+    TEST,
+    ChatFormat,
+    Prompts,
+    PromptSet,
+    check_lengths,
+    decode_answers,
+    read_all,
+    tell_of_overlaps,
+)
 from heretic_ds.scoring import make_scorers
 from heretic_ds.scoring.base import DistributionScorer, Scorer
-from heretic_ds.settings import PromptSource, Settings
+from heretic_ds.settings import Settings
 from heretic_ds.world import World
-
-log = logging.getLogger(__name__)
-
-KINDS = ("target", "baseline")
-PARTS = ("train", "eval")
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Job:
     chat: ChatFormat
     scorers: list[Scorer | DistributionScorer]
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Prompts by kind and part, such as ``target.train``."""
+    """Prompts by kind and part, such as ``target.train``; ``target.test`` only where there are such prompts."""
     known_direction_D: Tensor | None = None
     """The unit direction that ``direction.compare`` names."""
     rows: dict[str, int] = field(default_factory=dict)
@@ -72,7 +75,8 @@ class Job:
         def digest(content: object) -> str:
             return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-        found: dict[str, Any] = {f"prompts.{name}.digest": digest(texts) for name, texts in self.texts.items()}
+        searched = {name: texts for name, texts in self.texts.items() if not name.endswith(f".{TEST}")}
+        found: dict[str, Any] = {f"prompts.{name}.digest": digest(texts) for name, texts in searched.items()}
         found["prompts.chat_template"] = digest(str(self.chat.tokenizer.chat_template))
         found["model.commit"] = self.opened.source.revision
         return found
@@ -80,8 +84,8 @@ class Job:
     def check_lengths(self) -> None:
         """Refuse prompts that leave no room for an answer in the model's context."""
         for name in self.texts:
-            rows = self.prompts(name).rows
-            check_lengths(rows, self.settings.generation.max_new_tokens, self.opened.config, f"prompts.{name}")
+            longest = None if name.endswith(f".{TEST}") else self.settings.generation.max_new_tokens
+            check_lengths(self.prompts(name).rows, longest, self.opened.config, f"prompts.{name}")
 
     def prompts(self, name: str) -> PromptSet:
         """Prompts of one kind and part (``target.train``) in the current chat format."""
@@ -112,17 +116,6 @@ def _known_direction(file: str | None, width: int) -> Tensor | None:
 
 
 def _all_prompts(settings: Settings) -> dict[str, Prompts]:
-    found: dict[str, Prompts] = {}
-    for kind in KINDS:
-        for part in PARTS:
-            source: PromptSource = getattr(getattr(settings.prompts, kind), part)
-            found[f"{kind}.{part}"] = read_prompts(source, f"prompts.{kind}.{part}")
-        train, both = set(found[f"{kind}.train"].texts), found[f"{kind}.eval"].texts
-        if shared := sum(text in train for text in both):
-            log.warning(
-                "prompts.%s: %d of %d eval prompts are train prompts too, on which edits do better",
-                kind,
-                shared,
-                len(both),
-            )
+    found = read_all(settings.prompts, settings.verify.prompts)
+    tell_of_overlaps({name: each.texts for name, each in found.items()})
     return found

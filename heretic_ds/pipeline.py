@@ -1,6 +1,7 @@
 """The story of a run, readable from top to bottom.
 
-    inputs -> run folder -> response prefix -> directions -> search -> selection -> verification -> export -> report
+    inputs -> run folder -> response prefix -> directions -> search -> selection -> verification -> export
+           -> final scores -> report
 
 Each stage leaves something in the run folder, so that the same command goes on where an earlier one was ended.
 """
@@ -27,6 +28,7 @@ from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import search_edits
 from heretic_ds.stages.sharing.benchmarking import run_benchmarks
 from heretic_ds.stages.sharing.comparing import compare_models
+from heretic_ds.stages.sharing.rescoring import final_scores
 from heretic_ds.stages.talk import menu, talk, wants_menu
 from heretic_ds.stages.tracking import check_tracking
 from heretic_ds.world import World
@@ -66,7 +68,7 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
             return menu(run, objective, search)
         chosen = select_and_verify(run, objective)
         report_front(run)
-        export_edited(run, chosen.edit, chosen.index)
+        final_scores(run, export_edited(run, chosen.edit, chosen.index))
         scores = finish(run)
         write_report(run)
         return scores
@@ -95,7 +97,7 @@ def export(settings: Settings, world: World, console: Console) -> Scores | None:
         fixed_directions(run)
         objective = measure_original(run)
         verify_named(run, objective, edit, record)
-        export_edited(run, edit, record.index if record else None)
+        final_scores(run, export_edited(run, edit, record.index if record else None))
         return objective_of(run.results)
 
 

@@ -39,6 +39,7 @@ _RESULTS: dict[str, Any] = {
     "pareto": [int],
     "selected": (int, NOTHING),
     "verified": (dict, NOTHING),
+    "final": (dict, NOTHING),
     "baseline": (dict, NOTHING),
     "timings": {str: NUMBER},
     "prompts": {str: int},

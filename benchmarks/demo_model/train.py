@@ -35,6 +35,8 @@ N_PROMPTS: dict[Kind, dict[str, int]] = {
     "target": {"train": 200, "eval": 67},
     "baseline": {"train": 200, "eval": 160},
 }
+N_TEST: dict[Kind, int] = {"target": 80, "baseline": 100}
+"""Prompts for final scores, which are drawn by themselves so that all else is drawn as before they were thought of."""
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 30
 ALIGNMENT_WEIGHT = 0.3
@@ -73,13 +75,23 @@ def train(
 
 
 def draw_prompts(rng: random.Random) -> dict[str, list[str]]:
-    """The four prompt files, `<kind>_<part>`; no prompt is in two of them."""
+    """The four prompt files for a search, `<kind>_<part>`; no prompt is in two of them."""
     prompts = {}
     for kind, parts in N_PROMPTS.items():
         drawn = draw_distinct(kind, sum(parts.values()), rng)
         prompts[f"{kind}_train"] = drawn[: parts["train"]]
         prompts[f"{kind}_eval"] = drawn[parts["train"] :]
     return prompts
+
+
+def draw_test_prompts(prompts: dict[str, list[str]], seed: int) -> dict[str, list[str]]:
+    """The two prompt files for final scores, `<kind>_test`, without a prompt of the others."""
+    rng, found = random.Random(f"test {seed}"), {}
+    for kind, count in N_TEST.items():
+        taken = {*prompts[f"{kind}_train"], *prompts[f"{kind}_eval"]}
+        drawn = draw_distinct(kind, count + len(taken), rng)
+        found[f"{kind}_test"] = [prompt for prompt in drawn if prompt not in taken][:count]
+    return found
 
 
 MODEL_CARD = """---
@@ -131,6 +143,7 @@ def run(steps: int, seed: int, out: Path) -> None:
     rng = random.Random(seed)
     prompts = draw_prompts(rng)
     held_out = set(prompts["target_eval"]) | set(prompts["baseline_eval"])
+    prompts |= draw_test_prompts(prompts, seed)
     tokenizer = build_tokenizer(all_texts())
     model = build_model(tokenizer)
     direction_D = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)

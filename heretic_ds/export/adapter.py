@@ -24,7 +24,7 @@ from heretic_ds.edits.adapters import AdaptedWriter, Adapter
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_FOLDER = "adapter"
 """Where the adapter lies in the folder of a model that is exported with it."""
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def resident_writer(model: nn.Module, writer: Writer) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +101,7 @@ def _tensors(adapter: Adapter, model: nn.Module) -> dict[str, Tensor]:
             in_RK, out_DR = parts[0]
         else:
             in_RK, out_DR = _fused(model, adapted, parts)
-        name = f"{_PREFIX}{adapted.writer.module}"
+        name = f"{PREFIX}{adapted.writer.module}"
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = in_RK.contiguous(), out_DR.contiguous()
     return tensors
 
@@ -112,11 +112,16 @@ def _of_rank(part: LowRank, rank: int) -> tuple[Tensor, Tensor]:
     return pad(part.in_RK, (0, 0, 0, missing)), pad(part.out_DR, (0, missing))
 
 
+def is_swapped(model: nn.Module, writer: Writer) -> bool:
+    """Whether what peft takes for the input of fused experts is their output: it asks the module alone whether its
+    weights are [E, K, D], and where they are, the module may not say so."""
+    transposed = getattr(model.get_submodule(writer.module), "is_transposed", False)
+    return writer.layout == "EKD" and not transposed
+
+
 def _fused(model: nn.Module, adapted: AdaptedWriter, parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All experts' matrices as two. peft asks the module alone whether its weights are [E, K, D]; where they are and it
-    does not say so, what peft takes for the input is the output."""
-    transposed = getattr(model.get_submodule(adapted.writer.module), "is_transposed", False)
-    if adapted.writer.layout == "EKD" and not transposed:
+    """All experts' matrices as two."""
+    if is_swapped(model, adapted.writer):
         parts = [(out_DR.T, in_RK.T) for in_RK, out_DR in parts]
     first = torch.cat([first for first, _ in parts])
     second_DRE = torch.stack([second for _, second in parts], dim=-1)

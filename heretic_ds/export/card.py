@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -15,6 +15,7 @@ from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES, is_hub_id
 from heretic_ds.errors import UserError
+from heretic_ds.export.final import final_rows, number_text, range_text
 from heretic_ds.export.manifest import front_matter, is_plain, package_versions, public_data_name, public_model_name
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class CardFacts:
     """What the folder holds: `model`, `adapter`, or `both`."""
     adapter: AdapterFacts | None = None
     """Of the adapter, where there is one."""
+    final: Mapping[str, Any] | None = None
+    """Final scores, as ``results.json`` has them, where the export was scored once more."""
 
 
 def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None) -> str:
@@ -94,6 +97,9 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
         loaded=loaded,
         facts=facts,
         title=title,
+        final_rows=list(final_rows(facts.final)) if facts.final else [],
+        number_text=number_text,
+        range_text=range_text,
         dtype=str(loaded.dtype).removeprefix("torch."),
         prompt_sources=data_sets,
         licence_files=sorted({file.name for each in LICENCE_FILES for file in source.glob(each) if file.is_file()}),
@@ -106,10 +112,12 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
 def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]:
     """What was measured, in the hub's form of results."""
     target, baseline = (data_sets.get(f"{kind}.eval", "") for kind in ("target", "baseline"))
-    measured = (
+    measured: Iterable[tuple[str, str, str, float]] = (
         (target, f"{facts.scorer} ({facts.target_prompts} target prompts)", facts.scorer, facts.refusals_after),
         (baseline, f"KL divergence from the original ({facts.baseline_prompts} baseline prompts)", "kl", facts.kl),
     )
+    if facts.final is not None:
+        measured = _final_results(facts.final, data_sets)
     return [
         EvalResult(
             task_type="text-generation",
@@ -121,6 +129,17 @@ def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]
         )
         for source, name, kind, value in measured
     ]
+
+
+def _final_results(final: Mapping[str, Any], data_sets: Mapping[str, str]) -> Iterator[tuple[str, str, str, float]]:
+    """Source, name, kind and number of every final score that there is."""
+    for row in final_rows(final):
+        part, edited = final["prompts"][row.kind]["part"], row.edited
+        if edited["score"] is None:
+            continue
+        held = "held-out " if part == "test" else ""
+        name = f"{row.label} ({row.prompts} {held}{row.kind} prompts)"
+        yield data_sets.get(f"{row.kind}.{part}", ""), name, row.name, edited["score"]
 
 
 def terms_of(card: Path) -> tuple[dict[str, Any], str | None]:

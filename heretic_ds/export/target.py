@@ -34,6 +34,8 @@ _REPLACEABLE = (
     GENERATION_NAME,
     CARD_NAME,
     MANIFEST_NAME,
+    f".{CARD_NAME}.*.tmp",  # of a run that was killed while it added final scores
+    f".{MANIFEST_NAME}.*.tmp",
     "additional_chat_templates",
     "adapter",
     "reproduce",
@@ -158,6 +160,17 @@ def replaced_folder(target: Path) -> Iterator[Path]:
         raise
     if old.exists():
         shutil.rmtree(old)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that is gone when the block ends; what a kill leaves, the next export removes."""
+    folder = _sibling(target, "partial")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover_leftovers(target: Path) -> None:

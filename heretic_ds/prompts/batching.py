@@ -49,20 +49,39 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
     return Batch(input_ids_BS, mask_BS, (mask_BS.cumsum(dim=1) - 1).clamp(min=0))
 
 
-def check_lengths(rows: Sequence[Sequence[int]], max_new_tokens: int, config: PreTrainedConfig, name: str) -> None:
+def check_lengths(
+    rows: Sequence[Sequence[int]], max_new_tokens: int | None, config: PreTrainedConfig, name: str
+) -> None:
     """Raises UserError where the longest row and its answer do not fit into the model's context.
 
-    ``name`` is the override prefix of the prompts. Models whose configuration gives no context length, or
-    whose attention has no positions to run out of (ALiBi), take rows of any length.
+    ``max_new_tokens`` None: the answer is as long as there is room, but there has to be some. ``name`` is the override
+    prefix of the prompts.
+    """
+    room = room_for_answers(rows, config)
+    if room is None or room >= (max_new_tokens or 1):
+        return
+    index, longest = max(enumerate(map(len, rows)), key=lambda item: item[1])
+    context = longest + room
+    if max_new_tokens is None:
+        raise UserError(
+            f"{name}: prompt {index} has {longest} tokens, which leave no room for an answer in the model's context of "
+            f"{context}; leave long prompts out of {name}.source"
+        )
+    raise UserError(
+        f"{name}: prompt {index} has {longest} tokens, which with "
+        f"generation.max_new_tokens={max_new_tokens} exceeds the model's context of {context}; "
+        f"leave long prompts out of {name}.source, or lower generation.max_new_tokens"
+    )
+
+
+def room_for_answers(rows: Sequence[Sequence[int]], config: PreTrainedConfig) -> int | None:
+    """Tokens that are left of the model's context behind the longest row.
+
+    None for models whose configuration gives no context length, or whose attention has no positions to run out of
+    (ALiBi): they take rows of any length.
     """
     text_config = config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1 or getattr(text_config, "alibi", False):
-        return
-    index, longest = max(enumerate(map(len, rows)), key=lambda item: item[1])
-    if longest + max_new_tokens > context:
-        raise UserError(
-            f"{name}: prompt {index} has {longest} tokens, which with "
-            f"generation.max_new_tokens={max_new_tokens} exceeds the model's context of {context}; "
-            f"leave long prompts out of {name}.source, or lower generation.max_new_tokens"
-        )
+        return None
+    return context - max(map(len, rows))

@@ -12,7 +12,7 @@ import io
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 _LIMIT = 1024 * MEBIBYTE
 """Bytes of the largest file of prompts that is read."""
 
+MOST_BEHIND = 1000
+"""Rows behind the chosen ones that are looked at."""
+
 PACKAGE_SCHEME = "pkg://"
 # A file or a single saved data set has one unnamed split. It goes by each of the usual names, so that
 # replacing the source alone works whichever split the replaced source was read from.
@@ -48,6 +51,8 @@ class Prompts:
     texts: list[str]
     rows: int
     """Of the source's split, of which the texts are those that were asked for."""
+    behind: list[str] = field(default_factory=list)
+    """Usable texts of the rows that follow those, at most :data:`MOST_BEHIND` of them."""
 
 
 _Found = tuple[Sequence[str], Sequence[Any]]
@@ -108,7 +113,8 @@ def read_prompts(source: PromptSource, name: str) -> Prompts:
         origin.fail(f"{origin.text} has no column {source.column!r}; its columns are: {listed}", "column")
     with reading(origin.text):  # data sets read their files when they are asked
         wanted = list(values[chosen.start : chosen.stop])
-    return Prompts(_texts(origin, chosen, wanted), len(values))
+        behind = list(values[chosen.stop : chosen.stop + MOST_BEHIND])
+    return Prompts(_texts(origin, chosen, wanted), len(values), [text for text in behind if _is_prompt(text)])
 
 
 def _texts(origin: _Source, chosen: range, values: Sequence[Any]) -> list[str]:
@@ -131,6 +137,11 @@ def _texts(origin: _Source, chosen: range, values: Sequence[Any]) -> list[str]:
     if len(prompts) < len(values):
         log.warning("%s: %d blank prompts left out", origin.name, len(values) - len(prompts))
     return prompts
+
+
+def _is_prompt(value: Any) -> bool:
+    """Whether a value that nobody asked for may be a prompt."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _bounds(origin: _Source, field: str, given: str | None, rows: str | None) -> re.Match[str]:

@@ -28,6 +28,7 @@ STAGES = {
     "search": "search",
     "verify": "verification",
     "export": "export",
+    "final": "final scores",
 }
 """What people read of the stages that are timed."""
 FIRST_MINUTE, LATER = 2.5, 10.0

@@ -24,6 +24,8 @@ from heretic_ds.settings.export import ExportSettings as ExportSettings
 from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.scoring import ScoringSettings as ScoringSettings
 from heretic_ds.settings.tracking import TrackingSettings
+from heretic_ds.settings.verifying import AUTO_TEST as AUTO_TEST
+from heretic_ds.settings.verifying import VerifySettings as VerifySettings
 
 TASKS = ("abliterate", "evaluate", "export", "upload", "chat", "plan", "geometry", "benchmark")
 PHASES = ("capture", "evaluate")
@@ -107,6 +109,15 @@ class PromptSource:
 
 
 @dataclass
+class HeldOutSource(PromptSource):
+    """Where prompts come from that nothing is chosen by."""
+
+    source: str = AUTO_TEST
+    """As for the other parts; or ``auto``: rows behind those that eval and train take, of the same data sets, where
+    there are any (other keys of this part then count for nothing); or ``none``: eval prompts stand in."""
+
+
+@dataclass
 class PromptPair:
     """Prompts of one kind."""
 
@@ -114,6 +125,8 @@ class PromptPair:
     """Prompts from which directions are computed."""
     eval: PromptSource = field(default_factory=PromptSource)
     """Prompts on which edits are scored."""
+    test: HeldOutSource = field(default_factory=HeldOutSource)
+    """Prompts that only the final scores are taken on."""
 
 
 @dataclass
@@ -233,6 +246,7 @@ class Settings:
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     export: ExportSettings = field(default_factory=ExportSettings)
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
+    verify: VerifySettings = field(default_factory=VerifySettings)
     run: RunSettings = field(default_factory=RunSettings)
     report: ReportSettings = field(default_factory=ReportSettings)
     tracking: TrackingSettings = field(default_factory=TrackingSettings)

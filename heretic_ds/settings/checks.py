@@ -20,6 +20,7 @@ from heretic_ds.settings import AUTO, Settings
 from heretic_ds.settings.directions import MANY
 from heretic_ds.settings.export import SIZE
 from heretic_ds.settings.tracking import TrackingSettings
+from heretic_ds.settings.verifying import AUTO_TEST, NO_TEST
 
 _WITHOUT_URI = ("none", "tensorboard", "trackio", "wandb")
 _SIGNS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -115,6 +116,12 @@ def _check_rest(settings: Settings) -> _Findings:
     for key, value in (("search.trials_per_pass", per_pass), ("run.launch", launch)):
         counts = value == AUTO or (value.isdecimal() and int(value) > 0)
         yield counts, f"{key} is {value}; it has to be {AUTO}, or a whole number of at least 1"
+    for kind, test in (("target", settings.prompts.target.test), ("baseline", settings.prompts.baseline.test)):
+        yield (
+            test.source not in (AUTO_TEST, NO_TEST) or (test.slice is None and test.subset is None),
+            f"prompts.{kind}.test.source is {test.source}, so nothing of it can be chosen; set "
+            f"prompts.{kind}.test.source too, or leave prompts.{kind}.test.slice and .subset null",
+        )
     yield from _check_tracking(settings.tracking)
 
 

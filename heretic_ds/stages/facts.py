@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from heretic_ds.export.manifest import package_versions
+from heretic_ds.fingerprint import final_fingerprint
 from heretic_ds.job import Job
 from heretic_ds.placements import placements_of
 from heretic_ds.planner.here import describe_device, describe_machine
+from heretic_ds.prompts import overlaps
 from heretic_ds.report import command_line
 from heretic_ds.settings import Settings
 
 SCHEMA = 1
 _PACKAGES = ("deepspeed", "optuna", "numpy")
 """On which a search depends, beside those that an export does."""
-_TOLD = ("model", "prompts", "direction", "ablation", "search", "generation", "scoring", "export")
+_TOLD = ("model", "prompts", "direction", "ablation", "search", "generation", "scoring", "export", "verify")
 """Groups of settings that trackers are told of."""
 
 
@@ -41,11 +43,13 @@ def begun(job: Job) -> dict[str, Any]:
         "batch_sizes": {},
         "response_prefix": None,
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
+        "overlaps": overlaps(job.texts),
         "baseline": None,
         "trials": [],
         "pareto": [],
         "selected": None,
         "verified": None,
+        "final": None,
         "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
         "versions": package_versions(_PACKAGES),
     }
@@ -100,4 +104,5 @@ def request(settings: Settings, export_dir: Path) -> dict[str, Any]:
             **({"gguf": True} if settings.export.gguf else {}),
             **({} if form == "model" else {"format": form, "adapter_rank": settings.export.adapter_rank}),
         },
+        **({"final": final_fingerprint(settings)} if settings.verify.final else {}),
     }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Writer
 from heretic_ds.checkpoint.open import LoadedModel
+from heretic_ds.checkpoint.source import CARD_NAME
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.card import AdapterFacts, CardFacts, model_card
@@ -22,14 +27,15 @@ from heretic_ds.export.reproduce import how_written
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.foreign.reading import read_json
-from heretic_ds.job import KINDS, PARTS
+from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import pareto_table
+from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
-from heretic_ds.settings import PromptSettings, Settings
+from heretic_ds.settings import AUTO_TEST, Settings
 from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
@@ -39,6 +45,17 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = 6
 """Prompts whose answers before and after are kept in the results."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export that was written, or was there already."""
+
+    folder: Path
+    facts: CardFacts
+    """What its card tells."""
+    dtype: torch.dtype
+    """Of its weights."""
 
 
 def report_front(run: Run) -> None:
@@ -104,7 +121,7 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
     raise SearchFailed(f"no trial stays within export.max_kl={max_kl:g}: {found}; nothing was exported")
 
 
-def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> None:
+def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> Exported:
     """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already.
 
     A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else all ranks edit
@@ -121,7 +138,8 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
             size = run.settings.export.max_shard_size
             plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype, size)
             loaded, weights = world.agree(plan)
-        described = world.decide(partial(_describe, run, loaded, edit, trial, target))
+        exported = Exported(target, _card_facts(run, edit, trial), run.engine.dtype)
+        described = world.decide(partial(_describe, run, loaded, exported))
         if described is None:
             log.info("%s holds this very %s already", target, "adapter" if form == "adapter" else "model")
         else:
@@ -136,14 +154,23 @@ def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None =
             name = public_model_name(loaded).rsplit("/", 1)[-1]
             made = world.decide(partial(convert_to_gguf, target, name), "converting the model to GGUF")
             log.info("wrote %s", made)
+    return exported
 
 
-def _describe(
-    run: Run, loaded: LoadedModel, edit: Edit, trial: int | None, target: Path
-) -> tuple[str, dict[str, Any], bool] | None:
+def describe_anew(run: Run, exported: Exported, final: Mapping[str, Any]) -> None:
+    """Write card and manifest of an export once more, with its final scores: the work of rank 0."""
+    opened, folder, dtype = run.job.opened, exported.folder, exported.dtype
+    card = model_card(opened.loaded(opened.skeleton(dtype), dtype), replace(exported.facts, final=final))
+    manifest = read_json(folder / MANIFEST_NAME) | {"final": dict(final)}
+    for name, text in ((CARD_NAME, card), (MANIFEST_NAME, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")):
+        write_atomically(folder / name, text, "export.dir")
+        (folder / name).chmod(0o644)  # as all of an export
+
+
+def _describe(run: Run, loaded: LoadedModel, exported: Exported) -> tuple[str, dict[str, Any], bool] | None:
     """Card and manifest of an export, and whether it may replace what is there; None where it is there already."""
-    settings, results = run.settings, run.results
-    written = [w for w in run.job.anatomy.writers if edit.strength(w.component, w.block) != 0.0]
+    settings, results, facts, target = run.settings, run.results, exported.facts, exported.folder
+    edit, trial = facts.edit, facts.trial
     manifest = build_manifest(
         loaded,
         edit=edit.to_dict(),
@@ -152,7 +179,7 @@ def _describe(
         trial=trial,
         scores=_scores_of(results, trial),
         verified=results["verified"],
-        tensors_edited=[writer.weight for writer in written],
+        tensors_edited=[writer.weight for writer in _edited(run, edit)],
     ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
     manifest |= {"direction_method": settings.direction.method, "rank": run.ablation.rank}
     chosen = settings.export
@@ -161,13 +188,18 @@ def _describe(
     if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
-    return model_card(loaded, _card_facts(run, edit, trial, written)), manifest, overwrite
+    return model_card(loaded, facts), manifest, overwrite
 
 
-def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Writer]) -> CardFacts:
+def _edited(run: Run, edit: Edit) -> list[Writer]:
+    """The writers whose weights an edit changes."""
+    return [writer for writer in run.job.anatomy.writers if edit.strength(writer.component, writer.block) != 0.0]
+
+
+def _card_facts(run: Run, edit: Edit, trial: int | None) -> CardFacts:
     settings, results = run.settings, run.results
     counts: Counter[str] = Counter()
-    for writer in written:
+    for writer in _edited(run, edit):
         counts[writer.component] += writer.experts or 1
     return CardFacts(
         edit=edit,
@@ -183,7 +215,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None, written: Sequence[Write
         target_prompts=results["prompts"]["target_eval"],
         kl=results["verified"]["kl"],
         baseline_prompts=results["prompts"]["baseline_eval"],
-        prompt_sources=_prompt_sources(settings.prompts),
+        prompt_sources=_prompt_sources(run),
         trial=trial,
         scorer=run.scorer,
         form=settings.export.format,
@@ -195,8 +227,14 @@ def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
     return next(({k: t[k] for k in ("refusals", "kl")} for t in results["trials"] if t["index"] == trial), {})
 
 
-def _prompt_sources(prompts: PromptSettings) -> dict[str, str]:
-    return {f"{kind}.{part}": getattr(getattr(prompts, kind), part).source for kind in KINDS for part in PARTS}
+def _prompt_sources(run: Run) -> dict[str, str]:
+    found = {}
+    for kind in KINDS:
+        pair = getattr(run.settings.prompts, kind)
+        found |= {f"{kind}.{part}": getattr(pair, part).source for part in PARTS}
+        if f"{kind}.{TEST}" in run.job.texts:
+            found[f"{kind}.{TEST}"] = pair.eval.source if pair.test.source == AUTO_TEST else pair.test.source
+    return found
 
 
 def _same_export(settings: Settings, target: Path, manifest: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from heretic_ds.foreign.reading import read_json, reading
 from heretic_ds.geometry.measures import LayerGeometry, measure
 from heretic_ds.geometry.projection import Projection, pacmap, pca, require_pacmap, spread_out
 from heretic_ds.geometry.store import ResidualStore
-from heretic_ds.job import KINDS
+from heretic_ds.prompts import KINDS
 from heretic_ds.report.geometry import draw_layers, draw_projections, geometry_table
 from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import Settings

@@ -323,7 +323,7 @@ def _take_folder(run: Run, stack: ExitStack, earlier: Sequence[logging.LogRecord
 def earlier_outcome(run: Run) -> dict[str, Any]:
     """What the folder's latest search run selected and verified, and whether it was finished."""
     stored = run.earlier or {}
-    return {key: stored[key] for key in ("selected", "verified", "examples", "finished") if key in stored}
+    return {key: stored[key] for key in ("selected", "verified", "final", "examples", "finished") if key in stored}
 
 
 def _add_earlier_timings(run: Run) -> None:

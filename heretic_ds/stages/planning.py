@@ -16,10 +16,10 @@ from heretic_ds.checkpoint.outline import Outline, outline_model
 from heretic_ds.checkpoint.tokens import has_tokenizer, load_tokenizer
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of
-from heretic_ds.job import KINDS, PARTS, Job
+from heretic_ds.job import Job
 from heretic_ds.placements.costs import Machine, Work
 from heretic_ds.planner import Plan
-from heretic_ds.prompts import ChatFormat, load_prompts
+from heretic_ds.prompts import KINDS, PARTS, ChatFormat, load_prompts
 from heretic_ds.prompts.sources import PACKAGE_SCHEME
 from heretic_ds.report.console import say
 from heretic_ds.report.plans import machine_line, phase_table

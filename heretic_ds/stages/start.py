@@ -17,11 +17,12 @@ from rich.text import Text
 from heretic_ds import __version__
 from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.foreign.text import printable
-from heretic_ds.job import KINDS, PARTS, Job
+from heretic_ds.job import Job
 from heretic_ds.memory import free_on_host, host_memory
 from heretic_ds.progress import GREETED
+from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.console import is_live, say
-from heretic_ds.settings import PromptSource
+from heretic_ds.settings import AUTO_TEST, PromptSource
 from heretic_ds.stages.facts import model_title
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,8 @@ def start_facts(job: Job, folder: Path) -> dict[str, str]:
         for part in PARTS:
             source = getattr(getattr(settings.prompts, kind), part)
             facts[f"{kind}.{part}"] = _prompts(source, len(job.texts[f"{kind}.{part}"]), job.rows[f"{kind}.{part}"])
+        if settings.verify.final and settings.task.name in ("abliterate", "export"):
+            facts[f"{kind}.{TEST}"] = _test_prompts(job, kind)
     return facts
 
 
@@ -79,6 +82,16 @@ def _prompts(source: PromptSource, count: int, rows: int) -> str:
     if source.slice is not None:
         how.append(f"slice {source.slice}")
     return f"{count} of {rows} prompts of {', '.join(how)}"
+
+
+def _test_prompts(job: Job, kind: str) -> str:
+    """``20 prompts behind those of eval and train``, or what stands in for them."""
+    name, source = f"{kind}.{TEST}", getattr(job.settings.prompts, kind).test
+    if name not in job.texts:
+        return f"none, so final scores are on the eval prompts, which also choose the edit; prompts.{name} gives some"
+    if source.source == AUTO_TEST:
+        return f"{len(job.texts[name])} of {job.rows[name]} prompts behind those of eval and train"
+    return _prompts(source, len(job.texts[name]), job.rows[name])
 
 
 def _device(device: torch.device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -21,12 +22,13 @@ from heretic_ds.search.study import Search
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.facts import model_title
-from heretic_ds.stages.finish import export_edited, objective_of, report_front, verify
+from heretic_ds.stages.finish import Exported, export_edited, objective_of, report_front, verify
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import continue_search
+from heretic_ds.stages.sharing.rescoring import final_scores
 from heretic_ds.terminal.asking import asker_at
 from heretic_ds.terminal.chat import COMMANDS, Edited, chat
 from heretic_ds.terminal.faces import face_at
@@ -56,7 +58,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
     if search is None or not run.records:
         raise SearchFailed("no trial was finished, so there is nothing to choose from; run the same command again")
     write_report(run)
-    front = pareto_front(run.records)
+    front, saved = pareto_front(run.records), dict[Path, Exported]()
 
     def by_index(index: int) -> TrialRecord:
         return next(record for record in run.records if record.index == index)
@@ -68,9 +70,10 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         target = check_export_target(wanted, overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
         log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
-        run.results["selected"] = index
+        run.results["selected"], run.results["final"] = index, None
         run.results.pop("finished", None)
-        export_edited(run, by_index(index).edit, index, target)
+        saved.pop(target, None)  # the last one of a folder, and of all, comes last
+        saved[target] = export_edited(run, by_index(index).edit, index, target)
         report_front(run)
         write_report(run)
 
@@ -97,7 +100,19 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
     )
     run_menu(actions, run.records, front, asker_at(run.console), run.console)
     run.save()
+    if saved:
+        _score_what_was_saved(run, list(saved.values()))
     return objective_of(run.results)
+
+
+def _score_what_was_saved(run: Run, saved: Sequence[Exported]) -> None:
+    """Final scores, which take the engine that a menu needs, once the user has left it; Ctrl-C leaves them out."""
+    try:
+        final_scores(run, *saved)
+    except KeyboardInterrupt:
+        log.warning("stopped: there are no final scores of what was saved last")
+    run.save()
+    write_report(run)
 
 
 def talk(settings: Settings, world: World, console: Console) -> None:

@@ -109,7 +109,7 @@ def settings_for(base: Settings, given: dict[str, Any]) -> Settings:
         "model.path": "model", "model.device": "cpu", "run.dir": "run", "prompts.response_prefix": "",
         "generation.max_new_tokens": 4, "generation.batch_size": 8, "scoring.markers": ["a", "e", "i"],
         "search.trials": 2, "search.startup_trials": 1, "search.trials_per_pass": "1", "export.max_kl": 50.0,
-        "run.interactive": False, "direction.compare": None,
+        "run.interactive": False, "direction.compare": None, "verify.final": False,
     }  # fmt: skip
     for name, value in (usual | given).items():
         *path, last = name.split(".")

@@ -28,6 +28,7 @@ from heretic_ds.report.html.charts import Chart, linear, logarithmic
 from heretic_ds.report.html.page import page
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.stages.reporting import write_report
+from tests.unit.test_final_scores import some_final
 
 HOSTILE = (
     "</script></style><img src=x onerror=alert(1)> \x1b]0;title\x07\x1b[31m \u202e\udc80 &amp; {{ 7 * 7 }} ' \" ]]>"
@@ -363,3 +364,15 @@ def test_chromium_has_nothing_to_say(texts: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     assert ('tabindex="0"' in done.stdout and "alert(1)&gt;" in done.stdout) or texts == "plain"
+
+
+def test_final_scores_come_first(folder: Path) -> None:
+    final = some_final()
+    final["scores"]["target"][HOSTILE] = final["scores"]["target"].pop("mine")
+    (folder / "results.json").write_text(json.dumps(results(final=final)))
+    text = page(folder, "refusals", "some-model")
+    assert "refusals <strong>3</strong> of 80 (" in text and "the original: 80." in text
+    assert "on prompts that also chose the edit, which flatters it" in text
+    assert "KL divergence, 32 tokens, 2 baseline prompts" in text and "0.1 to 0.3" in text
+    assert text.index('id="final"') < text.index('id="scores"') and "<img" not in text
+    assert "Target prompts: 80 of the test part." in text and "of which 100 were not held back" in text

@@ -18,7 +18,7 @@ LAYERS = (
     {"pipeline", "library"},
     {"stages"},
     {"planner", "report", "terminal", "tracking", "harness"},
-    {"search", "export"},
+    {"search", "export", "verifying"},
     {"placements"},
     {"job"},
     {"runner"},

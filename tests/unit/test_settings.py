@@ -222,6 +222,14 @@ def test_a_task_takes_one_edit_only(task: str) -> None:
         validate(settings_with(task__name=task, export__trial=3, ablation__profiles__mlp=COMPLETE_PROFILE))
 
 
+def test_rows_of_no_source_cannot_be_chosen() -> None:
+    settings = settings_with(prompts__target__test__slice="0:5")
+    with pytest.raises(UserError, match=r"prompts\.target\.test\.source is auto"):
+        validate(settings)
+    settings.prompts.target.test.source = "held_out.txt"
+    validate(settings)
+
+
 def test_a_trial_is_not_evaluated_again() -> None:
     with pytest.raises(UserError, match=r"^export\.trial is set, but task=evaluate scores the fixed edit of ablation"):
         validate(settings_with(task__name="evaluate", export__trial=3))

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from safetensors import safe_open
 
+from heretic_ds.export.final import FinalRow, final_rows
 from heretic_ds.foreign.reading import read_json, read_text, reading
 from heretic_ds.geometry.measures import of_means
 from heretic_ds.search.pareto import pareto_front
@@ -43,6 +44,12 @@ class Facts:
     def selected(self) -> TrialRecord | None:
         """The trial that was chosen."""
         return next((record for record in self.records if record.index == self.results.get("selected")), None)
+
+    @property
+    def final_rows(self) -> list[FinalRow]:
+        """Final scores, in the order of the card."""
+        final = self.results.get("final")
+        return [] if final is None else list(final_rows(final))
 
     @property
     def n_blocks(self) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from heretic_ds.export.final import number_text as number_text_of_final
+from heretic_ds.export.final import range_text
 from heretic_ds.foreign.text import printable
 from heretic_ds.report.geometry import COLUMNS, layer_name, number_text
 from heretic_ds.report.html import figures
@@ -51,6 +53,8 @@ def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> 
         "layer_name": layer_name,
         "number_text": number_text,
         "columns": COLUMNS,
+        "final_number": number_text_of_final,
+        "final_range": range_text,
     }
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

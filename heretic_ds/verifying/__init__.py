@@ -1,0 +1,1 @@
+"""Final scores: what an export is worth beside its original, prompt by prompt, with intervals."""
