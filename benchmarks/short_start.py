@@ -113,8 +113,13 @@ def started(words: Sequence[str], cache: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, "--watch", str(result), *words, f"run.dir={folder}/run", *COMMON]
         subprocess.run(command, check=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)}, stdout=sys.stderr)
         told: dict[str, Any] = json.loads(result.read_text())
-    whole = told["search"] / told["trials"] * RUN_TRIALS + told["before_first_trial"]
-    return {**told, "share": round(told["before_first_trial"] / whole, 4)}
+    return {**told, "share": _share(told, ""), "share_processor": _share(told, "_processor")}
+
+
+def _share(told: dict[str, Any], clock: str) -> float:
+    """Of what comes before the first trial in a run of 40 trials up to the last of them."""
+    before: float = told[f"before_first_trial{clock}"]
+    return round(before / (before + told[f"search{clock}"] / told["trials"] * RUN_TRIALS), 4)
 
 
 def with_experts(folder: Path) -> list[str]:
@@ -151,6 +156,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", choices=("demo", "experts"), default=["demo", "experts"])
     parser.add_argument("--real", type=Path, help="folder of a real model, the third case")
     parser.add_argument("--trials", type=int, default=RUN_TRIALS, help="trials of each run; a search of 40 is reckoned")
+    parser.add_argument("--runs", nargs="+", choices=("first", "again"), default=["first", "again"])
     parser.add_argument("--name", default="now", help="what these figures are called in the result")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
@@ -164,10 +170,11 @@ def main() -> int:
             words["real"] = ["experiment=demo_real", f"model.path={options.real}", "generation.batch_size=0"]
         for name in [*options.cases, *(["real"] if options.real is not None else [])]:
             cache, trials = Path(place) / f"cache-{name}", f"search.trials={options.trials}"
-            for run in ("first", "again"):
+            for run in options.runs:
                 told = started([*words[name], trials], cache)
                 cases.setdefault(name, {}).setdefault(options.name, {})[run] = told
-                print(f"{name}, {run} run: {told['before_first_trial']} s before the first trial, {told['share']:.1%}")
+                print(f"{name}, {run} run: {told['before_first_trial']} s before the first trial, {told['share']:.1%}",
+                      flush=True)  # fmt: skip
             keep(options.result, {
                 "what": "seconds before the first trial, and their share of a run of 40 trials up to its last",
                 "threads": os.environ.get("OMP_NUM_THREADS"),

@@ -55,6 +55,8 @@ class ChatFormat:
         self.response_prefix = given if response_prefix is None else response_prefix
         self._rendered: dict[str, str] = {}
         """By conversation: a template that is a program gives the same text each time, and runs once for each."""
+        self._tokens: dict[str, list[int]] = {}
+        """By text: every stage asks for those of the same prompts."""
         self._template = None if settings.template is None else _read_template(settings.template)
         if self._template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -97,7 +99,10 @@ class ChatFormat:
         tokens may span the border between them. Special tokens come from the template alone, so that there is
         one beginning-of-text token and not two.
         """
-        return self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"]
+        text = self.render(prompt)
+        if text not in self._tokens:
+            self._tokens[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(self._tokens[text])
 
     def closing_prefix(self) -> str:
         """Text that closes a chain-of-thought block that the generation prompt opens; empty for none."""

@@ -22,7 +22,9 @@ _TOKENS_AFTER_PARTING = 4
 class Parting:
     """Which answers need go no further, for the sake of what all of them begin with: told while they are generated."""
 
-    def __init__(self) -> None:
+    def __init__(self, text_of: Callable[[Sequence[int]], str]) -> None:
+        """``text_of`` gives the text of an answer, or of its beginning."""
+        self._text_of = text_of
         self._alike: list[int] = []
         """The tokens that all answers seen so far begin with, as far as these go."""
         self._parted = False
@@ -38,8 +40,10 @@ class Parting:
         return [self._parted and len(answer) > enough for answer in answers]
 
     def see(self, answers: Sequence[Sequence[int]]) -> None:
-        """Take answers, or what some begin with, as token ids."""
+        """Take answers, or what some begin with, as token ids. Blank ones tell nothing: they have no prefix."""
         for answer in answers:
+            if not self._text_of(answer).strip():
+                continue
             shorter, longer = sorted((self._alike, list(answer)), key=len)
             at = next((at for at, token in enumerate(shorter) if token != longer[at]), None)
             if at is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -54,14 +55,18 @@ def _answers_until_they_part(run: Run, engine: Capturing, chat: ChatFormat) -> l
     """The original model's answers to train prompts of both kinds, generated until a little after they differ; no more
     of them than it takes to see that they start apart."""
     kinds = [run.job.texts[f"{kind}.train"] for kind in ("target", "baseline")]
-    parting, found, asked = Parting(), list[str](), 0
+
+    def texts_of(answers: Sequence[Sequence[int]]) -> list[str]:
+        return decode_answers(run.job.opened.tokenizer, answers, keep_special=True)
+
+    parting, found, asked = Parting(lambda answer: texts_of([answer])[0]), list[str](), 0
     for most in _PREFIX_PROMPTS:
         rows = [chat.encode(text) for texts in kinds for text in texts[asked:most]]
         if rows:
             few = _FEW if most < _PREFIX_PROMPTS[-1] else 0  # for all of them measuring is worth it
             answers = engine.generate(rows, [None], parting, few)[0]
             parting.see(answers)
-            found += decode_answers(run.job.opened.tokenizer, answers, keep_special=True)
+            found += texts_of(answers)
         if start_apart(found):
             break
         asked = most

@@ -55,3 +55,5 @@ def test_trials_are_those_of_a_run_that_had_measured_before(words: list[str], he
     calibrate.cache_folder().rename(tmp_path / "elsewhere")
     assert heretic(*words, "run.dir=begun", "export.dir=out-2").status == 0
     assert trials_of(begun) == trials_of(tmp_path / "whole")
+    fewer = heretic(*words, "run.dir=whole", "export.dir=out-1", "search.trials=3")
+    assert fewer.status == 0 and "4 trials are done already; search.trials=3 asks for no more" in fewer.out

@@ -6,6 +6,8 @@ _STEP = 4
 """How many times as many rows are tried after a size that was a gain."""
 _GAIN = 1.02
 """By how much a larger batch has to be faster to be worth its memory."""
+_WORTH_TRYING = 1.25
+"""How many times as many rows a size has to have, to be tried after one that was a gain."""
 _TELLING = 16
 """Rows from which on two sizes tell what a larger one can gain at most."""
 _REFINED = 2
@@ -41,7 +43,7 @@ class Ladder:
             return self._doubted
         if self._last is None:
             return 1
-        if self._clear or self.best >= self.most:
+        if self._clear or (self.best > 1 and self.most < _WORTH_TRYING * self.best) or self.best >= self.most:
             return None
         if self._above is None:
             return min(_STEP * self.best, self.most)

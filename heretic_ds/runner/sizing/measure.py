@@ -19,7 +19,7 @@ SHORTEST = 1e-6
 """Seconds that any pass takes at least."""
 _FEW = 4
 """Rows of the larger of two batches from whose memory that of others is told."""
-_MOST_RUNS, _LONG_ENOUGH = 3, 0.05
+_MOST_RUNS, _LONG_ENOUGH = 2, 0.03
 """Runs by which a batch size is measured, and undisturbed seconds after which there have been enough."""
 
 
