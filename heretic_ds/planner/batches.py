@@ -24,7 +24,7 @@ from heretic_ds.job import Job
 from heretic_ds.memory import free_bytes
 from heretic_ds.placements import Engine, Placement
 from heretic_ds.planner.calibrate import cache_folder, keep_in_cache, this_machine
-from heretic_ds.runner.sizing import SAFE_SHARE
+from heretic_ds.runner.sizing import PHASES, SAFE_SHARE
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ class KeptBatches:
             if kept["rows"] > 0 and kept["bytes"] <= SAFE_SHARE * min(free):
                 self._engine.batch_sizes[phase] = kept["rows"]
                 self._engine.batch_bytes[phase] = kept["bytes"]
-        if used := {phase: rows for phase, rows in self._engine.batch_sizes.items() if phase in self._phases}:
-            told = ", ".join(f"{phase} {rows}" for phase, rows in used.items())
-            log.info("batch sizes as they were measured before: %s", told)
+                log.info("batch size for %s: %d rows (as measured before)", PHASES.get(phase, phase), kept["rows"])
 
     def keep(self) -> None:
         """Write what the engine has measured, or halved, where that is new. A size that was larger than there is memory

@@ -63,7 +63,8 @@ def test_what_was_measured_is_used_again(job: Job, caplog: pytest.LogCaptureFixt
     kept(job, {"kl": 48, "generate": 96}).keep()
     with caplog.at_level(logging.INFO):
         assert known(job) == {"kl": 48, "generate": 96}
-    assert "batch sizes as they were measured before: kl 48, generate 96" in caplog.text
+    assert "batch size for distributions: 48 rows (as measured before)" in caplog.messages
+    assert "batch size for answers: 96 rows (as measured before)" in caplog.messages
     file = kept(job).file
     assert file.parent == calibrate.cache_folder() and file.name.startswith("batches-")
     assert str(job.opened.source.folder) not in file.read_text()  # an edited copy elsewhere has the same shapes

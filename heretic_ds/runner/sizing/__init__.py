@@ -2,6 +2,6 @@
 
 from heretic_ds.runner.sizing.batches import Batches
 from heretic_ds.runner.sizing.measure import SAFE_SHARE
-from heretic_ds.runner.sizing.sizes import PROBE_TOKENS
+from heretic_ds.runner.sizing.sizes import PHASES, PROBE_TOKENS
 
-__all__ = ["PROBE_TOKENS", "SAFE_SHARE", "Batches"]
+__all__ = ["PHASES", "PROBE_TOKENS", "SAFE_SHARE", "Batches"]
