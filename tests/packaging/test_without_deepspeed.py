@@ -25,7 +25,8 @@ from tests.packaging.conftest import Run
 
 TORCH = os.environ.get("HERETIC_TORCH", "torch==2.13.0")
 """What pip installs as PyTorch; may hold options."""
-DEMO = ("experiment=demo", "search.trials=3", "search.startup_trials=2", "run.interactive=false", "run.dir=run")
+FEW = [f"prompts.{kind}.{part}.slice=0:40" for kind in ("target", "baseline") for part in ("train", "eval")]
+DEMO = ("experiment=demo", "search.trials=3", "search.startup_trials=2", "run.interactive=false", "run.dir=run", *FEW)
 SENTENCE = f'needs DeepSpeed, which is not installed here: pip install "{needs.DEEPSPEED}"\n'
 
 

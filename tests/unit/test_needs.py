@@ -69,9 +69,10 @@ def test_nothing_needs_what_only_some_systems_have(name: str, file: Path) -> Non
 
 
 def test_a_whole_job_runs_as_on_a_mac(tmp_path: Path) -> None:
+    few = [f"prompts.{kind}.{part}.slice=0:20" for kind in ("target", "baseline") for part in ("train", "eval")]
     demo = ("experiment=demo", "search.trials=2", "search.startup_trials=2", "run.interactive=false", "run.dir=run")
     ended = subprocess.run(
-        [sys.executable, "-c", AS_ON_A_MAC.format(apart=APART), *demo],
+        [sys.executable, "-c", AS_ON_A_MAC.format(apart=APART), *demo, *few],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
