@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -286,10 +286,15 @@ def _read_json(file: Path, advice: str = "give another run.dir", shape: Any = di
 def _refuse_foreign(path: Path) -> None:
     """A folder with anything but a run's own beginnings in it belongs to someone else."""
     if not path.exists():
+        if path.is_symlink():
+            raise UserError(
+                f"run.dir={path} is a link that leads nowhere; make what it leads to, or set another run.dir"
+            )
         return
     if not path.is_dir():
         raise UserError(f"run.dir={path} is a file, not a folder; set run.dir to a new or empty folder")
     names = {entry.name for entry in path.iterdir()}
+    _refuse_ways_out(path, names)
     if _FINGERPRINT in names:
         return
     # A run killed while it opened leaves its lock and perhaps config.yaml, one that a mistake ended its directions;
@@ -301,6 +306,19 @@ def _refuse_foreign(path: Path) -> None:
             f"run.dir={path} is not a run folder and not empty (it holds {foreign[0]}); "
             "set run.dir to a new or empty folder"
         )
+
+
+def _refuse_ways_out(path: Path, names: Iterable[str]) -> None:
+    """Where a file of the run is a link, a pipe or a device, what is written to it would arrive somewhere else, or
+    nowhere. A folder may be a link: an export may lie on another disk."""
+    for name in sorted(names):
+        entry = path / name
+        if not entry.is_dir() and (entry.is_symlink() or not entry.is_file()):
+            kind = "a link" if entry.is_symlink() else "no ordinary file"
+            raise UserError(
+                f"run.dir={path} holds {name}, which is {kind}; a run writes only to files of its own: move it away, "
+                "or set another run.dir"
+            )
 
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from heretic_ds import progress
 from heretic_ds.errors import RankFailed, SearchFailed, UnfitDtype, UserError
+from heretic_ds.foreign.ulimits import limit_reached
 from heretic_ds.heartbeat import Heartbeats
 
 T = TypeVar("T")
@@ -137,6 +138,8 @@ class _Problem:
         for kind in (UnfitDtype, UserError, SearchFailed, RankFailed):
             if isinstance(error, kind):
                 return cls(rank, kind, str(error))
+        if limit := limit_reached(error):
+            return cls(rank, UserError, f"rank {rank}: {limit}")
         told = "".join(traceback.format_exception(error)).rstrip()
         return cls(rank, RankFailed, f"rank {rank} failed:\n{told}")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from heretic_ds import __version__, needs
 from heretic_ds.cli.help import answered
+from heretic_ds.foreign.streams import keep_standard_streams
 from heretic_ds.progress import GREETED
 
 _ABOUT_CONFIGURATION = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0 done, 2 a mistake in configuration or input, 130 interrupted, 1 anything else.
     """
+    keep_standard_streams()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     status = answered(arguments)
     if status is not None:

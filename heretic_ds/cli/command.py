@@ -35,6 +35,7 @@ from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.foreign.reading import reason
 from heretic_ds.foreign.text import printable
+from heretic_ds.foreign.ulimits import limit_reached
 from heretic_ds.launching import own_ranks, rank_guard
 from heretic_ds.report import command_line, sweep_summary
 from heretic_ds.report.stages import starting
@@ -46,6 +47,8 @@ Objective = tuple[float, float]
 
 CONFIG_NAME, VERSION_BASE = "config", "1.3"
 COMPOSITION_ERRORS = HydraException | OmegaConfBaseException | yaml.YAMLError
+_IN_VAIN = re.compile("timed out (waiting|after)", re.IGNORECASE)
+"""What a collective says that has come to its timeout."""
 EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -70,6 +73,14 @@ def report(error: BaseException) -> int:
     status = EXIT_USER_ERROR if isinstance(error, UserError | COMPOSITION_ERRORS) else EXIT_FAILED
     if isinstance(error, UserError | SearchFailed | COMPOSITION_ERRORS):
         return _say(f"heretic-ds: {_in_one_line(error)}", status)
+    if limit := limit_reached(error):
+        return _say(f"heretic-ds: {limit}", EXIT_USER_ERROR)
+    if "RANK" in os.environ and isinstance(error, RuntimeError) and _IN_VAIN.search(str(error)):
+        told = (
+            f"heretic-ds: rank {os.environ['RANK']} waited for another rank for as long as it may: that one hangs, is "
+            "stopped, or has died"
+        )
+        return _say(told, status, shared=False)
     told = str(error) if isinstance(error, RankFailed) else "".join(traceback.format_exception(error)).rstrip()
     return _say(told, status, shared=False)
 

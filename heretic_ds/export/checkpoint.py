@@ -243,6 +243,21 @@ def _copy(source: Path, folder: Path, patterns: tuple[str, ...]) -> int:
     return len(files)
 
 
+def warn_of_strays(source: Path) -> None:
+    """Say, before a long search, which small files will be copied from outside the model's folder, to which links lead.
+
+    Where the configuration leads the others may: so do the files of the hub's cache, and of a folder of links.
+    """
+    homes = {source.resolve(), (source / CONFIG_NAME).resolve().parent}
+    patterns = TOKENIZER_FILES + PROCESSOR_FILES + LICENCE_FILES + CODE_FILES
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()}):
+        place = file.resolve()
+        if not homes & {*place.parents}:
+            log.warning(
+                "%s leads out of the model's folder, to %s, which will be copied into the edited model", file, place
+            )
+
+
 def _check_complete(model: PreTrainedModel, written: Mapping[str, TensorInfo]) -> None:
     """Refuse an export that lost tensors: names are converted on the way to disk, and two may fall on one."""
     ignored = model._keys_to_ignore_on_save or ()

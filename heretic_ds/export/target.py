@@ -26,7 +26,9 @@ from heretic_ds.checkpoint.source import (
     TOKENIZER_FILES,
 )
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import writing
 from heretic_ds.foreign.reading import path_of, read_json
+from heretic_ds.foreign.ulimits import limit_reached
 
 MANIFEST_NAME = "heretic_ds.json"
 _REPLACEABLE = (
@@ -124,8 +126,9 @@ def failures_named(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # the library's own, also where the disk is full
+        why = limit_reached(error) or error
         raise UserError(
-            f"export.dir={target} could not be written ({error}; {shutil.disk_usage(_home(target)).free} bytes are "
+            f"export.dir={target} could not be written ({why}; {shutil.disk_usage(_home(target)).free} bytes are "
             "free); the folder is as it was."
         ) from error
 
@@ -176,19 +179,22 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 def recover_leftovers(target: Path) -> None:
     """Clean up after exports to `target` that were killed: put an older folder back, remove unfinished ones.
 
-    Leftovers of processes that still run, or ran on another machine, are left alone.
+    Leftovers of processes that still run, or ran on another machine, are left alone, and so is what is no folder.
     """
     if not target.parent.is_dir():
         return
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-{re.escape(_host())}-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-{re.escape(_host())}-(\d{{1,9}})")
     for entry in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(entry.name)
-        if match is None or (psutil.pid_exists(pid := int(match[2])) and pid != os.getpid()):
+        if match is None or entry.is_symlink() or not entry.is_dir():
+            continue
+        if psutil.pid_exists(pid := int(match[2])) and pid != os.getpid():
             continue  # of this process no other export is under way
-        if match[1] == "old" and not target.exists():
-            entry.rename(target)
-        else:
-            shutil.rmtree(entry)
+        with writing(target.parent, "export.dir"):
+            if match[1] == "old" and not target.exists():
+                entry.rename(target)
+            else:
+                shutil.rmtree(entry)
 
 
 def _sibling(target: Path, kind: str) -> Path:

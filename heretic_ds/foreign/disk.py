@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.ulimits import limit_reached
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK = 4096
@@ -32,6 +33,8 @@ def writing(folder: Path, setting: str, size: int = _BLOCK) -> Iterator[None]:
                 f"the disk of {folder} is full: {size} bytes are to be written, {max(size - free, 1)} more than are "
                 f"free; free some space and run the same command again, or set {setting}"
             ) from error
+        if limit := limit_reached(error):
+            raise UserError(f"{folder} cannot be written: {limit}") from error
         why = (
             "the largest file allowed here (ulimit -f) is reached"
             if error.errno == errno.EFBIG

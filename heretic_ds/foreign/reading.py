@@ -18,6 +18,7 @@ import yaml
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.text import in_one_line
+from heretic_ds.foreign.ulimits import limit_reached
 
 AGAIN = "download or copy it again"
 MEBIBYTE = 2**20
@@ -43,6 +44,8 @@ def reading(place: object, advice: str = AGAIN, found: str = "cannot be read") -
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if limit := limit_reached(error):
+            raise UserError(f"{place} {found}: {limit}") from error
         raise UserError(f"{place} {found}: {reason(error)}; {advice}") from error
 
 
@@ -72,7 +75,7 @@ def path_of(text: str, setting: str) -> Path:
     """A path that the user gave for a setting, with ``~`` and ``~name`` put in. Raises UserError where it is none."""
     try:
         path = Path(text).expanduser()
-        path.lstat()
+        path.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return path
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no such user

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from heretic_ds import cli, needs
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.streams import keep_standard_streams
 from heretic_ds.launching import nodes
 from heretic_ds.launching.plan import DEFAULT_PORT, Launch
 from heretic_ds.launching.supervisor import Supervised, Supervisor, supervise
@@ -21,6 +22,7 @@ _SWEEP_FLAGS = {"-m", "--multirun"}
 
 def main(words: Sequence[str]) -> int:
     """Start the ranks of a job and wait for their end. Returns the job's exit status."""
+    keep_standard_streams()
     try:
         if unfit := needs.unfit_system():
             raise UserError(unfit)

@@ -23,6 +23,7 @@ import psutil
 from heretic_ds.launching import rank_guard
 from heretic_ds.launching.plan import Launch, make_plan
 from heretic_ds.launching.rank_guard import is_alive
+from heretic_ds.launching.stopped import StoppedRanks, why_ended
 
 _LOOK_SECONDS = 0.1
 LAUNCHER_SECONDS = 10.0
@@ -104,6 +105,9 @@ class Supervisor(Supervised):
         self._launch = launch
         self._on_failure = on_failure
         self._ranks: dict[int, _Rank] = {}
+        self._stopped = StoppedRanks()
+        self._given_up: int | None = None
+        """The rank for whose being stopped all are ended."""
         self._logs_matter = False
 
     def run(self) -> Outcome:
@@ -140,6 +144,10 @@ class Supervisor(Supervised):
                 self._on_failure()
             if failed_since is not None and time.monotonic() - failed_since > LAUNCHER_SECONDS:
                 return
+            living = {n: rank.process for n, rank in self._ranks.items() if rank.process and rank.ended is None}
+            self._given_up = self._stopped.look(living, elsewhere=self._launch.nodes > 1)
+            if self._given_up is not None:
+                return
             time.sleep(_LOOK_SECONDS)
 
     def _forward_interrupt(self) -> None:
@@ -166,6 +174,8 @@ class Supervisor(Supervised):
     def _outcome(self, launcher_status: int, folder: Path) -> Outcome:
         if self._ending_signal is not None:
             return ended_by(self._ending_signal)
+        if self._given_up is not None:
+            return Outcome(1, why_ended(self._given_up))
         cause = self._first_cause()
         if cause is None and self._ranks and launcher_status == 0:
             return Outcome(0)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from heretic_ds.foreign.disk import writing
 from heretic_ds.foreign.reading import loads, read_text, reading
 
 FILE_NAME = "summary.jsonl"
@@ -35,7 +36,8 @@ def record(hydra: Any, run_dir: str, status: int, objective: tuple[float, float]
         "message": message,
         "run_dir": run_dir,
     }
-    with (Path(hydra.sweep.dir) / FILE_NAME).open("a", encoding="utf-8") as file:
+    folder = Path(hydra.sweep.dir)
+    with writing(folder, "hydra.sweep.dir"), (folder / FILE_NAME).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -152,12 +152,21 @@ def _stored_directions(run: Run, folder: Path) -> Ablation | None:
     return None if stored is None else _ablation(run, stored)
 
 
+def _identity(file: Path) -> tuple[str, int, int]:
+    """By what a file is known to be the same as before; zeros for a link that leads nowhere, which nothing reads."""
+    try:
+        found = file.stat()
+    except OSError:
+        return file.name, 0, 0
+    return file.name, found.st_size, found.st_mtime_ns
+
+
 def direction_fingerprint(run: Run) -> str:
     """Digest of all that directions depend on: the model's files, the train prompts as put to it, the settings."""
     settings, folder = run.settings, run.job.opened.source.folder
     direction, rank = settings.direction, settings.ablation.rank
     facts = {
-        "model": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())],
+        "model": [_identity(file) for file in sorted(folder.iterdir())],
         "dtype": settings.model.dtype,
         "rows": [run.job.prompts(f"{kind}.train").rows for kind in ("target", "baseline")],
         "direction": [direction.orthogonalize, direction.winsorize_quantile],

@@ -22,6 +22,7 @@ from heretic_ds.checkpoint.fitness import dtype_name
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.card import warn_of_terms
+from heretic_ds.export.checkpoint import warn_of_strays
 from heretic_ds.export.gguf import find_converter
 from heretic_ds.export.target import MANIFEST_NAME, check_export_target
 from heretic_ds.fingerprint import fingerprint
@@ -347,3 +348,4 @@ def _refuse_impossible_export(job: Job) -> None:
             find_converter()
         check_export_target(target, replace, source=job.opened.source.folder, needed_bytes=size)
         warn_of_terms(job.opened.source.folder)
+        warn_of_strays(job.opened.source.folder)
