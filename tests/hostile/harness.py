@@ -134,24 +134,32 @@ def command(settings: Settings) -> int:
         return cli.report(error)
 
 
+class Copy:
+    """A copy of this process at work in a folder; beside others where it has a name of its own."""
+
+    def __init__(self, folder: Path, work: Callable[[], int], name: str = "") -> None:
+        self._out, self._err = (folder.with_name(f"{folder.name}{name}.{kind}") for kind in ("out", "err"))
+        self.pid = os.fork()
+        if self.pid == 0:
+            _begin(folder, self._out, self._err, work)
+
+    def end(self) -> Ended:
+        """Wait for it."""
+        deadline = time.monotonic() + 6 * SECONDS
+        while True:
+            ended, status, usage = os.wait4(self.pid, os.WNOHANG)
+            if ended:
+                break
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.002)
+        out, err = (file.read_text("utf-8", "replace") for file in (self._out, self._err))
+        return Ended(os.waitstatus_to_exitcode(status), out, err, usage.ru_utime + usage.ru_stime)
+
+
 def run_in_copy(folder: Path, work: Callable[[], int]) -> Ended:
     """The status of ``work``, done by a copy of this process in a folder, and what it said."""
-    out, err = folder.with_name(folder.name + ".out"), folder.with_name(folder.name + ".err")
-    child = os.fork()
-    if child == 0:
-        _begin(folder, out, err, work)
-    deadline = time.monotonic() + 6 * SECONDS
-    while True:
-        ended, status, usage = os.wait4(child, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
-    code = os.waitstatus_to_exitcode(status)
-    return Ended(
-        code, out.read_text("utf-8", "replace"), err.read_text("utf-8", "replace"), usage.ru_utime + usage.ru_stime
-    )
+    return Copy(folder, work).end()
 
 
 def _begin(folder: Path, out: Path, err: Path, work: Callable[[], int]) -> None:
