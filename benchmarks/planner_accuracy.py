@@ -1,39 +1,40 @@
 """The planner beside the truth: memory a rank and order by speed, predicted and measured, for every placement.
 
-    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--add | --predict] [--work FOLDER]
+    python benchmarks/planner_accuracy.py [--result FILE] [--only TEXT] [--untimed] [--add | --predict] [--work FOLDER]
 
-Needs: the package, no GPU and no network, some 8 GB of memory; the models are random ones of 30 to 400 million
-parameters, dense and with experts, made anew in a temporary folder. Takes some 40 minutes: each row is a job of two
-ranks of its own, one thread a rank. Leaves ``benchmarks/results/planner_accuracy.json`` and prints it as tables.
+Needs: the package, no GPU and no network, some 10 GB of memory; the models are random ones of 30 to 400 million
+parameters, dense and with experts, made anew in a temporary folder. Takes some 75 minutes: each row is a job of two or
+four ranks of its own, one thread a rank. Leaves ``benchmarks/results/planner_accuracy.json`` and prints it as tables.
 
-Memory is the highest resident set of a rank (VmHWM) with the libraries, which the planner counts as a measured
-constant. A job captures, takes reference distributions, runs passes of two edits over distributions and answers, and
-edits weights. Speed is the shortest of three runs. Kendall's tau compares the predicted with the measured order of the
-placements of one model and phase: the pairs in the same order less the others, over all pairs. Ranks on shared cores
-are timed, which other programs disturb.
+Memory is the highest resident set of a rank (VmHWM) with the libraries, which the planner counts as they are in the
+process that plans. A job captures, takes reference distributions, runs passes of two edits over distributions and
+answers, and edits weights. Speed is the shortest of three runs. Kendall's tau compares the predicted with the measured
+order of the placements of one model and phase, all on two ranks: the pairs in the same order less the others, over all
+pairs. Ranks on shared cores are timed, which other programs disturb: ``--untimed`` keeps the bytes alone, which they do
+not.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from figures import keep
 from placements import from_ranks
+from planner_rows import orders, row, table
 
 RESULT = Path(__file__).resolve().parent / "results" / "planner_accuracy.json"
 MARK = "planner figures: "
 RANKS = 2
+"""Whose speeds are compared."""
 TRAIN, EVALUATED, NEW_TOKENS, BATCH, EDITS = 32, 24, 12, 16, 2
 ASKED = {
-    "ranks": RANKS,
     "train": TRAIN,
     "evaluated": EVALUATED,
     "new_tokens": NEW_TOKENS,
@@ -70,15 +71,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "num_key_value_heads": 4, "num_local_experts": 8, "vocab_size": 24576},
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Placed:
+    """On how many ranks a placement is measured, and whether it evaluates."""
+
+    ranks: tuple[int, ...] = (RANKS,)
+    evaluates: bool = True
+
+
 PLACEMENTS = {
-    "replicated": True,
-    "tensor_parallel": True,
-    "pipeline": True,
-    "expert_parallel": True,
-    "fsdp": True,
-    "zero3": False,
+    "replicated": Placed(),
+    "tensor_parallel": Placed(ranks=(RANKS, 4)),
+    "pipeline": Placed(ranks=(RANKS, 4)),
+    "tensor_pipeline": Placed(ranks=(4,)),
+    "expert_parallel": Placed(),
+    "fsdp": Placed(),
+    "zero3": Placed(evaluates=False),
 }
-"""And whether they evaluate."""
 
 
 def make_model(folder: Path, kind: str, shape: dict[str, Any]) -> None:
@@ -124,17 +135,16 @@ def measure(folder: str, placement: str, evaluates: bool) -> None:
     from heretic_ds.planner import machine_here
     from heretic_ds.world import World
 
-    world = World.join()
-    machine = machine_here(torch.device("cpu"), world)
-    if (
-        not placement
-    ):  # a job that measures takes memory of its own, so it is one by itself; the others read what it kept
+    world, device = World.join(), torch.device("cpu")
+    if not placement:  # what measures takes memory of its own, so it is a job by itself; the others read what it kept
+        machine_here(device, world)
         if world.decides:
             print(MARK + "{}", flush=True)
         world.leave()
         return
     settings = settings_for(folder, placement, evaluates)
     job = Job.check(settings, world)
+    machine = machine_here(device, world)
     peaks, started = {"libraries": peak_memory()["host"]}, time.perf_counter()
     engine = build_engine(job, "evaluate" if evaluates else "capture")
     seconds, peaks["load"] = {"load": time.perf_counter() - started}, peak_memory()["host"]
@@ -144,7 +154,7 @@ def measure(folder: str, placement: str, evaluates: bool) -> None:
     if evaluates:
         seconds["trial"] = _try_edits(job, engine, peaks) / EDITS
     ranks = world.gather({"peaks": peaks, "seconds": seconds})
-    predicted = _predicted(job, machine, placement, evaluates)
+    predicted = _predicted(job, machine, world.size, placement, evaluates)
     if world.decides:
         told = {"ranks": ranks, "predicted": predicted, "machine": asdict(machine)}
         print(MARK + json.dumps(told), flush=True)
@@ -201,13 +211,13 @@ def predict_anew(measured: dict[str, Any], folder: Path) -> dict[str, Any]:
     from heretic_ds.world import World
 
     model, placement = measured["model"], measured["placement"]
-    evaluates, ranks = PLACEMENTS[placement], measured["ranks"]
+    evaluates, ranks = PLACEMENTS[placement].evaluates, measured["ranks"]
     job = Job.check(settings_for(str(folder), placement, evaluates), World())
-    predicted = _predicted(job, Machine(**measured["hardware"]), placement, evaluates)
+    predicted = _predicted(job, Machine(**measured["hardware"]), len(ranks), placement, evaluates)
     return row(model, placement, {"ranks": ranks, "predicted": predicted, "machine": measured["hardware"]})
 
 
-def _predicted(job: Any, machine: Any, placement: str, evaluates: bool) -> dict[str, Any]:
+def _predicted(job: Any, machine: Any, ranks: int, placement: str, evaluates: bool) -> dict[str, Any]:
     """What the planner says of this job, by phase."""
     from heretic_ds.placements import placements_of
     from heretic_ds.placements.costs import Resources
@@ -219,97 +229,58 @@ def _predicted(job: Any, machine: Any, placement: str, evaluates: bool) -> dict[
     phases = ("capture", "evaluate") if evaluates else ("capture",)
     told = {}
     for phase in phases:
-        cost = placed[phase].cost(facts, Resources(machine, RANKS))
+        cost = placed[phase].cost(facts, Resources(machine, ranks))
         if cost is None:
             raise RuntimeError(f"{placement} does not say what it takes")
         told[phase] = asdict(cost)
     return told
 
 
-def row(model: str, placement: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """Predicted and measured side by side."""
-    ranks, predicted = figures["ranks"], figures["predicted"]
-    peak = max(max(each["peaks"].values()) for each in ranks)
-    said = max(sum(cost["bytes"].values()) + sum(cost["host"].values()) for cost in predicted.values())
-    phases = {"capture": "capture", "trial": "evaluate"}
-    seconds = {
-        name: {
-            "predicted": predicted[phase]["seconds"][name],
-            "measured": max(each["seconds"][name] for each in ranks),
-        }
-        for name, phase in phases.items()
-        if phase in predicted
-    }
-    return {
-        "model": model,
-        "placement": placement,
-        "predicted_bytes": said,
-        "measured_bytes": peak,
-        "error": said / peak - 1,
-        "seconds": seconds,
-        "ranks": ranks,
-        "predicted": predicted,
-        "hardware": figures["machine"],
-    }
-
-
-def agreeing(pairs: list[tuple[float, float]]) -> list[bool]:
-    """Of each two of predicted and measured numbers whether they are in the same order."""
-    return [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in itertools.combinations(pairs, 2)]
-
-
-def kendall(agree: list[bool]) -> float | None:
-    """Kendall's tau of pairs; None where there are none."""
-    return 2 * sum(agree) / len(agree) - 1 if agree else None
-
-
-def orders(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Kendall's tau of each model and phase, and of all pairs that have these in common."""
-    found: list[dict[str, Any]] = []
-    every: list[bool] = []
-    for model in dict.fromkeys(each["model"] for each in rows):
-        for phase in ("capture", "trial"):
-            mine = [r["seconds"][phase] for r in rows if r["model"] == model and phase in r["seconds"]]
-            agree = agreeing([(each["predicted"], each["measured"]) for each in mine])
-            every += agree
-            found.append({"model": model, "phase": phase, "pairs": len(agree), "tau": kendall(agree)})
-    return [*found, {"model": "all", "phase": "both", "pairs": len(every), "tau": kendall(every)}]
-
-
-def table(rows: list[dict[str, Any]], taus: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
-    mib = 2**20
-    lines = [
-        "| model | placement | predicted MiB | measured MiB | error | capture s, predicted | measured "
-        "| trial s, predicted | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for each in rows:
-        times = [
-            f"{each['seconds'][phase][kind]:.2f}" if phase in each["seconds"] else "-"
-            for phase in ("capture", "trial")
-            for kind in ("predicted", "measured")
-        ]
-        sizes = (
-            f"{each['predicted_bytes'] / mib:.0f} | {each['measured_bytes'] / mib:.0f} | {100 * each['error']:+.1f} %"
-        )
-        lines.append(f"| {each['model']} | {each['placement']} | {sizes} | {' | '.join(times)} |")
-    lines += ["", "| model | phase | pairs | Kendall's tau |", "|---|---|---|---|"]
-    for tau in taus:
-        shown = "-" if tau["tau"] is None else f"{tau['tau']:.2f}"
-        lines.append(f"| {tau['model']} | {tau['phase']} | {tau['pairs']} | {shown} |")
-    return "\n".join(lines)
-
-
-def wanted(only: str) -> list[tuple[str, str]]:
-    """Models and placements to measure; experts are shared out where there are some."""
-    pairs = [
-        (model, placement)
+def wanted(only: str) -> list[tuple[str, str, int]]:
+    """Models, placements and numbers of ranks to measure; experts are shared out where there are some."""
+    rows = [
+        (model, placement, ranks)
         for model, (kind, _) in MODELS.items()
-        for placement in PLACEMENTS
+        for placement, placed in PLACEMENTS.items()
+        for ranks in placed.ranks
         if placement != "expert_parallel" or kind != "llama"
     ]
-    return [pair for pair in pairs if only in " ".join(pair)]
+    return [row for row in rows if only in " ".join(map(str, row))]
+
+
+def _key(measured: dict[str, Any]) -> tuple[str, str, int]:
+    return measured["model"], measured["placement"], len(measured["ranks"])
+
+
+def measure_rows(options: argparse.Namespace, rows: list[dict[str, Any]], made: Path) -> None:
+    """Measure what is wanted and not yet among the rows, or predict anew what is; kept after each."""
+    if not options.predict:  # what a job takes that measures the machine is none of the other jobs'
+        for ranks in sorted({ranks for _, _, ranks in wanted(options.only)}):
+            from_ranks(__file__, ranks, ["", "", "0"], MARK, seconds=300)
+    for model, placement, ranks in wanted(options.only):
+        at = next((n for n, each in enumerate(rows) if _key(each) == (model, placement, ranks)), None)
+        if (at is None) is options.predict:
+            continue
+        folder = (options.work or made) / model.replace(" ", "_").replace(",", "")
+        if not folder.exists():
+            make_model(folder, *MODELS[model])
+        if at is not None:
+            rows[at] = predict_anew(rows[at], folder)
+            continue
+        arguments = [str(folder), placement, str(int(PLACEMENTS[placement].evaluates))]
+        figures = from_ranks(__file__, ranks, arguments, MARK, seconds=900)
+        if options.untimed:
+            figures["ranks"] = [{**each, "seconds": {}} for each in figures["ranks"]]
+        rows.append(row(model, placement, figures))
+        print(table(rows[-1:], []).splitlines()[2], flush=True)
+        keep_rows(options.result, rows)
+
+
+def keep_rows(result: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows in the order of the tables above."""
+    order = [list(MODELS), list(PLACEMENTS)]
+    rows.sort(key=lambda each: (order[0].index(each["model"]), order[1].index(each["placement"]), len(each["ranks"])))
+    keep(result, {"asked": ASKED, "rows": rows, "orders": orders(rows, RANKS), "threads_a_rank": 1})
 
 
 def main() -> int:
@@ -319,35 +290,18 @@ def main() -> int:
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("--only", default="", help="rows whose model and placement hold this text")
+    parser.add_argument("--only", default="", help="rows whose model, placement and ranks hold this text")
+    parser.add_argument("--untimed", action="store_true", help="keep no seconds of what is measured")
     parser.add_argument("--add", action="store_true", help="go on: measure only rows that are not in the file")
     parser.add_argument("--predict", action="store_true", help="measure nothing: predict the file's rows anew")
     parser.add_argument("--work", type=Path, help="folder for models, which are kept and used again")
     options = parser.parse_args()
+    known = options.add or options.predict
+    rows: list[dict[str, Any]] = json.loads(options.result.read_text())["rows"] if known else []
     with tempfile.TemporaryDirectory(prefix="planner_accuracy_") as made:
-        known = options.add or options.predict
-        rows: list[dict[str, Any]] = json.loads(options.result.read_text())["rows"] if known else []
-        if not options.predict:
-            from_ranks(__file__, RANKS, ["", "", "0"], MARK, seconds=300)
-        for model, placement in wanted(options.only):
-            at = next(
-                (n for n, each in enumerate(rows) if (each["model"], each["placement"]) == (model, placement)), None
-            )
-            if (at is None) is options.predict:
-                continue
-            folder = (options.work or Path(made)) / model.replace(" ", "_").replace(",", "")
-            if not folder.exists():
-                make_model(folder, *MODELS[model])
-            if at is not None:
-                rows[at] = predict_anew(rows[at], folder)
-                continue
-            arguments = [str(folder), placement, str(int(PLACEMENTS[placement]))]
-            rows.append(row(model, placement, from_ranks(__file__, RANKS, arguments, MARK, seconds=900)))
-            print(table(rows[-1:], []).splitlines()[2], flush=True)
-            keep(options.result, {"asked": ASKED, "rows": rows, "orders": orders(rows), "threads_a_rank": 1})
-    rows.sort(key=lambda each: (list(MODELS).index(each["model"]), list(PLACEMENTS).index(each["placement"])))
-    keep(options.result, {"asked": ASKED, "rows": rows, "orders": orders(rows), "threads_a_rank": 1})
-    print(table(rows, orders(rows)))
+        measure_rows(options, rows, Path(made))
+    keep_rows(options.result, rows)
+    print(table(rows, orders(rows, RANKS)))
     return 0
 
 

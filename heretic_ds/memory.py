@@ -70,6 +70,11 @@ def peak_memory() -> dict[str, int]:
     return dict(_highest)
 
 
+def resident_memory() -> int:
+    """Bytes of the host's memory that this process has now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that were used at most while ``run`` ran, above what was used before; None where that cannot be told."""
     peak_memory()  # what was highest so far would be forgotten
@@ -81,7 +86,7 @@ def peak_of(run: Callable[[], object], device: torch.device) -> int | None:
     try:
         _call("malloc_trim", 0)  # what was freed and kept would be taken without being seen
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = psutil.Process().memory_info().rss
+        before = resident_memory()
         run()
         return _peak_since_reset() - before
     except OSError:

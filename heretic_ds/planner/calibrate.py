@@ -15,7 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import read_json
-from heretic_ds.memory import host_memory, release_memory
+from heretic_ds.memory import give_back_memory, host_memory, resident_memory
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
 from heretic_ds.planner.here import processor
@@ -50,19 +50,21 @@ _DISK_GUESS = 1e9
 
 
 def machine_here(device: torch.device, world: World | None = None) -> Machine:
-    """This machine: as it was measured before, else measured now. All ranks of a ``world`` have to call it."""
+    """This machine: as it was measured before, else measured now. All ranks of a ``world`` have to call it.
+
+    What a rank takes before it holds weights is what these take now, so whatever is imported has to be imported before.
+    """
     world = world or World()
     threads, ranks = torch.get_num_threads(), world.size
     key = _key(device, threads, ranks)
     file = cache_folder() / f"machine-{key}.json"
     known = world.decide(lambda: _load(file))
-    if known is not None:
-        return known
-    started = time.perf_counter()
-    values = _measure(device, world)
-    machine = world.decide(lambda: _kept(file, values))
-    log.info("measured this machine in %.1f s; kept in %s", time.perf_counter() - started, file)
-    return machine
+    if known is None:
+        started = time.perf_counter()
+        values = _measure(device, world)
+        known = world.decide(lambda: _kept(file, values))
+        log.info("measured this machine in %.1f s; kept in %s", time.perf_counter() - started, file)
+    return replace(known, process_memory=float(max(world.gather(resident_memory()))))
 
 
 def cache_folder() -> Path:
@@ -126,7 +128,7 @@ def _measure(device: torch.device, world: World) -> dict[str, Any]:
     everyone = world.gather(mine)
     rates = {name: min(each[name] for each in everyone) for name in mine}
     rates["launch_seconds"] = max(each["launch_seconds"] for each in everyone)
-    release_memory()
+    give_back_memory()  # on the host it would count as what this process takes anyway
     inside = world.machine()
     network = _link(device, world, dist.group.WORLD if world.size > 1 else None)
     link = network if inside.most in (1, world.size) else _link(device, world, inside.group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -31,6 +31,8 @@ def machine_of(given: Mapping[str, Any]) -> Machine:
         value = given.get(field.name)
         if field.name in ("name", "device"):
             values[field.name] = str(value)
+        elif value is None and field.default is not MISSING:
+            continue
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             shown = "missing" if value is None else value
             raise UserError(f"hardware.{field.name} is {shown}; set it to a number above 0")
@@ -41,7 +43,8 @@ def machine_of(given: Mapping[str, Any]) -> Machine:
             values[field.name] = int(value) if whole else float(value)
     if given.get("name") is None or values["device"] not in ("cpu", "cuda"):
         raise UserError("a machine needs hardware.name, and hardware.device, which is cpu or cuda")
-    unknown = sorted(set(map(str, given)) - {field.name for field in fields(Machine)})
+    known = [field.name for field in fields(Machine)]
+    unknown = sorted(set(map(str, given)) - {*known})
     if unknown:
-        raise UserError(f"there is no setting hardware.{unknown[0]}; a machine has {', '.join(values)}")
+        raise UserError(f"there is no setting hardware.{unknown[0]}; a machine has {', '.join(known)}")
     return Machine(**values)

@@ -23,6 +23,7 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.fitness import dtype_name, first_line
 from heretic_ds.errors import UserError
+from heretic_ds.memory import return_freed_blocks
 from heretic_ds.prompts import pad_left
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.forward import Forward
@@ -101,6 +102,9 @@ def streamed_logits(
             module._buffers[attribute] = None if buffer is None else buffer.to(device)
     batch = pad_left(rows, 0).to(device)
     with ExitStack() as stack:
+        if device.type == "cpu":  # else the largest module comes on top of a block that is freed and kept
+            return_freed_blocks(at_once=True)
+            stack.callback(return_freed_blocks, at_once=False)
         for unit, parts in _units(model, anatomy):
             streamed = _Streamed(parts, checkpoint, device)
             if unit is model.get_input_embeddings():  # Llama 4 asks where its weight is before it calls it

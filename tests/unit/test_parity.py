@@ -51,3 +51,15 @@ def test_a_model_that_runs_block_by_block_gives_the_whole_ones_logits(family: st
         expected_BV = Forward(whole, pad_id=0)([Row(row) for row in rows]).logits_BV
     assert parity.distance(found_BV, expected_BV) < 1e-5
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_what_is_dropped_is_given_back_before_more_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library may keep a block that is freed, and the head would come on top; afterwards all is as usual."""
+    folder = families.save("llama", tmp_path / "llama")
+    opened = open_model(ModelChoice(str(folder), dtype="float32", device="cpu"))
+    model, checkpoint = opened.empty_model(torch.float32)
+    told: list[object] = []
+    monkeypatch.setattr(parity, "return_freed_blocks", lambda at_once: told.append(at_once))
+    model.get_output_embeddings().register_forward_hook(lambda *args: told.append("head"))
+    parity.streamed_logits(model, find_anatomy(model), checkpoint, [[1, 2, 3]], opened.device)
+    assert told == [True, "head", False]

@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Engine, Placement
 from heretic_ds.placements.costs import Cost, Facts, Resources, Use, Work, divisors, estimate
-from heretic_ds.placements.costs.memory import UNEVEN
+from heretic_ds.placements.costs.machine import LIBRARIES
+from heretic_ds.placements.costs.memory import ALLOCATOR, UNEVEN
 from heretic_ds.placements.fsdp import Fsdp
 from heretic_ds.placements.fsdp.units import bytes_cut
 from heretic_ds.placements.replicated import Replicated
 from heretic_ds.placements.tensor_parallel import TensorParallel
+from heretic_ds.placements.tensor_pipeline import TensorPipeline
 from heretic_ds.placements.zero3 import Zero3
 from heretic_ds.planner import calibrate, machine_here, machine_of, make_plan, placements_for, work_of
 from heretic_ds.settings import Settings, conf_dir
@@ -185,6 +187,7 @@ def test_described_machines_are_whole_and_have_sources(name: str) -> None:
     ("change", "message"),
     [
         ({"memory_bandwidth": None}, "hardware.memory_bandwidth is missing; set it to a number above 0"),
+        ({"process_memory": 0}, "hardware.process_memory is 0; set it to a number above 0"),
         ({"nodes": 0}, "hardware.nodes is 0; set it to a number above 0"),
         ({"nodes": 1.5}, "hardware.nodes is 1.5; set it to a whole number"),
         ({"flops_16bit": "fast"}, "hardware.flops_16bit is fast"),
@@ -207,6 +210,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(calibrate, "_MOST_SECONDS", 0.0)
     monkeypatch.setattr(calibrate, "_MATRIX", {"cpu": 64})
     monkeypatch.setattr(calibrate, "_STREAM_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(calibrate, "resident_memory", lambda: 2**29)
     return tmp_path / "heretic_ds"
 
 
@@ -229,7 +233,7 @@ def test_a_damaged_cache_is_measured_anew(quick: Path, damage: str, caplog: pyte
     file.write_text(damage)
     found = machine_here(torch.device("cpu"))
     assert "measured anew" in caplog.text
-    assert json.loads(file.read_text()) == asdict(found)
+    assert replace(machine_of(json.loads(file.read_text())), process_memory=2**29) == found
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(
@@ -239,6 +243,29 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(
     quick.write_text("")
     assert machine_here(torch.device("cpu")).name == "local"
     assert "cannot be kept" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [(Replicated, 2), (TensorParallel, 2), (Fsdp, 2), (TensorPipeline, 4)])
+def test_what_is_installed_is_in_the_plan(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Placement], ranks: int
+) -> None:
+    """What a process has imported is asked of it each time, and not kept: packages come and go."""
+    facts, taken = small("llama"), []
+    for size in (300 * 2**20, 500 * 2**20):
+        monkeypatch.setattr(calibrate, "resident_memory", lambda size=size: size)
+        cost = kind("evaluate", kind.Options()).cost(facts, Resources(machine_here(torch.device("cpu")), ranks))
+        assert cost is not None
+        taken.append(sum(cost.host.values()) + sum(cost.bytes.values()))
+    assert taken[1] - taken[0] == 200 * 2**20
+
+
+def test_described_machines_have_a_process_of_this_package_alone() -> None:
+    """Unless its description says what a process takes."""
+    given = asdict(machine("cpu_server"))
+    del given["process_memory"]
+    for here, taken in ((machine_of(given), LIBRARIES), (machine_of({**given, "process_memory": 1e9}), 10**9)):
+        cost = Replicated("capture", Replicated.Options()).cost(small("llama"), Resources(here, 2))
+        assert cost.host["libraries"] == taken + ALLOCATOR
 
 
 def test_work_follows_settings_and_prompts() -> None:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+LIBRARIES = 360 * 2**20
+"""Host memory of a process that has imported what every job needs and read its prompts (x86, CPU build of PyTorch 2.13,
+no extras installed). transformers imports scipy, scikit-learn, pandas and accelerate where they are installed: 500."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -44,6 +48,9 @@ class Machine:
     """Bytes a second at which a computer reads files."""
     launch_seconds: float
     """What one operation costs before it computes anything: calling it, launching its kernel."""
+    process_memory: float = LIBRARIES
+    """Bytes of host memory that a rank takes before it holds any weights. What is imported depends on what is
+    installed, so of this machine it is this process's own."""
 
     @property
     def devices(self) -> int:

@@ -32,7 +32,10 @@ def memory(facts: Facts, resources: Resources, phase: str, use: Use) -> tuple[di
     moments = _moments(facts, resources, phase, use)
     device: dict[str, float] = {"weights": use.held}
     allocator = ALLOCATOR + (UNEVEN if facts.experts else 0)
-    host: dict[str, float] = {"libraries": use.libraries + allocator, "weights": use.resting}
+    host: dict[str, float] = {
+        "libraries": resources.machine.process_memory + use.libraries + allocator,
+        "weights": use.resting,
+    }
     if not resources.on_cpu:
         device["context"] = CUDA_CONTEXT
     added: dict[str, float] = {}

@@ -10,8 +10,6 @@ from heretic_ds.placements.costs.machine import Resources
 
 MIB = 2**20
 
-LIBRARIES = 360 * MIB
-"""Host memory of a rank that has imported all and read its prompts (x86, CPU build of PyTorch 2.13)."""
 DEEPSPEED = 45 * MIB
 """What importing and starting DeepSpeed adds."""
 FSDP = 60 * MIB
@@ -86,8 +84,8 @@ class Use:
     """Whether trials can share passes."""
     reuses: bool = False
     """Whether passes of trials begin where the edited model begins to differ."""
-    libraries: int = LIBRARIES
-    """Host memory of the process itself."""
+    libraries: int = 0
+    """Host memory of what it imports beside what every job does."""
 
 
 def rows_of(facts: Facts, resources: Resources, phase: str, use: Use) -> int:

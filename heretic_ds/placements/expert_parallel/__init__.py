@@ -20,7 +20,6 @@ from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.costs import (
     DEEPSPEED,
-    LIBRARIES,
     READ_BUFFER,
     Cost,
     Exchange,
@@ -102,7 +101,7 @@ class ExpertParallel(Placement):
             loading=largest_streamed(facts) if self.options.parity_check else READ_BUFFER,
             read_parts=(facts.weights - experts.bytes + experts.bytes / degree) / facts.weights,
             exchanges=(Exchange(degree, token_bytes=travels * experts.blocks, messages=_MESSAGES * experts.blocks),),
-            libraries=LIBRARIES + DEEPSPEED,
+            libraries=DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

@@ -15,7 +15,7 @@ import torch
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import FSDP, LIBRARIES, Cost, Exchange, Facts, Resources, Use, estimate
+from heretic_ds.placements.costs import FSDP, Cost, Exchange, Facts, Resources, Use, estimate
 from heretic_ds.placements.fsdp.edits import GatheredOutputEdits, GatheringEditor
 from heretic_ds.placements.fsdp.units import Units, bytes_cut
 from heretic_ds.runner.comm import Comm
@@ -95,7 +95,7 @@ class Fsdp(Placement):
             read_parts=1 / ranks,
             exchanges=(Exchange(ranks, pass_bytes=travels, messages=units, hidden=not resources.on_cpu),),
             fetched=of_blocks,
-            libraries=LIBRARIES + FSDP,
+            libraries=FSDP,
         )
         return estimate(facts, resources, self.phase, use)
 

@@ -14,7 +14,7 @@ import torch
 from heretic_ds.errors import UserError
 from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.base import Placement, load_whole, runner_of
-from heretic_ds.placements.costs import DEEPSPEED, LIBRARIES, Cost, Facts, Resources, Use, estimate
+from heretic_ds.placements.costs import DEEPSPEED, Cost, Facts, Resources, Use, estimate
 from heretic_ds.placements.kernel_inject import op, parity
 from heretic_ds.placements.kernel_inject.families import Family, find_family, most_tokens, refuse_long
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
@@ -64,7 +64,7 @@ class KernelInject(Placement):
             workspace=shape.bytes_for(work.batch, tokens),
             operations=_LAUNCHES_A_BLOCK * facts.anatomy.n_blocks,
             together=False,
-            libraries=LIBRARIES + DEEPSPEED,
+            libraries=DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

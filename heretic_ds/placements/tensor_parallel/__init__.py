@@ -26,7 +26,6 @@ from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.base import Placement, runner_of
 from heretic_ds.placements.costs import (
     DEEPSPEED,
-    LIBRARIES,
     READ_BUFFER,
     Cost,
     Facts,
@@ -97,7 +96,7 @@ class TensorParallel(Placement):
             read_parts=1 / degree,
             exchanges=(planned.exchange_of(facts, degree),),
             reuses=True,
-            libraries=LIBRARIES + DEEPSPEED,
+            libraries=DEEPSPEED,
         )
         return estimate(facts, resources, self.phase, use)
 

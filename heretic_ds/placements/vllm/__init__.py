@@ -20,7 +20,7 @@ import torch
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement
-from heretic_ds.placements.costs import LIBRARIES, Cost, Exchange, Facts, Resources, Use, estimate
+from heretic_ds.placements.costs import Cost, Exchange, Facts, Resources, Use, estimate
 from heretic_ds.placements.vllm.engine import Limits, VllmEngine
 from heretic_ds.placements.vllm.server import Server, versions_of
 from heretic_ds.runner.decode import end_tokens
@@ -103,7 +103,7 @@ class Vllm(Placement):
             workspace=kept,
             exchanges=(Exchange(degree, token_bytes=2 * apart * sums * width, messages=sums),),
             together=facts.experts is None,
-            libraries=LIBRARIES + _LIBRARIES,
+            libraries=_LIBRARIES,
         )
         return estimate(facts, resources, self.phase, use)
 

@@ -17,7 +17,6 @@ from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Capturing, Placement, runner_of
 from heretic_ds.placements.costs import (
     DEEPSPEED,
-    LIBRARIES,
     ZERO,
     Cost,
     Exchange,
@@ -121,7 +120,7 @@ class Zero3(Placement):
             read_parts=1 / ranks,
             exchanges=(exchange,) if ranks > 1 else (),
             fetched=0 if options.offload == "none" else cut,
-            libraries=LIBRARIES + DEEPSPEED + ZERO,
+            libraries=DEEPSPEED + ZERO,
         )
         return estimate(facts, resources, self.phase, use)
 
