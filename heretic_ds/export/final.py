@@ -58,16 +58,19 @@ def worded(labels: Mapping[str, str], name: str, final: Mapping[str, Any]) -> st
     return labels[name].format(kl_tokens=final["kl_tokens"]) if name in labels else in_one_line(name, 80)
 
 
-def number_text(value: float | None, counts: bool = False) -> str:
-    """A number with three digits that count; counts as they are."""
+def number_text(value: float | None, counts: bool = False, digits: int = 3) -> str:
+    """A number with so many digits that count; of counts, which may be large, one place."""
     if value is None:
         return "-"
-    return f"{value:.4g}" if counts or abs(value) >= 100 else f"{value:.3g}"
+    if counts:
+        return f"{value:.1f}".removesuffix(".0")
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}g}"
 
 
-def range_text(scored: Mapping[str, float | None], counts: bool = False) -> str:
+def range_text(scored: Mapping[str, float | None], counts: bool = False, between: str = " to ", digits: int = 3) -> str:
     """``0.9 to 1.2``; empty where there is no interval."""
     low, high = scored["low"], scored["high"]
     if low is None or high is None:
         return ""
-    return f"{number_text(low, counts)} to {number_text(high, counts)}"
+    low_text, high_text = (number_text(end, counts, digits) for end in (low, high))
+    return f"{low_text}{between}{high_text}"

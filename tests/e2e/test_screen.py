@@ -16,6 +16,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1"}
 DEMO = ("experiment=demo", "run.interactive=false", "search.trials=4", "search.startup_trials=2")
 STAGES = (
     "opening", "loading", "response prefix", "capture", "the original's scores", "search", "verification", "export",
+    "final scores",
 )  # fmt: skip
 SILENT = 3.0
 """Seconds: more than that without output is a screen that looks dead."""
@@ -69,8 +70,10 @@ def test_no_stage_of_a_real_model_is_silent(tmp_path: Path) -> None:
     if not Path(folder, "config.json").is_file():
         pytest.skip("no real model: run `make demo-real`, or set HERETIC_REAL_MODEL to the folder of one")
     words = ("prompts=demo", "scoring.markers=[a,e]", "search.trials=2", "run.interactive=false", "run.dir=run")
-    parts = [f"prompts.{kind}.{part}.slice=0:24" for kind in ("target", "baseline") for part in ("train", "eval")]
-    short = ("generation.max_new_tokens=20", "export.max_kl=50", *parts)
+    parts = [
+        f"prompts.{kind}.{part}.slice=0:24" for kind in ("target", "baseline") for part in ("train", "eval", "test")
+    ]
+    short = ("generation.max_new_tokens=20", "verify.answer_tokens=20", "export.max_kl=50", *parts)
     with Terminal([*HERETIC, folder, *words, *short], tmp_path, 80) as terminal:
         assert terminal.end(timeout=1500) == 0, terminal.text
     seconds, before = terminal.longest_silence()

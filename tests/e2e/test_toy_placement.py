@@ -81,8 +81,8 @@ def words(tmp_path: Path) -> list[str]:
     return [
         "experiment=demo", "evaluate=toy", f"hydra.searchpath=[file://{tmp_path}/conf]", "search.trials=2",
         "search.startup_trials=2", "search.trials_per_pass=1", "generation.max_new_tokens=12", "export.max_kl=50",
-        "model.device=cpu", "prompts.response_prefix=", "run.dir=run",
-        *(f"prompts.{kind}.{part}.slice=0:12" for kind in ("target", "baseline") for part in ("train", "eval")),
+        "verify.answer_tokens=12", "model.device=cpu", "prompts.response_prefix=", "run.dir=run",
+        *(f"prompts.{kind}.{part}.slice=0:12" for kind in ("target", "baseline") for part in ("train", "eval", "test")),
     ]  # fmt: skip
 
 

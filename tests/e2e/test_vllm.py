@@ -23,8 +23,9 @@ def words(python: str, *more: str) -> list[str]:
     return [
         "experiment=demo", "evaluate=vllm", f"evaluate.python={python}", "evaluate.kv_cache_gib=0.25", "run.dir=run",
         "search.startup_trials=2", "generation.max_new_tokens=12", "export.max_kl=50", "model.device=cpu",
-        "prompts.response_prefix=", "run.interactive=false",
-        *(f"prompts.{kind}.{part}.slice=0:24" for kind in ("target", "baseline") for part in ("train", "eval")), *more,
+        "verify.answer_tokens=12", "prompts.response_prefix=", "run.interactive=false",
+        *(f"prompts.{kind}.{part}.slice=0:24" for kind in ("target", "baseline") for part in ("train", "eval", "test")),
+        *more,
     ]  # fmt: skip
 
 

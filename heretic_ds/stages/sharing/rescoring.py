@@ -216,7 +216,7 @@ def _in_words(row: FinalRow, scored: Mapping[str, float | None] | None) -> str:
 
 def _show(run: Run, seconds: str) -> None:
     final = run.results["final"]
-    run.console.print(final_table(final, run.console.width), no_wrap=True)
+    run.console.print(final_table(final, run.console.width))
     for row in final_rows(final):  # the log has no tables
         before, after = (_in_words(row, scored) for scored in (row.original, row.edited))
         log.info(
