@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from heretic_ds.ablation import Ablation, Edit, Profile, edit_weight, low_rank_edit
@@ -17,8 +17,11 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.edits.adapters import Adapter, make_adapter, worn
 from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import resident_writer, stored_writer, write_adapter
 from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
+from heretic_ds.export.merging import MergedFiles, link_companions, read_adapter
+from heretic_ds.world import World
 from tests import families
 
 EDIT = Edit(0.4, {"attention": Profile(1.1, 1.0, 0.4, 1.5), "mlp": Profile(0.9, 0.0, 0.3, 1.5)})
@@ -76,6 +79,39 @@ def test_an_adapter_of_rank_one_is_the_edit(family: str, row_norm: str, tmp_path
     assert (edited - original).abs().max() > 1e-2
     assert (made.of_peft() - edited).abs().max() < 1e-5
     assert (made.worn_logits - edited).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "phi3", *EXPERTS))
+def test_an_adapter_is_read_back(family: str, tmp_path: Path) -> None:
+    """Factors as they were, and added to the original's files the edit."""
+    made = Exported(family, tmp_path, "pre")
+    opened = open_model(ModelChoice(path=str(tmp_path / "original"), dtype="float32", device="cpu"))
+    anatomy = find_anatomy(opened.skeleton())
+    found = read_adapter(tmp_path / "adapter", anatomy, opened.skeleton())
+    assert [each.writer.weight for each in found.writers] == [each.writer.weight for each in made.adapter.writers]
+    for mine, theirs in zip(found.writers, made.adapter.writers, strict=True):
+        for part, expected in zip(mine.parts, theirs.parts, strict=True):
+            assert torch.equal(part.in_RK, expected.in_RK) and torch.equal(part.out_DR, expected.out_DR)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    ablation = ablation_for(anatomy, "pre")
+    MergedFiles.of(opened, anatomy, ablation, found, torch.float32).write(World(), merged, merged)
+    link_companions(opened, merged)
+    edited = made.logits(made.load("edited"))
+    assert (made.logits(made.load("merged")) - edited).abs().max() < 1e-5
+    assert (made.logits(made.load("original")) - edited).abs().max() > 1e-2
+
+
+def test_an_adapter_that_cannot_be_read_back(tmp_path: Path) -> None:
+    made = Exported("llama", tmp_path, "pre")
+    anatomy, file = find_anatomy(made.loaded.model), tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({**whole, "other": torch.ones(1)}, file)
+    with pytest.raises(UserError, match="holds other, which is no part of the model"):
+        read_adapter(file.parent, anatomy, made.loaded.model)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        read_adapter(file.parent, anatomy, made.loaded.model)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
