@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 class _Limit:
     """One of the limits, and by what it is known that it is reached."""
 
-    kind: int
+    kind: str
+    """Its name in :mod:`resource`, which not every system has."""
     flag: str
     """Of ``ulimit``."""
     unit: int
@@ -31,16 +31,16 @@ class _Limit:
 
 
 _LIMITS = (  # that of memory before that of threads, which need memory to start
-    _Limit(resource.RLIMIT_NOFILE, "-n", 1, (errno.EMFILE,), (), "may have at most {} files open at once"),
-    _Limit(resource.RLIMIT_FSIZE, "-f", 1024, (errno.EFBIG,), (), "may write files of at most {} KiB"),
+    _Limit("RLIMIT_NOFILE", "-n", 1, (errno.EMFILE,), (), "may have at most {} files open at once"),
+    _Limit("RLIMIT_FSIZE", "-f", 1024, (errno.EFBIG,), (), "may write files of at most {} KiB"),
     _Limit(
-        resource.RLIMIT_AS, "-v", 1024, (errno.ENOMEM,),
+        "RLIMIT_AS", "-v", 1024, (errno.ENOMEM,),
         ("can't allocate memory", "not enough memory", "failed to map segment", "can't start new thread",
          "bad_alloc"),
         "may take at most {} KiB of memory's addresses",
     ),
     _Limit(
-        resource.RLIMIT_NPROC, "-u", 1, (errno.EAGAIN,), ("can't start new thread",), "may have at most {} threads"
+        "RLIMIT_NPROC", "-u", 1, (errno.EAGAIN,), ("can't start new thread",), "may have at most {} threads"
     ),
 )  # fmt: skip
 _CHAIN = 20
@@ -52,9 +52,13 @@ def limit_reached(error: BaseException) -> str | None:
 
     A limit counts where one is set: without it the same error means that the machine itself has no more.
     """
+    try:
+        import resource
+    except ImportError:
+        return None
     for cause in _causes(error):
         for limit in _LIMITS:
-            allowed, _ = resource.getrlimit(limit.kind)
+            allowed, _ = resource.getrlimit(getattr(resource, limit.kind))
             if allowed != resource.RLIM_INFINITY and _means(cause, limit):
                 named = limit.meaning.format(allowed // limit.unit)
                 return f"this process {named} (ulimit {limit.flag}), which is too little; raise that limit"
@@ -65,7 +69,7 @@ def _means(error: BaseException, limit: _Limit) -> bool:
     if isinstance(error, OSError) and error.errno in limit.codes:
         return True
     if isinstance(error, MemoryError):
-        return limit.kind == resource.RLIMIT_AS
+        return limit.kind == "RLIMIT_AS"
     if not isinstance(error, RuntimeError | OSError | ImportError | ValueError) and "Error" not in type(error).__name__:
         return False
     told = str(error)

@@ -136,9 +136,3 @@ def test_what_needs_deepspeed_says_what_to_install(
     ended = heretic_ds(environment, tmp_path, *DEMO, *words)
     assert (ended.returncode, ended.stderr) == (2, f"heretic-ds: {what} {SENTENCE}")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_launcher_says_so_too(environment: Path, tmp_path: Path) -> None:
-    program = ("python", "-m", "heretic_ds.launching")
-    ended = heretic_ds(environment, tmp_path, "-n", "2", *DEMO, program=program)
-    assert (ended.returncode, ended.stderr) == (2, f"heretic-ds: starting ranks {SENTENCE}")

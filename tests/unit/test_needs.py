@@ -22,6 +22,8 @@ OF_SOME_SYSTEMS = ("curses", "fcntl", "grp", "msvcrt", "pty", "pwd", "readline",
 """Modules that Python has on some systems only."""
 DEEPSPEED = r'needs DeepSpeed, which is not installed here: pip install "deepspeed>=0\.19\.8,<0\.20"$'
 
+APART = ("heretic_ds.placements.kernel_inject.policies", "heretic_ds.placements.vllm.inside")
+"""Modules for machines and environments of their own."""
 AS_ON_A_MAC = f"""
 import builtins, importlib, pkgutil, sys
 import psutil
@@ -29,24 +31,22 @@ del psutil.Process.rlimit
 sys.modules["deepspeed"] = None
 imported = builtins.__import__
 
-def limited(name, globals=None, *rest):
+def limited(name, globals=None, *rest, **more):
     ours = (globals or {{}}).get("__name__", "").startswith(("heretic_ds", "hydra_plugins"))
     if ours and name.partition(".")[0] in {OF_SOME_SYSTEMS}:
         raise ImportError(name)
-    return imported(name, globals, *rest)
+    return imported(name, globals, *rest, **more)
 
 builtins.__import__ = limited
 import heretic_ds
 for module in pkgutil.walk_packages(heretic_ds.__path__, "heretic_ds."):
-    if not module.name.endswith(".__main__") and not module.name.startswith({{apart}}):
+    if not module.name.endswith(".__main__") and not module.name.startswith({APART}):
         importlib.import_module(module.name)
 from heretic_ds.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 """A program that imports the package and runs a command where the kernel sets no limits, without DeepSpeed and without
 what not every system has."""
-APART = ("heretic_ds.placements.kernel_inject.policies", "heretic_ds.placements.vllm.inside")
-"""Modules for machines and environments of their own."""
 
 
 def at_import(tree: ast.AST) -> set[str]:
@@ -72,7 +72,7 @@ def test_a_whole_job_runs_as_on_a_mac(tmp_path: Path) -> None:
     few = [f"prompts.{kind}.{part}.slice=0:20" for kind in ("target", "baseline") for part in ("train", "eval")]
     demo = ("experiment=demo", "search.trials=2", "search.startup_trials=2", "run.interactive=false", "run.dir=run")
     ended = subprocess.run(
-        [sys.executable, "-c", AS_ON_A_MAC.format(apart=APART), *demo, *few],
+        [sys.executable, "-c", AS_ON_A_MAC, *demo, *few],
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
