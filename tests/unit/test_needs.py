@@ -8,13 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from heretic_ds import cli, needs
+from heretic_ds.checkpoint.open import ModelChoice, load_weights, open_model
 from heretic_ds.errors import UserError
+from heretic_ds.export.checkpoint import export_model
 from heretic_ds.launching.__main__ import main as launch
 from heretic_ds.launching.plan import Launch, make_plan
+from tests import families
 from tests.conftest import ROOT
 from tests.unit.test_layers import files
 
@@ -127,3 +131,34 @@ def test_ranks_cannot_be_started_without_deepspeed(tmp_path: Path) -> None:
 def test_placements_say_that_they_need_deepspeed(override: str, said: str, evaluated) -> None:
     with pytest.raises(UserError, match=said + DEEPSPEED):
         evaluated(override)
+
+
+def test_an_export_does_not_ask_for_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate", reason="transformers asks for DeepSpeed where accelerate is installed")
+    families.save("llama", tmp_path / "model")
+    loaded = load_weights(open_model(ModelChoice(path=str(tmp_path / "model"), device="cpu")))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
+        monkeypatch.delitem(sys.modules, name)
+    asked: list[str] = []
+
+    class Noting:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "deepspeed":
+                asked.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Noting, *sys.meta_path])
+    export_model(loaded, tmp_path / "out", "# card\n", {"schema": 1})
+    assert asked == [] and "deepspeed" not in sys.modules
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_deepspeed_that_was_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ModuleType("deepspeed")
+    monkeypatch.setitem(sys.modules, "deepspeed", there)
+    with needs.without_deepspeed():
+        assert sys.modules["deepspeed"] is there
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    with needs.without_deepspeed(), pytest.raises(ImportError):
+        importlib.import_module("deepspeed")
+    assert "deepspeed" not in sys.modules
