@@ -6,7 +6,7 @@ Needs: the package; the models are random ones with the demo's tokenizer: a llam
 mixture of experts. Takes some minutes. Leaves ``benchmarks/results/rank_k.json``, or the file that ``--result`` names.
 
 Four ways of using an edit of all writers, ``ablation.row_norm=full``: weights edited and brought back; four trials' KL
-in one pass (outputs edited); four trials' answers of 16 tokens in one pass; and one trial as a search takes it, on
+in one pass (outputs edited); four trials' answers of 8 tokens in one pass; and one trial as a search takes it, on
 weights: edit, KL, answers. Processor time counts, since other programs' work should not; the figure is the median over
 rounds of the ratio of two neighbouring turns, whose order changes.
 """
@@ -31,7 +31,7 @@ from placements import make_model
 
 RESULT = Path(__file__).resolve().parent / "results" / "rank_k.json"
 MODELS = {"llama, 30 M": ("llama", 512), "mixtral, 8 experts": ("mixtral", 384)}
-PROMPTS, TOKENS, TRIALS = 32, 16, 4
+PROMPTS, TOKENS, TRIALS = 16, 8, 4
 
 
 def ways(engine: Any, rows: list[list[int]]) -> dict[str, Callable[[], object]]:

@@ -7,13 +7,15 @@ embedding output, then the stream after each block, the last of them after the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 _DEPENDENT = 1e-9
 """Part of a vector that others have to leave, or it counts as made of them."""
+_MIXTURES = 64
+"""As many as a pass has edits at most."""
 
 
 def _normalise(vectors: Tensor) -> Tensor:
@@ -117,12 +119,14 @@ def block_direction(directions: Tensor, block: int, direction_index: float | Non
     blocks floor(x) and floor(x)+1, vector by vector, and made orthonormal again; past the last block it is the last
     block's.
     """
-    if direction_index is None:
-        return directions[block + 1]
-    last = directions.shape[0] - 1
-    below = int(direction_index)
+    return directions[block + 1] if direction_index is None else _unit(_between(directions, direction_index))
+
+
+def _between(directions: Tensor, direction_index: float) -> Tensor:
+    """The mixture of two blocks' directions, not normalised."""
+    last, below = directions.shape[0] - 1, int(direction_index)
     start, end = directions[min(below + 1, last)], directions[min(below + 2, last)]
-    return _unit(torch.lerp(start, end, direction_index - below))
+    return torch.lerp(start, end, direction_index - below)
 
 
 def through_norm(direction: Tensor, gain_D: Tensor | None) -> Tensor:
@@ -143,6 +147,7 @@ class Ablation:
     """One of :data:`heretic_ds.ablation.ROW_NORMS`."""
     through_norm: bool
     """Edit along the directions that a norm after the writer maps onto the stream's."""
+    _mixed: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.directions_LRD.dim() == 2:
@@ -163,8 +168,20 @@ class Ablation:
         shape = tuple(self.directions_LRD.shape)
         return len(shape) == 3 and shape[0] == n_blocks + 1 and 0 < shape[1] <= width == shape[2]
 
+    def mixed(self, direction_index: float) -> tuple[Tensor, Tensor]:
+        """What :func:`orthonormal` makes of the mixture of two blocks' directions. All writers of an edit share it, so
+        the latest ones are kept."""
+        if direction_index not in self._mixed:
+            if len(self._mixed) >= _MIXTURES:
+                self._mixed.clear()
+            self._mixed[direction_index] = orthonormal(_between(self.directions_LRD, direction_index))
+        return self._mixed[direction_index]
+
     def writer_directions(self, block: int, gain_D: Tensor | None, direction_index: float | None) -> Tensor:
         """Orthonormal directions [R, D] along which a writer of ``block`` is edited; ``gain_D`` is that of a norm
         after it."""
-        direction_RD = block_direction(self.directions_LRD, block, direction_index)
+        if direction_index is None or self.rank == 1:
+            direction_RD = block_direction(self.directions_LRD, block, direction_index)
+        else:
+            direction_RD = self.mixed(direction_index)[0]
         return through_norm(direction_RD, gain_D) if self.through_norm else direction_RD

@@ -233,9 +233,10 @@ def _write_edited(
         some = slice(first, first + at_once)
         if overlap_RK.shape[-2] == 1:
             edited_DK = step_DR[..., some, :] * overlap_RK
+            torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
         else:
-            edited_DK = step_DR[..., some, :] @ overlap_RK
-        torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
+            subtracted = torch.addmm if matrix_DK.dim() == 2 else torch.baddbmm
+            edited_DK = subtracted(matrix_DK[..., some, :], step_DR[..., some, :], overlap_RK, alpha=-1)
         if scale_D is not None:
             edited_DK *= scale_D[..., some, None]
         target_DK[..., some, :].copy_(edited_DK)

@@ -159,10 +159,19 @@ class WriterTables:
         below = block if index is None else min(int(index), last)
         above = below if index is None else min(below + 1, last)
         fraction = 0.0 if index is None else index - int(index)
-        mixed_RD = torch.lerp(self._basis_LRD[below], self._basis_LRD[above], fraction)
-        rank, made_RR = len(mixed_RD), _made(mixed_RD)
+        made_RR, rank = self._made(below, above, fraction, index), self.rank
         rows = [first * rank + each for first in (below, above) for each in range(rank)]
         return rows, torch.cat([(1 - fraction) * made_RR, fraction * made_RR], dim=1)
+
+    def _made(self, below: int, above: int, fraction: float, index: float | None) -> Tensor:
+        """T [R, R]; of one direction 1 by the length of the mixture."""
+        if self.rank > 1 and self._gain_D is None:
+            return torch.eye(self.rank, dtype=torch.float64) if index is None else self._ablation.mixed(index)[1]
+        mixed_RD = torch.lerp(self._basis_LRD[below], self._basis_LRD[above], fraction)
+        if self.rank > 1:
+            return orthonormal(mixed_RD)[1]
+        length = mixed_RD.norm().item()
+        return mixed_RD.new_full((1, 1), 1 / length if length > 0 else 0.0)
 
     def _overlaps_of_pass(
         self, units: Sequence[Tensor], indices: Sequence[float | None]
@@ -176,14 +185,6 @@ class WriterTables:
         itself_RM = torch.eye(rank, 2 * rank, dtype=torch.float64)
         firsts = [rank * different.index(index) for index in indices]
         return table_XQD, [([first + each % rank for each in range(2 * rank)], itself_RM) for first in firsts]
-
-
-def _made(vectors_RD: Tensor) -> Tensor:
-    """T [R, R] by which vectors become orthonormal: :func:`heretic_ds.ablation.orthonormal`; of one its 1/length."""
-    if len(vectors_RD) > 1:
-        return orthonormal(vectors_RD)[1]
-    length = vectors_RD.norm().item()
-    return vectors_RD.new_full((1, 1), 1 / length if length > 0 else 0.0)
 
 
 class Rows:
