@@ -227,19 +227,35 @@ def _write_edited(
     they may be written over the matrix itself and take little memory beside it."""
     step_DR = (strength * norms_D.unsqueeze(-2) * direction_RD).transpose(-1, -2)
     scale_D = None if overlaps_RD is None else row_scales(norms_D, overlaps_RD, direction_RD, strength)
+    if overlap_RK.shape[-2] > 1:
+        _write_along_several(target_DK, matrix_DK, step_DR, overlap_RK, scale_D)
+        return
     rows, per_row = matrix_DK.shape[-2], matrix_DK.numel() // max(1, matrix_DK.shape[-2])
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, per_row))
     for first in range(0, rows, at_once):
         some = slice(first, first + at_once)
-        if overlap_RK.shape[-2] == 1:
-            edited_DK = step_DR[..., some, :] * overlap_RK
-            torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
-        else:
-            subtracted = torch.addmm if matrix_DK.dim() == 2 else torch.baddbmm
-            edited_DK = subtracted(matrix_DK[..., some, :], step_DR[..., some, :], overlap_RK, alpha=-1)
+        edited_DK = step_DR[..., some, :] * overlap_RK
+        torch.sub(matrix_DK[..., some, :], edited_DK, out=edited_DK)
         if scale_D is not None:
             edited_DK *= scale_D[..., some, None]
         target_DK[..., some, :].copy_(edited_DK)
+
+
+def _write_along_several(
+    target_DK: Tensor, matrix_DK: Tensor, step_DR: Tensor, overlap_RK: Tensor, scale_D: Tensor | None
+) -> None:
+    """The same for R > 1, in the target's memory where that is precise enough, else in the matrix's, a working copy."""
+    edited_DK = target_DK if target_DK.dtype == matrix_DK.dtype else matrix_DK
+    if edited_DK.data_ptr() != matrix_DK.data_ptr():
+        edited_DK.copy_(matrix_DK)
+    if edited_DK.dim() == 2:
+        edited_DK.addmm_(step_DR, overlap_RK, alpha=-1)
+    else:
+        edited_DK.baddbmm_(step_DR, overlap_RK, alpha=-1)
+    if scale_D is not None:
+        edited_DK *= scale_D[..., None]
+    if edited_DK is not target_DK:
+        target_DK.copy_(edited_DK)
 
 
 @dataclass(frozen=True)

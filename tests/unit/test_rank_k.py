@@ -87,6 +87,14 @@ def test_experts_and_split_experts_are_edited_one_by_one(row_norm: str) -> None:
         inplace = experts_EDK.clone()
         edit_weight_(inplace, basis_RD, 0.9, row_norm, reduce)
         assert torch.allclose(inplace, expected, atol=1e-12)
+    stored_EKD = experts_EDK.transpose(-1, -2).contiguous()
+    edit_weight_(stored_EKD.transpose(-1, -2), basis_RD, 0.9, row_norm)
+    assert torch.allclose(stored_EKD.transpose(-1, -2), expected, atol=1e-12)
+    narrow, kept = experts_EDK.bfloat16(), experts_EDK.bfloat16()
+    edit_weight_(narrow, basis_RD, 0.9, row_norm)
+    wide = edit_weight(kept, basis_RD, 0.9, row_norm)  # leaves what it is given
+    assert torch.equal(narrow, wide.bfloat16()) and torch.equal(kept, experts_EDK.bfloat16())
+    assert torch.allclose(wide.double(), expected, atol=0.05)
 
 
 @pytest.mark.parametrize("row_norm", ROW_NORMS)
