@@ -44,7 +44,7 @@ from heretic_ds.checkpoint.source import (
     read_headers,
     resolve_source,
 )
-from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
+from heretic_ds.checkpoint.tokens import TRUST_HINT, greedy_generation_config, load_processor, load_tokenizer
 from heretic_ds.errors import UnfitDtype, UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.memory import release_memory
@@ -56,7 +56,6 @@ _OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassificat
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 _OTHER = "choose another model or a newer transformers"
 _SAFEST = "; set another model.dtype (float32 is the safest) or model.device."
-_TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author."
 
 
 @dataclass(frozen=True)
@@ -264,13 +263,13 @@ def load_config(
             "this version of transformers does not know; choose another model or a newer transformers."
         )
     if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
-        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
+        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
     with reading(source.folder / CONFIG_NAME, _OTHER, "is not usable"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
     architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
     known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
     if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
-        raise UserError(f"model.path={choice.path} cannot be loaded: {_TRUST_HINT}")
+        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
     causal = known or "AutoModelForCausalLM" in own_code
     if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
         raise UserError(

@@ -15,7 +15,9 @@ from heretic_ds.foreign.text import in_one_line
 
 log = logging.getLogger(__name__)
 
+TRUST_HINT = "its files bring Python code of their own; set model.trust_remote_code=true if you trust its author"
 _MOST_TOKENS = 2**31
+_CONFIG_NAME = "tokenizer_config.json"
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -32,7 +34,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     """
     if not has_tokenizer(folder):
         raise UserError(f"{folder} has no tokenizer files; copy the model's tokenizer.json and its config there.")
-    with reading(f"the tokenizer in {folder}", found="cannot be loaded"):
+    file = folder / _CONFIG_NAME
+    own_code = not trust_remote_code and file.is_file() and "auto_map" in read_json(file)
+    with reading(f"the tokenizer in {folder}", TRUST_HINT if own_code else AGAIN, "cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, padding_side="left")
         if not tokenizer("a b", add_special_tokens=False)["input_ids"]:
             raise UserError(f"the tokenizer in {folder} has no vocabulary; its tokenizer.json or model is missing.")

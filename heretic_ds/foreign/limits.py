@@ -71,12 +71,8 @@ def in_child(work: Callable[[], T], seconds: int | None = None) -> T:
 def _work(work: Callable[[], T], write_end: int, seconds: int) -> None:
     """The child's whole life. It leaves without a word to anything of its parent's: no buffers, no exit handlers."""
     try:
-        faulthandler.disable()  # where the process breaks, its parent says so
-        signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if _KERNEL_LIMITS:
-            _limit(psutil.Process(), seconds)
         try:
+            _limit_this_process(seconds)
             answer = pickle.dumps((True, work()))
         except MemoryError:
             answer = pickle.dumps((False, TooMuch(_too_large())))
@@ -86,6 +82,14 @@ def _work(work: Callable[[], T], write_end: int, seconds: int) -> None:
             out.write(answer)
     finally:
         os._exit(0)
+
+
+def _limit_this_process(seconds: int) -> None:
+    faulthandler.disable()  # where the process breaks, its parent says so
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _KERNEL_LIMITS:
+        _limit(psutil.Process(), seconds)
 
 
 def _limit(process: psutil.Process, seconds: int) -> None:

@@ -51,6 +51,8 @@ def reading(place: object, advice: str = AGAIN, found: str = "cannot be read") -
 
 def reason(error: BaseException) -> str:
     """What an error of a reader means, in words."""
+    if limit := limit_reached(error):
+        return limit
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, RecursionError):

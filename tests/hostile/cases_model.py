@@ -345,6 +345,15 @@ def tokenizer_cases() -> list[Case]:
         Case("tokenizer_config_cut", written(TOKENIZER_CONFIG, "{"), "tokenizer"),
         Case("tokenizer_config_deep", written(TOKENIZER_CONFIG, '{"a":' + DEEP), "tokenizer"),
         Case("tokenizer_class", changed(TOKENIZER_CONFIG, tokenizer_class=["x"]), "tokenizer"),
+        *(
+            Case(f"tokenizer_code_{number}", all_of(_CODE, changed(TOKENIZER_CONFIG, **change)), "trust_remote_code")
+            for number, change in enumerate(
+                (
+                    {"auto_map": {"AutoTokenizer": ["evil.Own", None]}, "tokenizer_class": "Own"},
+                    {"auto_map": {"AutoTokenizer": [None, "evil.Own"]}, "tokenizer_class": "Own"},
+                )
+            )
+        ),
         Case("eos_token", changed(TOKENIZER_CONFIG, eos_token={"a": 1}), ""),
         *(
             Case(f"generation_config_{name}", written(generation, text), "generation_config.json")
@@ -354,6 +363,7 @@ def tokenizer_cases() -> list[Case]:
     ]
 
 
+_CODE = written("model/evil.py", "open('was_run', 'w')\nclass Own: pass\nclass Config: pass\nclass Model: pass\n")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 # --- chat templates -------------------------------------------------------------------------------

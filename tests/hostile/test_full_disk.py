@@ -113,3 +113,26 @@ def test_an_older_export_stays_where_the_disk_fills_before_the_new_one(
     assert files_below(here.root / "disk") == before
     disk(200_000)
     assert run(here, base, **first, **{"search.trials": 5, "export.trial": 3}).status == 0
+
+
+def test_a_disk_that_is_only_read(disk: Mount, here: Place, base: Settings) -> None:
+    """A model may lie there; a run folder or an export is one line, before anything is computed."""
+    disk(4000)
+    shutil.move(here.model, here.root / "disk" / "model")
+    folder = str(here.root / "disk")
+    subprocess.run(["mount", "-o", "remount,ro", "-t", "tmpfs", "tmpfs", folder], check=True)
+    model = {"model.path": "disk/model", "search.trials": 1}
+    try:
+        for given, said in (
+            ({"run.dir": "disk/run", "export.dir": "out"}, "disk/run"),
+            ({"run.dir": "run", "export.dir": "disk/out"}, "is not a folder that can be written to"),
+        ):
+            ended = run(here, base, **model, **given)
+            assert ended.status == 2, ended.out
+            [line] = ended.err.splitlines()
+            assert line.startswith("heretic-ds: ") and said in line, line
+            assert "directions:" not in ended.out or given["run.dir"] != "run"
+        ended = run(here, base, **model, **{"run.dir": "run2"})
+        assert ended.status == 0, ended.err
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", "-t", "tmpfs", "tmpfs", folder], check=True)

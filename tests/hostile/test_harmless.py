@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import yaml
 
-from tests.hostile.cases_model import DEEP, all_of, written
+from tests.hostile.cases_model import DEEP, all_of, changed, written
 from tests.hostile.cases_run import SOURCE
 from tests.hostile.harness import Case, Ended, Place
 
@@ -54,6 +54,25 @@ def test_what_a_card_says_stays_text(judged: Callable, place: Place) -> None:
 def test_files_that_are_not_needed(judged: Callable) -> None:
     spoil = all_of(written("model/preprocessor_config.json", DEEP), written("model/README.md", b"\xff\xfe\0"))
     judged(Case("processor", spoil, "is not needed here", {"search.trials": 1}, status=0))
+
+
+def test_code_that_comes_with_a_model_is_not_needed_and_not_run(judged: Callable, place: Place) -> None:
+    """Of models that transformers knows itself; nothing is asked either."""
+    own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    spoil = all_of(
+        written("model/evil.py", "open('was_run', 'w')\nclass Config: pass\nclass Model: pass\nclass Own: pass\n"),
+        changed("model/config.json", auto_map=own),
+        written("model/processor_config.json", json.dumps({"auto_map": {"AutoProcessor": "evil.Own"}})),
+        written("model/preprocessor_config.json", json.dumps({"auto_map": {"AutoImageProcessor": "evil.Own"}})),
+    )
+    judged(Case("code", spoil, "", {"search.trials": 1}, status=0))
+    assert not list(place.root.rglob("was_run"))
+
+
+def test_prompts_that_are_searched_and_scored_on_are_told_of(judged: Callable) -> None:
+    given = {"search.trials": 1, "prompts.target.train.source": "target.eval.txt"}
+    said = "prompts.target: 8 of 8 eval prompts are train prompts too"
+    judged(Case("overlap", None, said, given, status=0))
 
 
 def test_a_line_that_a_kill_cut_is_made_again(judged: Callable, place: Place) -> None:
