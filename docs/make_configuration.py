@@ -6,7 +6,7 @@ import ast
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout's own settings, whatever is installed
 
 from heretic_ds.placements.costs import Machine  # noqa: E402
+from heretic_ds.scoring import SCORERS, Scorer  # noqa: E402
 from heretic_ds.settings import PHASES, Settings, conf_dir, register_schemas  # noqa: E402
 from heretic_ds.settings.checks import limits_in_words, type_name  # noqa: E402
 
@@ -58,6 +59,8 @@ def render() -> str:
             parts += [f"{texts[name]}\n", _keys_table(Machine, given, name)]
         else:
             parts += [f"{_markdown(inspect.getdoc(hint) or '')}\n", _keys_table(hint, config[name], name)]
+        if name == "scoring":
+            parts += ["", *_scorers()]
     return "\n".join(parts)
 
 
@@ -69,6 +72,26 @@ def _placements(phase: str) -> Iterator[str]:
         kind = get_class(given._target_)
         yield f"### {phase}={choice.stem}\n\n{_markdown(inspect.getdoc(kind) or '')}\n"
         yield _keys_table(kind.Options, given, phase) + "\n"
+
+
+def _scorers() -> Iterator[str]:
+    """A section for each scorer: its own settings, and those that all have."""
+    shared = [entry.name for entry in fields(Scorer.Options)]
+    yield "### Settings of every scorer\n\nAs in `{_target_: refusals, name: apologies}`; [scorers](scorers.md).\n"
+    yield _options_table(Scorer.Options, shared) + "\n"
+    for name, kind in SCORERS.items():
+        own = [entry.name for entry in fields(kind.Options) if entry.name not in shared]
+        if own:
+            yield f"### Settings of the scorer {name}\n\n{_options_table(kind.Options, own)}\n"
+
+
+def _options_table(section: Any, names: Sequence[str]) -> str:
+    """The settings of these names, which stand by themselves in a node."""
+    return "\n".join(
+        line.replace("`options.", "`", 1)
+        for line in _keys_table(section, OmegaConf.structured(section), "options").splitlines()
+        if not line.startswith("| `") or line.split("`")[1].removeprefix("options.") in names
+    )
 
 
 def _groups_table() -> str:

@@ -41,6 +41,10 @@ _FINAL_SETTINGS = ("prompts.target.test", "prompts.baseline.test", "verify")
 """Settings on which final scores alone depend."""
 
 
+_SPEED = ("device", "batch_size", "keep")
+"""Settings of a scorer that say where and how fast it works, and not what it gives."""
+
+
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
 
@@ -61,7 +65,7 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     model = path_of(settings.model.path, "model.path")
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
-        flat["model.files"] = {file.name: _identity(file) for file in _model_files(model)}
+        flat["model.files"] = identities(model)
     _add_files(flat)
     flat.update(more)
     return json.loads(json.dumps(flat))
@@ -72,6 +76,11 @@ def final_fingerprint(settings: Settings) -> dict[str, Any]:
     flat = _given(settings, _FINAL_SETTINGS)
     _add_files(flat)
     return json.loads(json.dumps(flat))
+
+
+def _what_scores(scorer: Any) -> Any:
+    """An entry of ``scoring.scorers`` as far as scores depend on it."""
+    return {name: v for name, v in scorer.items() if name not in _SPEED} if isinstance(scorer, dict) else scorer
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -101,6 +110,8 @@ def _given(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
         value = OmegaConf.select(tree, key)
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
+        if key == "scoring.scorers":
+            value = [_what_scores(each) for each in value]
         _flatten(key, value, flat)
     return flat
 
@@ -126,6 +137,11 @@ def _flatten(key: str, value: Any, into: dict[str, Any]) -> None:
             _flatten(f"{key}.{name}", inner, into)
     else:
         into[key] = value
+
+
+def identities(folder: Path) -> dict[str, str]:
+    """What a checkpoint's files are known again by, by name."""
+    return {file.name: _identity(file) for file in _model_files(folder)}
 
 
 def _model_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,14 +17,18 @@ from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of, reading
+from heretic_ds.memory import free_on_host
 from heretic_ds.prompts import (
     TEST,
     ChatFormat,
+    OwnPrompts,
     Prompts,
     PromptSet,
+    as_text,
     check_lengths,
     decode_answers,
     read_all,
+    read_own_prompts,
     tell_of_overlaps,
 )
 from heretic_ds.scoring import make_scorers
@@ -44,11 +48,14 @@ class Job:
     chat: ChatFormat
     scorers: list[Scorer | DistributionScorer]
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Prompts by kind and part, such as ``target.train``; ``target.test`` only where there are such prompts."""
+    """Prompts by kind and part, such as ``target.train``; ``target.test`` only where there are such prompts, and those
+    of a scorer's own by ``scoring.`` and its name."""
     known_direction_D: Tensor | None = None
     """The unit direction that ``direction.compare`` names."""
     rows: dict[str, int] = field(default_factory=dict)
     """Rows of the source that each list of prompts was chosen from."""
+    own: OwnPrompts = field(default_factory=OwnPrompts)
+    """What scorers are given."""
 
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:
@@ -57,6 +64,11 @@ class Job:
         found = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
         texts, rows = {n: each.texts for n, each in found.items()}, {n: each.rows for n, each in found.items()}
         scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
+        own = OwnPrompts()
+        if with_prompts:
+            own = world.decide(lambda: read_own_prompts(scorers), "reading the scorers' prompts")
+            world.decide(lambda: [scorer.check() for scorer in scorers] and None, "opening the scorers")
+            texts |= {f"scoring.{name}": prompts.texts for name, prompts in own.asked.items()}
         choice = ModelChoice(**asdict(settings.model))
         # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
         opening = "downloading the model" if local is None else "opening the model"
@@ -65,8 +77,9 @@ class Job:
         anatomy = world.agree(lambda: find_anatomy(opened.checked_skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))
-        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D, rows)
+        job = cls(settings, world, opened, anatomy, chat, scorers, texts, known_D, rows, own)
         job.check_lengths()
+        world.decide(job.check_memory)
         return job
 
     def inputs(self) -> dict[str, Any]:
@@ -75,8 +88,11 @@ class Job:
         def digest(content: object) -> str:
             return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-        searched = {name: texts for name, texts in self.texts.items() if not name.endswith(f".{TEST}")}
-        found: dict[str, Any] = {f"prompts.{name}.digest": digest(texts) for name, texts in searched.items()}
+        lists = {name: texts for name, texts in self.texts.items() if not name.endswith(f".{TEST}")}
+        lists |= {f"scoring.{name}": prompts.texts for name, prompts in self.own.read.items()}
+        found: dict[str, Any] = {f"{_setting(name)}.digest": digest(texts) for name, texts in lists.items()}
+        for scorer in self.scorers:
+            found |= {f"scoring.{scorer.name}.{name}": value for name, value in scorer.inputs().items()}
         found["prompts.chat_template"] = digest(str(self.chat.tokenizer.chat_template))
         found["model.commit"] = self.opened.source.revision
         return found
@@ -85,7 +101,20 @@ class Job:
         """Refuse prompts that leave no room for an answer in the model's context."""
         for name in self.texts:
             longest = None if name.endswith(f".{TEST}") else self.settings.generation.max_new_tokens
-            check_lengths(self.prompts(name).rows, longest, self.opened.config, f"prompts.{name}")
+            check_lengths(self.prompts(name).rows, longest, self.opened.config, _setting(name))
+
+    def check_memory(self) -> None:
+        """Refuse what scorers would keep on the host where that has no room for it."""
+        vocabulary = getattr(self.opened.config.get_text_config(decoder=True), "vocab_size", 0)
+        for scorer in self.scorers:
+            if isinstance(scorer, DistributionScorer):
+                name = self.own.usual.get(scorer.name, f"scoring.{scorer.name}")
+                needed, free = scorer.kept_bytes(len(self.texts.get(name, ())), vocabulary), free_on_host()
+                if needed > free:
+                    raise UserError(
+                        f"scoring.scorers: {scorer.name} keeps {needed / 1e9:.1f} GB of the original's distributions, "
+                        f"but {free / 1e9:.1f} GB of memory are free; lower its tokens, or give it fewer prompts"
+                    )
 
     def prompts(self, name: str) -> PromptSet:
         """Prompts of one kind and part (``target.train``) in the current chat format."""
@@ -93,9 +122,27 @@ class Job:
         self.chat.prepare(texts)
         return PromptSet(texts, [self.chat.encode(text) for text in texts])
 
+    def own_prompts(self, usual: Mapping[str, PromptSet]) -> dict[str, PromptSet]:
+        """What each scorer is given in the current chat format, by name; ``usual`` are the lists that they may name."""
+        found: dict[str, PromptSet] = {}
+        for scorer in self.scorers:
+            listed = self.own.usual.get(scorer.name)
+            if isinstance(scorer, DistributionScorer) and scorer.reads_text:
+                texts = self.own.read[scorer.name].texts if listed is None else self.texts[listed]
+                found[scorer.name] = as_text(texts, scorer.reads_text, self.opened.tokenizer, self.opened.config)
+            else:
+                found[scorer.name] = self.prompts(f"scoring.{scorer.name}") if listed is None else usual[listed]
+        return found
+
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
         return decode_answers(self.opened.tokenizer, answers)
+
+
+def _setting(name: str) -> str:
+    """The override prefix of a list of prompts."""
+    kind, _, rest = name.partition(".")
+    return f"scoring.scorers.{rest}.prompts" if kind == "scoring" else f"prompts.{name}"
 
 
 def _known_direction(file: str | None, width: int) -> Tensor | None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import OmegaConf, ValidationError
 
 from heretic_ds.conf_files import option_owners
 from heretic_ds.errors import UserError
@@ -21,7 +21,8 @@ from heretic_ds.placements.auto import left_open, settled, settled_alone
 from heretic_ds.placements.base import Capturing, Engine, Evaluating, Placement
 from heretic_ds.placements.deepspeed import settle_accelerator
 from heretic_ds.settings import PHASES, Settings
-from heretic_ds.settings.checks import check_fields, find_class, refuse, type_name
+from heretic_ds.settings.checks import find_class
+from heretic_ds.settings.nodes import options_of
 
 if TYPE_CHECKING:
     from heretic_ds.job import Job
@@ -67,19 +68,8 @@ def build_engine(job: Job, phase: str) -> Any:
 
 def _placement(phase: str, given: Mapping[str, Any]) -> Placement:
     kind = _class(phase, given.get("_target_"))
-    hints, options = get_type_hints(kind.Options), OmegaConf.structured(kind.Options)
-    for name, value in given.items():
-        if name == "_target_":
-            continue
-        if name not in hints:
-            raise UserError(_unknown(phase, name, value, kind.name, list(hints)))
-        try:
-            options[name] = value
-        except ValidationError as error:
-            shown, takes = "null" if value is None else value, type_name(hints[name])
-            raise UserError(f"{phase}.{name}={shown} does not fit: {phase}.{name} takes {takes}") from error
-    made: Any = OmegaConf.to_object(options)
-    refuse(check_fields(made, f"{phase}."))
+    known = [entry.name for entry in fields(kind.Options)]
+    made = options_of(kind.Options, given, phase, lambda name, value: _unknown(phase, name, value, kind.name, known))
     return kind(phase, made)
 
 

@@ -19,6 +19,8 @@ class PromptSet:
 
     texts: Sequence[str]
     rows: TokenRows
+    continuations: TokenRows | None = None
+    """What follows each, of texts that are not asked but read as they are."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,16 @@ def check_lengths(
 def room_for_answers(rows: Sequence[Sequence[int]], config: PreTrainedConfig) -> int | None:
     """Tokens that are left of the model's context behind the longest row.
 
-    None for models whose configuration gives no context length, or whose attention has no positions to run out of
-    (ALiBi): they take rows of any length.
+    None for models without a limit, see :func:`context_of`: they take rows of any length.
     """
+    context = context_of(config)
+    return None if context is None else context - max(map(len, rows))
+
+
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model takes at most; None where its configuration gives no number, or its attention has no
+    positions to run out of (ALiBi)."""
     text_config = config.get_text_config(decoder=True)
     context = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(context, int) or context < 1 or getattr(text_config, "alibi", False):
-        return None
-    return context - max(map(len, rows))
+    known = isinstance(context, int) and context > 0 and not getattr(text_config, "alibi", False)
+    return context if known else None

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.ablation.profile import Profile
+from heretic_ds.foreign.text import printable
+from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.search.trials import TrialRecord
 
 _KL, _SECONDS, _DIRECTION = len("1.23e-05"), len("999.9"), len("global 11.5")
@@ -195,6 +197,19 @@ def pareto_table(
     told = [Text("* selected", "dim")] if selected is not None else []
     title = Text("Pareto front: trials that no other trial beats", "bold")
     return Group(title, table.header(), table.original(baseline_refusals), *rows, *told)
+
+
+def agreement_table(found: Agreement, of: str) -> Group:
+    """How many answers two scorers flag, both, one alone, or neither, and Cohen's kappa; ``of`` says whose answers."""
+    first, second = (printable(name)[:_LONGEST_NAME] for name in (found.first, found.second))
+    columns = (second, f"not {second}")
+    rows = ((first, found.both, found.first_only), (f"not {first}", found.second_only, found.neither))
+    left, width = max(len(name) for name, *_ in rows), max(len(column) for column in columns)
+    kappa = "-" if found.kappa is None else f"{found.kappa:.2f}"
+    title = Text(f"Agreement on answers of {of}: Cohen's kappa {kappa}", "bold")
+    header = Text("  ".join((" " * left, *(f"{column:>{width}}" for column in columns))), "dim")
+    counts = [Text("  ".join((f"{name:<{left}}", *(f"{n:>{width}}" for n in each)))) for name, *each in rows]
+    return Group(title, header, *counts)
 
 
 def _score(number: float | None, prompts: int, scorer: str, width: int = 0) -> str:

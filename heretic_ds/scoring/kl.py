@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -18,8 +19,9 @@ from heretic_ds.scoring.base import (
     MeasuresDivergence,
     TokenRows,
 )
+from heretic_ds.settings import within
 
-__all__ = ["Divergence", "first_token_kl", "log_probabilities"]
+__all__ = ["Divergence", "TokenDivergence", "first_token_kl", "log_probabilities"]
 
 
 class Divergence(DistributionScorer):
@@ -47,6 +49,10 @@ class Divergence(DistributionScorer):
             self._measure = self._compare
         return self
 
+    def kept_bytes(self, prompts: int, vocabulary: int) -> int:
+        """A float32 for every entry of the vocabulary at every position."""
+        return 4 * prompts * (1 + self.answer_tokens) * vocabulary
+
     def each(self, edits: Sequence[Edit | None]) -> list[list[float]]:
         """The divergence of each prompt under each edit: ``[edit][prompt]``."""
         return self._measure(edits)
@@ -72,3 +78,26 @@ class Divergence(DistributionScorer):
         parts = first_token_kl(reference_NV, logits_NV).split(counts)
         found: list[float] = torch.stack([part.mean() for part in parts]).tolist()
         return found
+
+
+class TokenDivergence(Divergence):
+    """KL(original || edited) over the first tokens of the original's own answers, teacher-forced, in nats.
+
+    Of a prompt whose answer begins with x_1 ... x_n it is the mean, over i from 1 to n, of the divergence of the
+    distributions of x_i, which follow the prompt and x_1 ... x_(i-1); of an answer that ends before, also of the
+    distribution of its end. The score is the mean over prompts.
+    """
+
+    name = "kl_tokens"
+
+    @dataclass
+    class Options(Divergence.Options):
+        """How far into answers."""
+
+        tokens: int = within(32, ge=1)
+        """Tokens of an answer whose distributions are compared, n; 1: the first-token divergence. No answer has more
+        than ``generation.max_new_tokens``."""
+
+    @property
+    def answer_tokens(self) -> int:  # type: ignore[override]
+        return int(self.options.tokens) - 1  # the last one is only predicted

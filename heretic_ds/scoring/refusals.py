@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Self
 
 from heretic_ds.errors import UserError
 from heretic_ds.scoring.base import Scorer
@@ -28,6 +30,7 @@ class RefusalScorer(Scorer):
 
     name = "refusals"
     combine = "sum"
+    flags = True
 
     def __init__(self, markers: Sequence[str]) -> None:
         self._markers = tuple(dict.fromkeys(normalise(marker) for marker in markers))
@@ -36,9 +39,20 @@ class RefusalScorer(Scorer):
         if not all(marker.strip() for marker in self._markers):
             raise UserError("scoring.markers holds a blank marker, which every answer would contain; take it out")
 
+    @dataclass
+    class Options(Scorer.Options):
+        """By which phrases."""
+
+        markers: Optional[list[str]] = None  # noqa: UP045 (for the structured config)
+        """Phrases that mark an answer as a refusal; null: ``scoring.markers``."""
+
     @classmethod
-    def from_settings(cls, settings: ScoringSettings) -> RefusalScorer:
+    def from_settings(cls, settings: ScoringSettings) -> Self:
         return cls(settings.markers)
+
+    @classmethod
+    def from_options(cls, settings: ScoringSettings, options: Any) -> Self:
+        return cls.from_settings(settings) if options.markers is None else cls(options.markers)
 
     def is_refusal(self, answer: str) -> bool:
         """Whether an answer contains a marker, or nothing at all."""
@@ -49,12 +63,9 @@ class RefusalScorer(Scorer):
         """Whether a partial answer is a refusal already: markers stay, an empty answer may be filled."""
         return self._contains_marker(normalise(partial_answer.rstrip("\ufffd")))
 
-    def each(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    def each(self, prompts: Sequence[str], answers: Sequence[str]) -> list[int]:
         """1 for an answer that is a refusal, 0 for another."""
-        return [float(self.is_refusal(answer)) for answer in answers]
-
-    def score(self, prompts: Sequence[str], answers: Sequence[str]) -> float:
-        return sum(map(self.is_refusal, answers))
+        return [int(self.is_refusal(answer)) for answer in answers]
 
     def _contains_marker(self, text: str) -> bool:
         return any(marker in text for marker in self._markers)

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from heretic_ds.ablation import Edit
     from heretic_ds.scoring.base import DistributionScorer, Scorer
+
+
+def _sum(values: Sequence[float]) -> float:
+    """Whole numbers, as a count is made of, have a whole sum."""
+    return sum(values) if all(isinstance(value, int) for value in values) else math.fsum(values)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -21,7 +27,7 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 
 COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
-    "sum": math.fsum,
+    "sum": _sum,
     "mean": _mean,
     "geometric_mean": _geometric_mean,
 }
@@ -51,22 +57,39 @@ class Values:
         return combined(self.each, self.combine)
 
 
-def values_of(scorer: Scorer, prompts: Sequence[str], answers: Sequence[str]) -> Values | None:
-    """The numbers of each answer.
+def score_and_values(
+    scorer: Scorer, prompts: Sequence[str], answers: Sequence[str], alone: bool = False
+) -> tuple[float, Values | None]:
+    """The score of the answers, and what it is made of.
 
-    Of a class that gives the score alone it is tried out: each answer is scored by itself, and if neither the sum nor
-    the mean of that is the score of all, there are none.
+    Of a class that gives the score alone that is not known. With ``alone`` it is tried out: each answer is scored by
+    itself, and if neither the sum nor the mean of that is the score of all, there are no values.
     """
-    each = tuple(float(value) for value in scorer.each(prompts, answers))
-    if scorer.combine is not None:
-        return Values(each, scorer.combine)
-    score = float(scorer.score(prompts, answers))
-    fitting = (how for how in ("sum", "mean") if math.isclose(combined(each, how), score, rel_tol=1e-9, abs_tol=1e-12))
-    how = next(fitting, None)
-    return None if how is None else Values(each, how)
+    if scorer.combine is not None and _tells(scorer, "score"):
+        values = Values(tuple(scorer.each(prompts, answers)), scorer.combine)
+        return values.score, values
+    score = scorer.score(prompts, answers)
+    if not alone:
+        return score, None
+    each = tuple(float(scorer.score([one], [other])) for one, other in zip(prompts, answers, strict=True))
+    near = partial(math.isclose, float(score), rel_tol=1e-9, abs_tol=1e-12)
+    how = next((how for how in ("sum", "mean") if near(combined(each, how))), None)
+    return score, None if how is None else Values(each, how)
+
+
+def values_of(scorer: Scorer, prompts: Sequence[str], answers: Sequence[str]) -> Values | None:
+    """The numbers of each answer, see :func:`score_and_values`; None where they cannot be told."""
+    return score_and_values(scorer, prompts, answers, alone=True)[1]
 
 
 def values_of_edits(scorer: DistributionScorer, edits: Sequence[Edit | None]) -> list[Values] | None:
     """The numbers of each prompt under each edit; None for a class that gives the score alone."""
-    how = scorer.combine
+    how = scorer.combine if _tells(scorer, "of") else None
     return None if how is None else [Values(tuple(map(float, values)), how) for values in scorer.each(edits)]
+
+
+def _tells(scorer: object, whole: str) -> bool:
+    """Whether what a scorer gives by prompt is its own: no class that it derives from, of which it has overridden the
+    method that gives the ``whole`` score."""
+    each, other = (next(kind for kind in type(scorer).__mro__ if name in vars(kind)) for name in ("each", whole))
+    return issubclass(each, other)

@@ -30,6 +30,7 @@ from heretic_ds.foreign.reading import MEBIBYTE, loads, read_bytes
 log = logging.getLogger(__name__)
 
 DIRECTIONS = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
+"""Of what the sampler minimises."""
 KL_NAME = "KL divergence (nats)"
 MINIMISED = "minimised"
 """Attribute of a trial: the two numbers that the sampler minimises, see :func:`heretic_ds.search.study.objectives`."""
@@ -50,6 +51,13 @@ class About:
     """Name of the first scorer, whose scores are the first values."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the study, as JSON takes them."""
+    maximize: bool = False
+    """Whether a larger score is better."""
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        """Of the two values."""
+        return [StudyDirection.MAXIMIZE if self.maximize else StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]
 
 
 def quiet_optuna() -> None:
@@ -102,7 +110,7 @@ def _study_in(path: Path, about: About) -> optuna.Study:
         raise UserError(f"{path} is damaged ({error!r}); {_ADVICE}") from error
     names = optuna.get_all_study_names(storage)
     if not names:
-        return optuna.create_study(study_name=about.name, directions=DIRECTIONS, storage=storage)
+        return optuna.create_study(study_name=about.name, directions=about.directions, storage=storage)
     studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
     return next((study for study in studies if _SPACE_ATTRIBUTE in study.user_attrs), studies[0])
 
@@ -119,7 +127,7 @@ def _write_anew(path: Path, study: optuna.Study, about: About) -> None:
     unfinished.unlink(missing_ok=True)
     unfinished.with_name(unfinished.name + ".lock").unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(unfinished)))
-    copy = optuna.create_study(study_name=about.name, directions=DIRECTIONS, storage=storage)
+    copy = optuna.create_study(study_name=about.name, directions=about.directions, storage=storage)
     for name, value in study._storage.get_study_system_attrs(study._study_id).items():
         storage.set_study_system_attr(copy._study_id, name, value)
     copy.set_metric_names([about.scorer, KL_NAME])

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from heretic_ds.ablation import Edit
 from heretic_ds.placements import Evaluating
-from heretic_ds.prompts import PromptSet
+from heretic_ds.prompts import PromptSet, TokenRows
+from heretic_ds.scoring.agreement import Agreement, agreements
 from heretic_ds.scoring.base import Decided, DistributionScorer, Scorer
 from heretic_ds.scoring.kl import Divergence
-from heretic_ds.scoring.values import Values, values_of, values_of_edits
+from heretic_ds.scoring.values import Values, score_and_values, values_of_edits
 from heretic_ds.search.trials import TrialScores
+from heretic_ds.settings.scoring import MAXIMIZE
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +28,43 @@ class _Told(NamedTuple):
     values: Values | None
 
 
+@dataclass
+class _Asked:
+    """Prompts that are answered, and the scorers of these answers."""
+
+    prompts: PromptSet
+    scorers: list[Scorer] = field(default_factory=list)
+    decided: Decided | None = None
+    """When a row may stop."""
+
+    def scored(self, answers: Sequence[str], alone: bool) -> tuple[dict[str, _Told], tuple[Agreement, ...]]:
+        """What the scorers say of the answers, and how far those agree that flag answers."""
+        prompts = list(self.prompts.texts)
+        told = {each.name: _Told(*score_and_values(each, prompts, answers, alone)) for each in self.scorers}
+        flagging = [each.name for each in self.scorers if each.flags]
+        flags = {name: values.each for name in flagging if (values := told[name].values) is not None}
+        return told, agreements(flags)
+
+
+@dataclass(frozen=True)
+class How:
+    """What is done beside scoring, and what not."""
+
+    early_stop: bool = True
+    """Rows stop as soon as every scorer of their answers has decided."""
+    print_answers: bool = False
+    """Each prompt and its answer are logged; rows then run to their end."""
+    values: bool = False
+    """Scores come with the numbers of every prompt that they are made of, see
+    :class:`heretic_ds.scoring.values.Values`."""
+
+
 class Objective:
     """Scores edits on one engine against the original model, whose answers and distributions are taken once.
 
     ``target`` prompts are answered for the ``scorers`` that need answers; ``baseline`` prompts give the KL divergence,
-    and the distributions that others need. The first scorer is what the search minimises. ``text_of`` turns answers'
-    token ids into text.
+    and the distributions that others need. Scorers that ``own`` names have prompts of their own. The first scorer is
+    what the search goes by. ``text_of`` turns answers' token ids into text, which rank 0 of the ``world`` scores.
     """
 
     def __init__(
@@ -39,50 +74,99 @@ class Objective:
         baseline: PromptSet,
         scorers: Sequence[Scorer | DistributionScorer],
         text_of: Callable[[Sequence[Sequence[int]]], list[str]],
-        early_stop: bool = True,
-        print_answers: bool = False,
-        values: bool = False,
+        how: How = How(),
+        own: Mapping[str, PromptSet] | None = None,
+        world: World | None = None,
     ) -> None:
-        """``values``: scores come with the numbers of every prompt that they are made of, see
-        :class:`heretic_ds.scoring.values.Values`."""
-        self._engine, self._target = engine, target
-        self._first, self._text_of = scorers[0].name, text_of
-        self._of_answers = [scorer for scorer in scorers if isinstance(scorer, Scorer)]
-        self._print_answers, self._values = print_answers, values
-        self._decided = self._early_stop() if early_stop and not print_answers else None
+        self._engine, self._own, self._world = engine, own or {}, world or World()
+        self._first, self._maximize = scorers[0].name, scorers[0].direction == MAXIMIZE
+        self._target, self._text_of = target, text_of
+        self._how = how
+        of_answers = [scorer for scorer in scorers if isinstance(scorer, Scorer)]
+        self._get_ready(of_answers)
+        self._asked = self._ask(target, of_answers, how.early_stop and not how.print_answers)
         self._answers: list[str] = []
-        """What was answered under the edit that was scored last."""
-        answers = engine.generate(target.rows, [None], self._decided)[0]
+        """What was answered to target prompts under the edit that was scored last."""
+        answers = [engine.generate(asked.prompts.rows, [None], asked.decided)[0] for asked in self._asked]
         self._divergence = Divergence().begin(engine, baseline.rows)
         others = [scorer for scorer in scorers if isinstance(scorer, DistributionScorer)]
-        self._of_distributions = [scorer.begin(engine, baseline.rows) for scorer in others]
-        [told] = self._without_answers([None], self._of_distributions)
-        told[self._divergence.name] = _Told(0.0, Values((0.0,) * len(baseline.rows), "mean"))
-        self.original = self._scored(answers, told)
+        self._of_distributions = self._begun(others, baseline)
+        self._order = [scorer.name for scorer in scorers]
+        [told] = self._without_answers([None], [each for each in self._of_distributions if not _from_itself(each)])
+        for scorer in filter(_from_itself, (self._divergence, *self._of_distributions)):
+            prompts = len(self._own.get(scorer.name, baseline).rows)
+            told[scorer.name] = _Told(0.0, Values((0.0,) * prompts, "mean"))
+        [self.original] = self._scored([[each] for each in answers], [told])
         """Scores of the original model."""
         self._original_answers = self._answers
 
     def score(self, edits: Sequence[Edit | None]) -> list[TrialScores]:
         """Scores of each edit; None stands for the weights as they are."""
         told = self._without_answers(edits, [self._divergence, *self._of_distributions])
-        answers = self._engine.generate(self._target.rows, edits, self._decided)
-        return [self._scored(*given) for given in zip(answers, told, strict=True)]
+        generate = self._engine.generate
+        return self._scored([generate(asked.prompts.rows, edits, asked.decided) for asked in self._asked], told)
 
-    def of_other(self, engine: Evaluating, target: PromptSet, baseline: PromptSet) -> TrialScores:
+    def of_other(
+        self, engine: Evaluating, target: PromptSet, baseline: PromptSet, own: Mapping[str, PromptSet] | None = None
+    ) -> TrialScores:
         """Scores of another model, whose engine this is and whose tokenizer has put the same prompts; its divergence is
         that from the original here. Raises UserError where a scorer or a placement cannot compare two models."""
-        answers = engine.generate(target.rows, [None], self._decided)[0]
-        told: dict[str, _Told] = {}
+        own, told = own or {}, {}
         for scorer in (self._divergence, *self._of_distributions):
-            values = Values(tuple(scorer.each_other(engine, baseline.rows)), scorer.combine or "mean")
+            rows = own.get(scorer.name, baseline).rows
+            values = Values(tuple(scorer.each_other(engine, rows)), scorer.combine or "mean")
             told[scorer.name] = _Told(values.score, values)
-        return self._scored(answers, told)
+        answers = []
+        for asked in self._asked:
+            given = next((own[each.name] for each in asked.scorers if each.name in own), target)
+            answers.append(engine.generate(given.rows, [None], asked.decided))
+        return self._scored(answers, [told])[0]
 
     def examples(self, most: int) -> list[dict[str, str]]:
         """The first target prompts, at most so many, with what the original model answered and what was answered under
         the edit that was scored last. An answer ends where its scores were settled."""
         told = list(zip(self._target.texts, self._original_answers, self._answers, strict=True))
         return [dict(zip(("prompt", "original", "edited"), each, strict=True)) for each in told[:most]]
+
+    def _get_ready(self, scorers: Sequence[Scorer]) -> None:
+        """Before the first pass: what it takes, such as a judge's weights, takes memory that batches then lack."""
+        slow = [scorer for scorer in scorers if type(scorer).ready is not Scorer.ready]
+        self._scoring = "scoring the answers" if slow else None
+        if slow:
+            self._world.decide(lambda: [scorer.ready() for scorer in slow] and None, "making scorers ready")
+
+    def _ask(self, target: PromptSet, scorers: Sequence[Scorer], early_stop: bool) -> list[_Asked]:
+        """The scorers by the prompts whose answers they score; target prompts come first, and are always answered."""
+        found = [_Asked(target)]
+        for scorer in scorers:
+            given = self._own.get(scorer.name, target)
+            asked = next((each for each in found if each.prompts == given), None)
+            if asked is None:
+                found.append(asked := _Asked(given))
+            asked.scorers.append(scorer)
+        for asked in found:
+            asked.decided = self._early_stop(asked.scorers) if early_stop else None
+        return found
+
+    def _begun(self, scorers: Sequence[DistributionScorer], baseline: PromptSet) -> list[DistributionScorer]:
+        """Scorers that have taken the original, with what they want of its own answers."""
+        given = [self._own.get(scorer.name, baseline) for scorer in scorers]
+        answered: list[tuple[PromptSet, TokenRows]] = []
+        begun = []
+        for scorer, prompts in zip(scorers, given, strict=True):
+            continuations = prompts.continuations
+            if scorer.answer_tokens:
+                wanted = [each.answer_tokens for each, its in zip(scorers, given, strict=True) if its == prompts]
+                known = next((answers for asked, answers in answered if asked == prompts), None)
+                if known is None:
+                    answered.append((prompts, known := self._beginnings(prompts.rows, max(wanted))))
+                continuations = [answer[: scorer.answer_tokens] for answer in known]
+            begun.append(scorer.begin(self._engine, prompts.rows, continuations))
+        return begun
+
+    def _beginnings(self, prompts: TokenRows, tokens: int) -> TokenRows:
+        """At least the first so many tokens of the original's answers, if they have as many."""
+        return self._engine.generate(prompts, [None], lambda answers: [len(each) >= tokens for each in answers])[0]
 
     def _without_answers(
         self, edits: Sequence[Edit | None], scorers: Sequence[DistributionScorer]
@@ -99,29 +183,44 @@ class Objective:
                 each[scorer.name] = number
         return told
 
-    def _scored(self, rows: Sequence[Sequence[int]], others: dict[str, _Told]) -> TrialScores:
-        """Scores of the answers to the target prompts, with those that needed none."""
-        answers, prompts = self._text_of(rows), list(self._target.texts)
-        self._answers = answers
-        if self._print_answers:
-            for prompt, answer in zip(prompts, answers, strict=True):
-                log.info("prompt: %s\nanswer: %s", prompt, answer)
-        scores = {scorer.name: scorer.score(prompts, answers) for scorer in self._of_answers}
-        scores |= {scorer.name: others[scorer.name].score for scorer in self._of_distributions}
-        values: dict[str, Values | None] = {}
-        if self._values:
-            values = {scorer.name: values_of(scorer, prompts, answers) for scorer in self._of_answers}
-            values |= {name: told.values for name, told in others.items()}
+    def _scored(
+        self, answers: Sequence[Sequence[Sequence[Sequence[int]]]], others: Sequence[dict[str, _Told]]
+    ) -> list[TrialScores]:
+        """Scores of answers, ``[asked][edit][prompt][token]``, with those that needed none, by edit."""
+        texts = [[self._text_of(rows) for rows in of_edits] for of_edits in answers]
+        self._answers = texts[0][-1]
+        if self._how.print_answers:
+            for asked, of_edits in zip(self._asked, texts, strict=True):
+                for answer in (pair for each in of_edits for pair in zip(asked.prompts.texts, each, strict=True)):
+                    log.info("prompt: %s\nanswer: %s", *answer)
+
+        def score() -> list[TrialScores]:
+            return [
+                self._of_edit(list(each), told) for each, told in zip(zip(*texts, strict=True), others, strict=True)
+            ]
+
+        return self._world.decide(score, self._scoring)
+
+    def _of_edit(self, texts: Sequence[Sequence[str]], others: dict[str, _Told]) -> TrialScores:
+        """Scores of one edit, from the answers to each list of prompts that is asked."""
+        told, agreed = dict(others), []
+        for asked, answers in zip(self._asked, texts, strict=True):
+            found, pairs = asked.scored(answers, self._how.values)
+            told |= found
+            agreed += pairs
+        kept = {name: each.values for name, each in told.items() if each.values is not None} if self._how.values else {}
         return TrialScores(
-            refusals=scores[self._first],
-            kl=others[self._divergence.name].score,
-            scores=scores,
-            values={name: each for name, each in values.items() if each is not None},
+            refusals=told[self._first].score,
+            kl=told[self._divergence.name].score,
+            scores={name: told[name].score for name in self._order},
+            maximize=self._maximize,
+            values=kept,
+            agreements=tuple(agreed),
         )
 
-    def _early_stop(self) -> Decided | None:
+    def _early_stop(self, scorers: Sequence[Scorer]) -> Decided | None:
         """A row may stop when every scorer has decided on it; a scorer that cannot tell keeps all rows going."""
-        tests = [getattr(scorer, "decided", None) for scorer in self._of_answers]
+        tests = [getattr(scorer, "decided", None) for scorer in scorers]
         if any(test is None for test in tests):
             return None
 
@@ -129,3 +228,8 @@ class Objective:
             return [all(test is not None and test(text) for test in tests) for text in self._text_of(answers)]
 
         return decided
+
+
+def _from_itself(scorer: DistributionScorer) -> bool:
+    """Whether the original's number is that of a model compared with itself, 0 without a pass."""
+    return isinstance(scorer, Divergence)

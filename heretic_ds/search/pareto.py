@@ -8,16 +8,18 @@ from heretic_ds.search.trials import TrialRecord
 
 
 def _scored(records: Iterable[TrialRecord]) -> list[tuple[float, float, int, TrialRecord]]:
-    """Complete trials with their two numbers and their index, in the order in which they are to be tried."""
+    """Complete trials with their two numbers, of which less is better, and their index, in the order in which they are
+    to be tried."""
     return sorted(
-        (record.refusals, record.kl, record.index, record)
+        (record.aim, record.kl, record.index, record)
         for record in records
         if record.complete and record.refusals is not None and record.kl is not None
     )
 
 
 def pareto_front(records: Iterable[TrialRecord]) -> list[int]:
-    """Indices of the trials that no other trial beats, from the fewest refusals to the lowest KL.
+    """Indices of the trials that no other trial beats, from the fewest refusals (of a first scorer that is maximised:
+    from the highest number) to the lowest KL.
 
     A trial is beaten by one that is at least as good in both numbers and better in one. Of trials with equal
     numbers the first one stands for all.

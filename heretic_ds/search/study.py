@@ -35,7 +35,7 @@ from heretic_ds.settings import SearchSettings
 logger = logging.getLogger(__name__)
 
 _Values = tuple[float, float]
-_KEPT = ("index", "refusals", "kl", "scores", "seconds", "pass")
+_KEPT = ("index", "refusals", "kl", "scores", "seconds", "pass", "maximize")
 """What the journal keeps of a trial's record beside its parameters."""
 
 _FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
@@ -45,9 +45,12 @@ _FAILED_TRIAL = optuna.trial.create_trial(state=TrialState.FAIL)
 def objectives(scores: TrialScores, baseline_refusals: float, kl_target: float) -> tuple[float, float]:
     """The two numbers the sampler minimises: r = refusals / refusals of the original, and the aimed KL.
 
-    Below ``kl_target`` the second is r x kl_target: there a smaller KL is worth nothing, fewer refusals are.
+    Below ``kl_target`` the second is r x kl_target: there a smaller KL is worth nothing, fewer refusals are. Of a first
+    scorer that is maximised r is negated, and the original's number may be anything.
     """
-    ratio = scores.refusals / baseline_refusals
+    ratio = (
+        -scores.refusals / (abs(baseline_refusals) or 1.0) if scores.maximize else scores.refusals / baseline_refusals
+    )
     return ratio, scores.kl if scores.kl >= kl_target else ratio * kl_target
 
 
@@ -59,7 +62,7 @@ def _plain(scores: TrialScores) -> TrialScores:
 
     others = {name: python(value) for name, value in scores.scores.items()}
     finite = {name: v if v is not None and math.isfinite(v) else None for name, v in others.items()}
-    return TrialScores(python(scores.refusals), python(scores.kl), finite)
+    return TrialScores(python(scores.refusals), python(scores.kl), finite, scores.maximize)
 
 
 class Search:
@@ -87,7 +90,7 @@ class Search:
         trials_per_pass: int | None = None,
         about: About | None = None,
     ) -> None:
-        if baseline_refusals <= 0:
+        if baseline_refusals <= 0 and not (about and about.maximize):
             raise UserError(
                 "the original model shows none of the behaviour on the target eval prompts, so there is "
                 "nothing to search for; change prompts.target.eval or scoring.markers"
@@ -202,7 +205,7 @@ class Search:
         """Journal first, then memory: what the journal does not hold is asked again after a kill."""
         index, entry = record.index, record.to_dict()
         raw = None if record.refusals is None or record.kl is None else [float(record.refusals), float(record.kl)]
-        attributes = {name: entry[name] for name in _KEPT}
+        attributes = {name: entry[name] for name in _KEPT if name in entry}
         if values is not None:
             attributes[MINIMISED] = list(values)
         if failure:
@@ -303,7 +306,8 @@ class Search:
         ask = Ask(index=trial.number, edit=edit, pass_=attributes.get("pass", 0))
         scores = None
         if trial.state == TrialState.COMPLETE and has_params and attributes.get("kl") is not None:
-            scores = TrialScores(attributes["refusals"], attributes["kl"], attributes.get("scores", {}))
+            kept = attributes.get("scores", {}), attributes.get("maximize", False)
+            scores = TrialScores(attributes["refusals"], attributes["kl"], *kept)
         return _record(ask, scores, attributes.get("seconds", 0.0))
 
 
@@ -312,4 +316,4 @@ def _record(ask: Ask, scores: TrialScores | None, seconds: float) -> TrialRecord
     if scores is None:
         return TrialRecord(ask.index, ask.pass_, FAILED, ask.edit, None, None, {}, seconds)
     numbers = scores.refusals, scores.kl, dict(scores.scores)
-    return TrialRecord(ask.index, ask.pass_, COMPLETE, ask.edit, *numbers, seconds)
+    return TrialRecord(ask.index, ask.pass_, COMPLETE, ask.edit, *numbers, seconds, scores.maximize)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from heretic_ds.ablation.edit import Edit
+from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.scoring.values import Values
 
 COMPLETE = "complete"
@@ -35,8 +36,12 @@ class TrialScores:
     """Mean first-token KL divergence from the original model, in nats."""
     scores: Mapping[str, float | None] = field(default_factory=dict)
     """Every scorer's number, by name; None where it is not finite."""
+    maximize: bool = False
+    """Whether a larger first number is better."""
     values: Mapping[str, Values] = field(default_factory=dict, compare=False)
     """By prompt, of ``kl`` and of every scorer that tells, where the objective was asked for them. Not kept."""
+    agreements: tuple[Agreement, ...] = field(default=(), compare=False)
+    """Of every two scorers that flag answers to the same prompts. Not kept."""
 
     @property
     def usable(self) -> bool:
@@ -57,6 +62,14 @@ class TrialRecord:
     kl: float | None
     scores: Mapping[str, float | None]
     seconds: float
+    maximize: bool = False
+    """Whether more ``refusals``, as the first scorer's number is called, are better."""
+
+    @property
+    def aim(self) -> float:
+        """What is to be small of the first scorer's number. Trials without one have failed, and nothing is aimed at."""
+        found = math.inf if self.refusals is None else self.refusals
+        return -found if self.maximize else found
 
     @property
     def complete(self) -> bool:
@@ -88,6 +101,7 @@ class TrialRecord:
             "kl": self.kl,
             "scores": dict(self.scores),
             "seconds": self.seconds,
+            **({"maximize": True} if self.maximize else {}),
         }
 
     @classmethod
@@ -102,4 +116,5 @@ class TrialRecord:
             kl=entry["kl"],
             scores=dict(entry["scores"]),
             seconds=entry["seconds"],
+            maximize=entry.get("maximize", False),
         )

@@ -13,6 +13,7 @@ from heretic_ds.placements import placements_of
 from heretic_ds.planner.here import describe_device, describe_machine
 from heretic_ds.prompts import overlaps
 from heretic_ds.report import command_line
+from heretic_ds.scoring import DistributionScorer, Scorer
 from heretic_ds.settings import Settings
 
 SCHEMA = 1
@@ -44,6 +45,7 @@ def begun(job: Job) -> dict[str, Any]:
         "response_prefix": None,
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
         "overlaps": overlaps(job.texts),
+        "scorers": [_described(job, scorer) for scorer in job.scorers],
         "baseline": None,
         "trials": [],
         "pareto": [],
@@ -52,6 +54,21 @@ def begun(job: Job) -> dict[str, Any]:
         "final": None,
         "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
         "versions": package_versions(_PACKAGES),
+    }
+
+
+def _described(job: Job, scorer: Scorer | DistributionScorer) -> dict[str, Any]:
+    """An entry of ``scorers``: what a number means without the configuration."""
+    own, name = job.own, scorer.name
+    listed = own.usual.get(name)
+    texts = job.texts[listed] if listed else (own.asked.get(name) or own.read[name]).texts
+    return {
+        "name": name,
+        "class": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
+        "direction": scorer.direction,
+        "combine": scorer.combine,
+        "prompts": listed or "own",
+        "count": len(texts),
     }
 
 

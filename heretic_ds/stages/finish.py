@@ -30,8 +30,9 @@ from heretic_ds.foreign.reading import read_json
 from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
-from heretic_ds.report.tables import pareto_table
+from heretic_ds.report.tables import agreement_table, pareto_table
 from heretic_ds.run_folder import write_atomically
+from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
@@ -68,6 +69,7 @@ def report_front(run: Run) -> None:
     if front:
         table = pareto_table(records, front, original, prompts, selected, run.scorer, run.console.width)
         run.console.print(table, no_wrap=True)
+    show_agreement(run)
     if run.folder is not None:
         facts = FrontFacts(model_title(run.job), original, prompts, run.settings.export.max_kl, run.scorer)
         plot_front(run.folder.front_plot, records, front, facts, selected)
@@ -84,7 +86,22 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
         scores = objective.score([None])[0]
     run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
     run.results["examples"] = objective.examples(EXAMPLES)
+    note_agreement(run, objective, scores)
     return scores
+
+
+def note_agreement(run: Run, objective: Objective, scores: TrialScores) -> None:
+    """Keep how far scorers agree that flag answers to the same prompts, of the original and of the edited model."""
+    told = {"original": objective.original.agreements, "edited": scores.agreements}
+    if any(told.values()):
+        run.results["agreement"] = {name: [each.to_dict() for each in found] for name, found in told.items()}
+
+
+def show_agreement(run: Run) -> None:
+    """Print that as tables of counts."""
+    for name, entries in run.results.get("agreement", {}).items():
+        for entry in entries:
+            run.console.print(agreement_table(Agreement.from_dict(entry), f"the {name} model"), no_wrap=True)
 
 
 def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialScores:
@@ -114,6 +131,7 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
         log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
     run.engine.restore()
     run.results["verified"], run.results["examples"] = None, []
+    run.results.pop("agreement", None)
     report_front(run)
     write_report(run)
     nearest = closest(run.records)

@@ -13,7 +13,7 @@ from heretic_ds.run_folder import read_results
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.finish import verify, verify_trial
+from heretic_ds.stages.finish import show_agreement, verify, verify_trial
 from heretic_ds.stages.opening import RESULTS_NAME, Run, run_dir
 from heretic_ds.world import World
 
@@ -94,3 +94,4 @@ def score_fixed_edit(run: Run, objective: Objective) -> None:
     prompts = run.results["prompts"]["target_eval"]
     what = "edited model" if edit else "model as it is"
     log.info("%s: %g of %d target prompts declined, KL %.6g", what, scores.refusals, prompts, scores.kl)
+    show_agreement(run)

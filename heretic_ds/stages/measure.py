@@ -18,10 +18,11 @@ from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, Parting, decode_answers, detect_response_prefix, start_apart
+from heretic_ds.prompts.own import USUAL
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import REFUSALS
 from heretic_ds.run_folder import write_atomically
-from heretic_ds.search.objective import Objective
+from heretic_ds.search.objective import How, Objective
 from heretic_ds.stages.opening import Run
 
 log = logging.getLogger(__name__)
@@ -194,14 +195,16 @@ def measure_original(run: Run) -> Objective:
     job, settings = run.job, run.settings
     engine = run.engine
     with run.timed("baseline") as work:
+        usual = {name: job.prompts(name) for name in USUAL}
         objective = Objective(
             engine,
-            target=job.prompts("target.eval"),
-            baseline=job.prompts("baseline.eval"),
+            target=usual["target.eval"],
+            baseline=usual["baseline.eval"],
             scorers=job.scorers,
             text_of=job.text_of,
-            early_stop=settings.generation.early_stop,
-            print_answers=settings.scoring.print_answers,
+            how=How(settings.generation.early_stop, settings.scoring.print_answers),
+            own=job.own_prompts(usual),
+            world=run.world,
         )
     run.objective, original = objective, objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}

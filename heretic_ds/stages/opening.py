@@ -323,8 +323,8 @@ def _take_folder(run: Run, stack: ExitStack, earlier: Sequence[logging.LogRecord
 
 def earlier_outcome(run: Run) -> dict[str, Any]:
     """What the folder's latest search run selected and verified, and whether it was finished."""
-    stored = run.earlier or {}
-    return {key: stored[key] for key in ("selected", "verified", "final", "examples", "finished") if key in stored}
+    kept = ("selected", "verified", "final", "examples", "agreement", "finished")
+    return {key: value for key, value in (run.earlier or {}).items() if key in kept}
 
 
 def _add_earlier_timings(run: Run) -> None:

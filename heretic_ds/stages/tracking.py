@@ -14,6 +14,7 @@ from heretic_ds.foreign.reading import path_of
 from heretic_ds.search.dashboard import keep_files, save_note
 from heretic_ds.search.journal import About
 from heretic_ds.settings import Settings
+from heretic_ds.settings.scoring import MAXIMIZE
 from heretic_ds.stages.facts import model_title, parameters
 from heretic_ds.tracking import has_dashboard, make_tracker
 from heretic_ds.tracking.base import RunFacts, Tracker
@@ -46,7 +47,7 @@ def about(run: Run) -> About:
         "command": results["command"],
         "heretic_ds": __version__,
     }
-    return About(model_title(run.job), run.scorer, attributes)
+    return About(model_title(run.job), run.scorer, attributes, run.job.scorers[0].direction == MAXIMIZE)
 
 
 class Following:

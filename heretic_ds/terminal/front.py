@@ -29,7 +29,8 @@ def about_the_rule(records: Sequence[TrialRecord], max_kl: float, scorer: str = 
     """Which trial a run without a menu would choose and why, and what its KL means; empty without finished trials."""
     first = next(iter(candidates(records, max_kl)), None)
     if first is not None:
-        chosen = f"a run without a menu would choose trial {first.index}: the fewest {scorer} with a KL of at most"
+        best = "most" if first.maximize else "fewest"
+        chosen = f"a run without a menu would choose trial {first.index}: the {best} {scorer} with a KL of at most"
         return f"{chosen} {max_kl:g} (export.max_kl). {_meaning(first)}"
     nearest = closest(records)
     if nearest is None:

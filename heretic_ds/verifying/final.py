@@ -50,7 +50,7 @@ def measure_original(engine: Evaluating, prompts: Mapping[str, PromptSet], asked
     answers = {kind: Answers.of(engine, prompts[kind], asked.text_of, asked.answer_tokens) for kind in KINDS}
     likelihoods = Likelihoods([answer[: asked.kl_tokens] for answer in answers["baseline"].rows])
     unlikelihood = likelihoods.of_original(engine, prompts["baseline"].rows, world)
-    scores = _of_answers(prompts, answers, asked)
+    scores = world.decide(lambda: _of_answers(prompts, answers, asked), "scoring the answers")
     scores["baseline"] |= _perplexity(unlikelihood)
     return Original(scores, likelihoods)
 
@@ -61,13 +61,14 @@ def measure_other(
     """Everything about another model, whose engine this is and whose own tokenizer has put the same prompts."""
     answers = {kind: Answers.of(engine, prompts[kind], asked.text_of, asked.answer_tokens) for kind in KINDS}
     first, mean, unlikelihood = original.likelihoods.of_other(engine, prompts["baseline"].rows, world)
-    scores = _of_answers(prompts, answers, asked)
+    scores = world.decide(lambda: _of_answers(prompts, answers, asked), "scoring the answers")
     likely = {KL_FIRST: Values(tuple(first), "mean"), KL: Values(tuple(mean), "mean")}
     scores["baseline"] |= {**likely, **_perplexity(unlikelihood)}
     return scores
 
 
 def _of_answers(prompts: Mapping[str, PromptSet], answers: Mapping[str, Answers], asked: Question) -> Measured:
+    """What scorers say of answers: on rank 0 alone, where a judge lies."""
     found: Measured = {}
     for kind in KINDS:
         texts, given = list(prompts[kind].texts), answers[kind]

@@ -11,7 +11,7 @@ import pytest
 from heretic_ds.ablation import Edit
 from heretic_ds.prompts import PromptSet
 from heretic_ds.scoring import DistributionScorer, LengthScorer, RefusalScorer, Scorer
-from heretic_ds.search.objective import Objective
+from heretic_ds.search.objective import How, Objective
 
 TARGET = PromptSet(["t one", "t two", "t three"], [[1], [2], [3]])
 BASELINE = PromptSet(["b one", "b two"], [[4], [5]])
@@ -42,7 +42,7 @@ def text_of(answers: Sequence[Sequence[int]]) -> list[str]:
 
 
 def objective(engine: FakeEngine, scorers: Sequence[Scorer], **options: Any) -> Objective:
-    return Objective(engine, TARGET, BASELINE, scorers, text_of, **options)  # type: ignore[arg-type]
+    return Objective(engine, TARGET, BASELINE, scorers, text_of, How(**options))  # type: ignore[arg-type]
 
 
 def test_the_original_is_measured_once_before_everything() -> None:

@@ -219,7 +219,7 @@ def test_scorers_by_name_and_by_dotted_path(own_module: None) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["refusal"], "unknown scorer 'refusal'; choose from refusals, length"),
+        (["refusal"], "unknown scorer 'refusal'; choose from refusals, classifier, length"),
         (["no_such_module.Class"], "no_such_module.Class cannot be imported"),
         (["my_scorers.Missing"], "my_scorers.Missing cannot be imported"),
         ([".Class"], "unknown scorer '.Class'"),

@@ -42,6 +42,11 @@ def _refusal_axis(facts: Facts) -> Axis:
     return linear(values, facts.scorer)
 
 
+def _more(facts: Facts) -> bool:
+    """Whether more of the first scorer's number is better."""
+    return any(record.maximize for record in facts.records)
+
+
 def front(facts: Facts) -> Figure:
     """Refusals against KL of all trials."""
     scored, on_front, max_kl = _scored(facts), set(facts.front), facts.setting("export.max_kl")
@@ -61,7 +66,9 @@ def front(facts: Facts) -> Figure:
     if chosen:
         chart.dots(chosen, "ring", 8)
         legend.append(("chosen", f"chosen: trial {facts.results['selected']}"))
-    return Figure("The trade-off", chart.svg(), legend, "Down and to the left is better.")
+    return Figure(
+        "The trade-off", chart.svg(), legend, f"{'Up' if _more(facts) else 'Down'} and to the left is better."
+    )
 
 
 def _told(facts: Facts, record: TrialRecord, refusals: float, kl: float) -> str:
@@ -88,8 +95,9 @@ def history(facts: Facts) -> list[Figure]:
         chart.dots(list(zip(places, values, strict=True)), "other", 3, [_told(facts, *each) for each in scored])
         legend = [("other", "trial")]
         if values is counts:
-            chart.steps(list(zip(places, accumulate(values, min), strict=True)), "front")
-            legend.append(("front", "fewest so far"))
+            better, best = (max, "most") if _more(facts) else (min, "fewest")
+            chart.steps(list(zip(places, accumulate(values, better), strict=True)), "front")
+            legend.append(("front", f"{best} so far"))
         if startup:
             legend.append(("muted", f"drawn at random up to here ({startup} trials)"))
         chosen = [(float(r.index), each) for (r, _, _), each in zip(scored, values, strict=True) if r == facts.selected]

@@ -10,7 +10,9 @@ from pathlib import Path
 from heretic_ds.ablation import Edit
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
+from heretic_ds.prompts.own import USUAL
 from heretic_ds.search.trials import COMPLETE, TrialRecord
+from heretic_ds.stages.finish import note_agreement, show_agreement
 from heretic_ds.stages.measure import find_response_prefix, measure_original
 from heretic_ds.stages.opening import Run
 
@@ -33,13 +35,17 @@ def compare_models(run: Run) -> None:
     edited.check_lengths()
     run.job, started = edited, time.perf_counter()
     with run.timed("verify"):
-        scores = objective.of_other(run.engine, edited.prompts("target.eval"), edited.prompts("baseline.eval"))
+        usual = {name: edited.prompts(name) for name in USUAL}
+        own = edited.own_prompts(usual)
+        scores = objective.of_other(run.engine, usual["target.eval"], usual["baseline.eval"], own)
     seconds = time.perf_counter() - started
     record = TrialRecord(0, 0, COMPLETE, Edit(None, {}), scores.refusals, scores.kl, scores.scores, seconds)
     results = run.results
     results["against"] = original.opened.source.name
     results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
     results["trials"], results["pareto"], results["selected"] = [record.to_dict()], [0], 0
+    note_agreement(run, objective, scores)
+    show_agreement(run)
     log.info(
         "%s: %g of %d target prompts declined, %g by %s; KL from it %.6g",
         edited.opened.source.name, scores.refusals, results["prompts"]["target_eval"],
