@@ -246,7 +246,7 @@ def _scores_of(results: dict[str, Any], trial: int | None) -> dict[str, Any]:
 
 
 def _prompt_sources(run: Run) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for kind in KINDS:
         pair = getattr(run.settings.prompts, kind)
         found |= {f"{kind}.{part}": getattr(pair, part).source for part in PARTS}
