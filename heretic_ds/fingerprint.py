@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.settings import Settings
+from heretic_ds.settings.search import DIRECT, SCREENED
 
 _SAMPLED_BYTES = 65536
 
@@ -45,6 +46,10 @@ _SPEED = ("device", "batch_size", "keep")
 """Settings of a scorer that say where and how fast it works, and not what it gives."""
 
 
+_BEFORE = {"search.strategy": DIRECT, "search.candidates": 0}
+"""What versions did that had no such setting."""
+
+
 def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     """What a run's scores depend on, as flat ``group.key`` -> JSON value; runs may share a folder if equal.
 
@@ -62,6 +67,8 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
     for key, default in _LATER.items():
         if flat[key] == default or (key == "direction.groups" and settings.direction.method != "median_of_means"):
             del flat[key]
+    screened = settings.search.strategy == SCREENED
+    flat |= {"search.strategy": settings.search.strategy, "search.candidates": screened * settings.search.candidates}
     model = path_of(settings.model.path, "model.path")
     if model.is_dir():
         flat["model.path"] = str(model.resolve())
@@ -81,6 +88,11 @@ def final_fingerprint(settings: Settings) -> dict[str, Any]:
 def _what_scores(scorer: Any) -> Any:
     """An entry of ``scoring.scorers`` as far as scores depend on it."""
     return {name: v for name, v in scorer.items() if name not in _SPEED} if isinstance(scorer, dict) else scorer
+
+
+def completed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint of an earlier version with what that version did where a setting of today is missing."""
+    return {**{key: value for key, value in _BEFORE.items() if key in current}, **stored}
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

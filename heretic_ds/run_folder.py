@@ -15,7 +15,7 @@ from typing import IO, Any
 from filelock import lock_descriptor
 
 from heretic_ds.errors import UserError
-from heretic_ds.fingerprint import differences
+from heretic_ds.fingerprint import completed, differences
 from heretic_ds.foreign.disk import usual_mode, writing
 from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
 from heretic_ds.foreign.text import printable
@@ -136,6 +136,7 @@ class RunFolder:
         self._log: logging.Handler = logging.NullHandler()
         self.results = path / _RESULTS_NAME
         self.journal = path / "study.journal"
+        self.candidates = path / "screening.journal"
         self.directions = path / _DIRECTIONS
         self.config = path / "config.yaml"
         self.log = path / "run.log"
@@ -270,6 +271,7 @@ def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mappin
     except (OSError, UserError):  # opening the folder will say it
         return None
     # The fingerprint lacks here what is found out only by reading the inputs.
+    stored = None if stored is None else completed(stored, fingerprint)
     same = stored is not None and all(stored.get(key) == value for key, value in fingerprint.items())
     return results if same and results is not None and results.get("finished") == request else None
 
@@ -323,6 +325,7 @@ def _refuse_ways_out(path: Path, names: Iterable[str]) -> None:
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
     stored = _read_json(path / _FINGERPRINT)
+    stored = None if stored is None else completed(stored, fingerprint)
     if stored is not None and stored != fingerprint:
         told = differences(stored, fingerprint)
         more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""

@@ -63,7 +63,8 @@ def removing(model: LlamaForCausalLM, direction_D: Tensor, strength_BLC: Tensor)
     handles = [
         writer.register_forward_hook(hook_of(strength_BLC[:, index, component]))
         for index, block in enumerate(model.model.layers)
-        for component, writer in enumerate((block.self_attn.o_proj, block.mlp.down_proj))
+        # Of experts the weighted sum is edited: along one direction that is the same as editing each.
+        for component, writer in enumerate((block.self_attn.o_proj, getattr(block.mlp, "down_proj", block.mlp)))
     ]
     try:
         yield

@@ -16,8 +16,9 @@ import argparse
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -133,8 +134,8 @@ def save(
     save_file({"direction": direction_D}, out / "planted_direction.safetensors")
 
 
-def run(steps: int, seed: int, out: Path) -> None:
-    """Trains a demo model and writes it to `out`, a folder that is new or empty."""
+def run(steps: int, seed: int, out: Path, build: Callable[[PreTrainedTokenizerFast], Any] = build_model) -> None:
+    """Trains the model that `build` makes and writes it to `out`, a folder that is new or empty."""
     if steps < 1:
         raise UserError(f"--steps is {steps}, but training needs at least 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -145,7 +146,7 @@ def run(steps: int, seed: int, out: Path) -> None:
     held_out = set(prompts["target_eval"]) | set(prompts["baseline_eval"])
     prompts |= draw_test_prompts(prompts, seed)
     tokenizer = build_tokenizer(all_texts())
-    model = build_model(tokenizer)
+    model = build(tokenizer)
     direction_D = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
     train(model, tokenizer, direction_D, held_out, steps, rng)
 

@@ -37,9 +37,10 @@ from heretic_ds.runner.rows import PASS_IN_TOKENS, Row
 
 log = logging.getLogger(__name__)
 
-_SETS = 5
-"""Sets of prompts whose states are kept: those that answers are counted on, those that KL is taken on, the same with
-answers behind them, and some of scorers' own. Of more, each is learned anew before every pass over it."""
+_SETS = 6
+"""Sets of prompts whose states are kept: those that answers are counted on, those that KL is taken on, those that edits
+are screened on, the first two with answers behind them, and some of scorers' own. Of more, each is learned anew before
+every pass over it."""
 _LEAST_BYTES, _SHARE_OF_WEIGHTS = 64 * 2**20, 0.1
 """Memory that kept states of one set of prompts may take: this, or that share of the weights if it is more."""
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from heretic_ds.search.objective import Objective
+from heretic_ds.search.screened.screening import Screening
 from heretic_ds.search.study import Search
 from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
 from heretic_ds.world import World
@@ -46,15 +47,33 @@ def run_search(
     """Evaluate passes until the study is complete; False where the user stopped it before.
 
     The rank that decides holds ``search``; all ranks evaluate, and all call ``on_trials`` with the finished trials of
-    each pass. A trial's seconds are its share of its pass.
+    each pass. A trial's seconds are its share of its pass, and of the screening before it.
     """
     with first_interrupt_stops() as stop:
-        while asks := world.decide(lambda: [] if stop.is_set() or search is None else search.ask()):
+        while True:
             started = time.perf_counter()
+            if objective.screening is not None:
+                _screen(world, search, objective.screening, stop)
+            if not (asks := world.decide(lambda: [] if stop.is_set() or search is None else search.ask())):
+                break
             scores = objective.score([ask.edit for ask in asks])
             seconds = (time.perf_counter() - started) / len(asks)
             on_trials(world.decide(lambda: _tell(search, asks, scores, seconds)))  # noqa: B023 - called at once
     return world.decide(lambda: search is not None and search.remaining == 0)
+
+
+def _screen(world: World, search: Search | None, screening: Screening, stop: threading.Event) -> None:
+    """Screen what the next pass of trials is chosen from; a user's request to stop is heard in between."""
+
+    def tell(asks: list[Ask], scores: list[TrialScores], seconds: float) -> None:
+        if search is not None:
+            search.tell_screened(asks, scores, seconds)
+
+    while asks := world.decide(lambda: [] if stop.is_set() or search is None else search.to_screen()):
+        started = time.perf_counter()
+        scores = screening.of([ask.edit for ask in asks])
+        seconds = (time.perf_counter() - started) / len(asks)
+        world.decide(lambda: tell(asks, scores, seconds))  # noqa: B023 - called at once
 
 
 def _tell(search: Search | None, asks: list[Ask], scores: list[TrialScores], seconds: float) -> list[TrialRecord]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from heretic_ds.ablation import Edit
+from heretic_ds.errors import UserError
 from heretic_ds.placements import Evaluating
 from heretic_ds.prompts import PromptSet, TokenRows
 from heretic_ds.scoring.agreement import Agreement, agreements
 from heretic_ds.scoring.base import Decided, DistributionScorer, Scorer
 from heretic_ds.scoring.kl import Divergence
 from heretic_ds.scoring.values import Values, score_and_values, values_of_edits
+from heretic_ds.search.screened.screening import Screening
 from heretic_ds.search.trials import TrialScores
 from heretic_ds.settings.scoring import MAXIMIZE
 from heretic_ds.world import World
@@ -87,7 +89,10 @@ class Objective:
         self._asked = self._ask(target, of_answers, how.early_stop and not how.print_answers)
         self._answers: list[str] = []
         """What was answered to target prompts under the edit that was scored last."""
+        self.screening: Screening | None = None
+        """What edits are compared by before they are scored, where the search does so."""
         answers = [engine.generate(asked.prompts.rows, [None], asked.decided)[0] for asked in self._asked]
+        self._original_tokens = answers
         self._divergence = Divergence().begin(engine, baseline.rows)
         others = [scorer for scorer in scorers if isinstance(scorer, DistributionScorer)]
         self._of_distributions = self._begun(others, baseline)
@@ -121,6 +126,28 @@ class Objective:
             given = next((own[each.name] for each in asked.scorers if each.name in own), target)
             answers.append(engine.generate(given.rows, [None], asked.decided))
         return self._scored(answers, [told])[0]
+
+    def declined(self) -> tuple[TokenRows, TokenRows]:
+        """The prompts that the original model declines, and what it answers to them until its scores are settled: those
+        to which the first scorer gives a number above 0 alone. Every rank calls it. Raises UserError where that scorer
+        is not of answers, or is to be maximised."""
+        of_first = [
+            (at, each) for at, asked in enumerate(self._asked) for each in asked.scorers if each.name == self._first
+        ]
+        if not of_first or self._maximize:
+            kind = "is maximised" if self._maximize else "is of distributions"
+            raise UserError(
+                f"search.strategy=screened needs a first scorer of answers that is minimised, and {self._first} {kind}; "
+                "set search.strategy=direct"
+            )
+        [(place, first)] = of_first
+        prompts, answers = self._asked[place].prompts, self._original_tokens[place]
+        told = list(zip(prompts.texts, self._text_of(answers), strict=True))
+        found = self._world.decide(
+            lambda: [at for at, (prompt, answer) in enumerate(told) if first.score([prompt], [answer]) > 0],
+            self._scoring,
+        )
+        return [prompts.rows[at] for at in found], [answers[at] for at in found]
 
     def examples(self, most: int) -> list[dict[str, str]]:
         """The first target prompts, at most so many, with what the original model answered and what was answered under

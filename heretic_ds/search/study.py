@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
@@ -28,6 +28,7 @@ from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.disk import writing
 from heretic_ds.search.journal import DIRECTIONS, MINIMISED, About, open_study, quiet_optuna
+from heretic_ds.search.proposals import Proposes, Sampled
 from heretic_ds.search.space import edit_of, known_params, search_space
 from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores
 from heretic_ds.settings import SearchSettings
@@ -65,6 +66,15 @@ def _plain(scores: TrialScores) -> TrialScores:
     return TrialScores(python(scores.refusals), python(scores.kl), finite, scores.maximize)
 
 
+def refuse_nothing(baseline_refusals: float, maximize: bool = False) -> None:
+    """Raise UserError where the original model's refusals leave nothing to search for."""
+    if baseline_refusals <= 0 and not maximize:
+        raise UserError(
+            "the original model shows none of the behaviour on the target eval prompts, so there is "
+            "nothing to search for; change prompts.target.eval or scoring.markers"
+        )
+
+
 class Search:
     """Asks for edits, is told their scores, and can be closed or killed and opened again at any moment.
 
@@ -76,6 +86,7 @@ class Search:
         baseline_refusals: the original model's refusals on the target eval prompts, above 0.
         trials_per_pass: of new passes, where the settings leave it open.
         about: what the study tells of itself.
+        propose: where edits come from; a sampler by default.
 
     Raises:
         UserError: the journal is damaged or belongs to another search space.
@@ -89,12 +100,9 @@ class Search:
         baseline_refusals: float,
         trials_per_pass: int | None = None,
         about: About | None = None,
+        propose: Proposes | None = None,
     ) -> None:
-        if baseline_refusals <= 0 and not (about and about.maximize):
-            raise UserError(
-                "the original model shows none of the behaviour on the target eval prompts, so there is "
-                "nothing to search for; change prompts.target.eval or scoring.markers"
-            )
+        refuse_nothing(baseline_refusals, about is not None and about.maximize)
         quiet_optuna()
         self.trials = settings.trials
         """Number of trials to reach, those of earlier runs included; may be raised at any time."""
@@ -102,6 +110,7 @@ class Search:
         self._per_pass = int(settings.trials_per_pass) if trials_per_pass is None else trials_per_pass
         self._baseline_refusals = baseline_refusals
         self._space = search_space(n_layers)
+        self._propose = propose or Sampled(settings, self._space)
         self._path = journal
         space = {name: distribution_to_json(distribution) for name, distribution in self._space.items()}
         self._journal = open_study(journal, space, about or About())
@@ -117,6 +126,11 @@ class Search:
     def records(self) -> list[TrialRecord]:
         """Finished trials, by index."""
         return [self._records[index] for index in sorted(self._records)]
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """Parameters of all trials that were asked for, by index."""
+        return [trial.params for trial in self._mirror.get_trials(deepcopy=False)]
 
     @property
     def study(self) -> optuna.Study:
@@ -145,6 +159,14 @@ class Search:
         asks = self._outstanding()[: min(self._per_pass, allowed)]
         again = self._resumes_pass and asks == self._outstanding() and len(self._pass) <= self._per_pass
         return list(self._pass) if again else asks
+
+    def to_screen(self) -> list[Ask]:
+        """What has to be screened before the next pass of trials is asked for; empty where enough is."""
+        return [] if self.remaining == 0 or self._outstanding() else self._propose.ask(len(self._records))
+
+    def tell_screened(self, asks: Sequence[Ask], scores: Sequence[TrialScores], seconds: float) -> None:
+        """Keep what was screened; each took so many seconds."""
+        self._propose.tell(asks, scores, seconds)
 
     def knows(self, ask: Ask) -> bool:
         """Whether a trial is recorded already; telling its scores again changes nothing."""
@@ -189,16 +211,9 @@ class Search:
         self._pass = [self._sample(pass_) for _ in range(count)]
 
     def _sample(self, pass_: int) -> Ask:
-        """Ask the in-memory study for one trial, with a sampler made from the seed and the index."""
+        """Ask the in-memory study for one trial."""
         index = min(self._unfinished, default=len(self._mirror.get_trials(deepcopy=False)))
-        seed = int(np.random.SeedSequence([self._settings.seed, index]).generate_state(1)[0])
-        self._mirror.sampler = optuna.samplers.TPESampler(
-            seed=seed,
-            n_startup_trials=self._settings.startup_trials,
-            multivariate=True,
-            constant_liar=True,  # spreads the trials of one pass; with one trial in flight it changes nothing
-        )
-        trial = self._mirror.ask(fixed_distributions=self._space)
+        trial = self._propose(self._mirror, index, self._records)
         return Ask(index=trial.number, edit=edit_of(trial.params), pass_=pass_)
 
     def _store(self, record: TrialRecord, values: _Values | None, failure: str) -> None:

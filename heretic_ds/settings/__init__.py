@@ -6,7 +6,6 @@ and a docstring below each field from which the configuration reference in ``doc
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,8 @@ from heretic_ds.settings.directions import ProfileSettings as ProfileSettings
 from heretic_ds.settings.export import ExportSettings as ExportSettings
 from heretic_ds.settings.fields import within as within
 from heretic_ds.settings.scoring import ScoringSettings as ScoringSettings
+from heretic_ds.settings.search import AUTO as AUTO
+from heretic_ds.settings.search import SearchSettings as SearchSettings
 from heretic_ds.settings.tracking import TrackingSettings
 from heretic_ds.settings.verifying import AUTO_TEST as AUTO_TEST
 from heretic_ds.settings.verifying import VerifySettings as VerifySettings
@@ -33,9 +34,6 @@ PHASES = ("capture", "evaluate")
 
 FREE_GROUPS = (*PHASES, "hardware")
 """Groups whose keys are checked by those who read them: the placement that is chosen, the planner."""
-
-AUTO = "auto"
-"""Of settings that may be left to the program."""
 
 SCHEMA_NAME = "settings_schema"
 
@@ -159,22 +157,6 @@ class PromptSettings:
 
 
 @dataclass
-class SearchSettings:
-    """The multi-objective search over edits."""
-
-    trials: int = within(200, ge=1)
-    """Number of trials in the study, those of earlier runs in the same folder included."""
-    startup_trials: int = within(60, ge=0)
-    """Trials drawn at random before the sampler starts to learn."""
-    seed: int = within(0, ge=0)
-    """Seed of the sampler."""
-    trials_per_pass: str = AUTO
-    """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: up to 4, on a CPU one
-    for each replica of the model, elsewhere as many as it takes to fill the batches that were measured to be best."""
-    kl_target: float = within(0.01, gt=0, lt=math.inf, words="a number above 0 (nats)")
-    """KL divergence (nats) below which the search stops chasing a smaller one."""
-
-
 @dataclass
 class GenerationSettings:
     """How answers are generated; decoding is always greedy."""

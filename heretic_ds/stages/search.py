@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import math
 
+from heretic_ds.errors import UserError
 from heretic_ds.report.progress import SearchProgress
 from heretic_ds.search.loop import run_search
 from heretic_ds.search.objective import Objective
-from heretic_ds.search.study import Search
+from heretic_ds.search.screened.candidates import Candidates
+from heretic_ds.search.screened.screening import Screening, screened_rows
+from heretic_ds.search.study import Search, refuse_nothing
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import AUTO
+from heretic_ds.settings.search import SCREENED
 from heretic_ds.stages.opening import Run
 from heretic_ds.stages.tracking import Following, about
 
 log = logging.getLogger(__name__)
 
+EVALUATED = ("target.eval", "baseline.eval")
 MOST_TRIALS = 4
 """Most trials that ``search.trials_per_pass=auto`` takes together: trials of one pass do not learn from each other.
 With 8 of them fronts were up to 5 % smaller on one objective, with 4 not significantly so
@@ -46,16 +51,55 @@ def _trials_that_fill_batches(run: Run) -> int:
     return max(1, min(MOST_TRIALS, math.ceil(rows * replicas / prompts)))
 
 
+def candidates_per_pass(run: Run) -> int:
+    """How many candidates are screened together: as many as ``search.trials_per_pass`` names; found once for a run
+    folder where that is left open, on a CPU one for each replica, elsewhere as many as fill a batch."""
+    given, most = str(run.settings.search.trials_per_pass), max(1, run.engine.max_edits_per_pass)
+    if given != AUTO:
+        return min(int(given), most)
+    count = run.measured.get("candidates_per_pass")
+    if count is None:
+        count = run.world.decide(lambda: _candidates_that_fill_batches(run))
+        run.remember(candidates_per_pass=count)
+    return min(count, most)
+
+
+def _candidates_that_fill_batches(run: Run) -> int:
+    replicas, most = run.world.size // run.engine.degree, run.settings.search.candidates
+    if run.job.opened.device.type == "cpu":
+        return min(most, replicas)
+    rows = run.engine.batch_sizes.get("kl", 1) * replicas
+    return max(1, min(most, math.ceil(rows / screened_rows(*(len(run.job.texts[name]) for name in EVALUATED)))))
+
+
+def _screening(run: Run, objective: Objective) -> Screening:
+    """What candidates are compared by: the target prompts that the original declines, and the baseline prompts."""
+    prompts, answers = objective.declined()
+    if not prompts:
+        refuse_nothing(objective.original.refusals)
+    if not any(answers):
+        raise UserError(
+            "search.strategy=screened compares edits by how likely the original's answers still are, and all that it "
+            "declines are empty; set search.strategy=direct"
+        )
+    return Screening(run.engine, prompts, answers, run.job.prompts("baseline.eval").rows)
+
+
 def open_search(run: Run, objective: Objective) -> Search | None:
     """The study of this run folder, on the rank that decides; its finished trials are known to every rank."""
     studies: list[Search] = []
-    together = trials_per_pass(run)
+    together, settings = trials_per_pass(run), run.settings.search
+    screened = settings.strategy == SCREENED
+    if screened:
+        objective.screening = _screening(run, objective)
+    screens = candidates_per_pass(run) if screened else 0
 
     def open_study() -> list[TrialRecord]:
         if run.folder is None:
             raise RuntimeError("the rank that decides holds the run folder")
-        layers, refusals = run.job.anatomy.n_blocks, objective.original.refusals
-        studies.append(Search(run.folder.journal, layers, run.settings.search, refusals, together, about(run)))
+        layers, refusals, file = run.job.anatomy.n_blocks, objective.original.refusals, run.folder.candidates
+        propose = Candidates(file, layers, settings, refusals, screens, about(run)) if screened else None
+        studies.append(Search(run.folder.journal, layers, settings, refusals, together, about(run), propose))
         return studies[0].records
 
     run.records = run.world.decide(open_study)

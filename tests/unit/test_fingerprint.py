@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from heretic_ds.fingerprint import differences, fingerprint
+from heretic_ds.fingerprint import completed, differences, fingerprint
 from heretic_ds.settings import Settings
 
 SCORE_CHANGES = [
@@ -52,6 +52,15 @@ def test_settings_that_came_later_leave_earlier_folders_as_they_are() -> None:
     median = "direction.method=median_of_means"
     [told] = differences(fingerprint(settings(median)), fingerprint(settings(median, "direction.groups=5")))
     assert told.startswith("direction.groups ")
+
+
+def test_folders_from_before_there_were_strategies_are_direct_ones() -> None:
+    direct, screened = fingerprint(settings()), fingerprint(settings("search.strategy=screened"))
+    before = {key: value for key, value in direct.items() if key not in ("search.strategy", "search.candidates")}
+    assert completed(before, direct) == direct != before
+    assert differences(completed(before, screened), screened)[1] == 'search.strategy was "direct", is now "screened"'
+    assert fingerprint(settings("search.candidates=3")) == direct  # direct screens none
+    assert differences(screened, fingerprint(settings("search.strategy=screened", "search.candidates=3")))
 
 
 @pytest.mark.parametrize("override", SCORE_CHANGES)

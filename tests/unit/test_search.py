@@ -64,9 +64,9 @@ def study_of(path: Path, name: str = About().name) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def trials_of(path: Path) -> list[tuple[object, ...]]:
+def trials_of(path: Path, name: str = About().name) -> list[tuple[object, ...]]:
     """What the journal holds; times aside."""
-    return [(t.number, t.state.name, t.params, t.values, t.user_attrs) for t in study_of(path).trials]
+    return [(t.number, t.state.name, t.params, t.values, t.user_attrs) for t in study_of(path, name).trials]
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 32])

@@ -334,6 +334,8 @@ class EndlessSearch:
 class Interrupted:
     """An objective during which Ctrl-C is pressed, so many times in the pass of this number."""
 
+    screening = None
+
     def __init__(self, pass_: int, times: int) -> None:
         self.pass_, self.times, self.passes = pass_, times, 0
 

@@ -1,0 +1,92 @@
+"""What ``time_to_front.py`` measured comes to: seconds to the area of another search, a table, a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"direct": "tab:blue", "screened": "tab:orange", "heretic-llm": "tab:gray"}
+CLOCKS = ("search, clock", "search, processor", "run, clock", "run, processor")
+
+
+def reached(search: Mapping[str, Any], clock: str, measure: str, area: float) -> float | None:
+    """Seconds until a search had an area; None where it never had."""
+    pairs = zip(search["seconds"][clock], search["area"][measure], strict=True)
+    return next((seconds for seconds, found in pairs if found >= area), None)
+
+
+def at(search: Mapping[str, Any], clock: str, measure: str, seconds: float) -> float:
+    """Area that a search had after so many seconds."""
+    pairs = zip(search["seconds"][clock], search["area"][measure], strict=True)
+    return max((found for each, found in pairs if each <= seconds), default=0.0)
+
+
+def summary(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """How long ``screened`` takes to where another search ended, as a share of that search's seconds, seed by seed; and
+    its area beside the other's when the other ended."""
+    rows: list[dict[str, Any]] = []
+    for other in (name for name in found if name != "screened" and "screened" in found):
+        for measure in ("logarithmic", "linear"):
+            for clock in CLOCKS:
+                shares, areas = [], []
+                for search, theirs in zip(found["screened"], found[other], strict=False):
+                    end, area = theirs["seconds"][clock][-1], theirs["area"][measure][-1]
+                    seconds = reached(search, clock, measure, area)
+                    shares.append(None if seconds is None else round(seconds / end, 3))
+                    areas.append([at(search, clock, measure, end), area])
+                known = [float("inf") if share is None else share for share in shares]
+                median = statistics.median(known)
+                rows.append(
+                    {
+                        "beside": other,
+                        "measure": measure,
+                        "clock": clock,
+                        "shares": shares,
+                        "median": None if median == float("inf") else median,
+                        "areas_at_equal_seconds": areas,
+                    }
+                )
+    return rows
+
+
+def table(models: Mapping[str, Any]) -> str:
+    """The summary as Markdown: seconds from the start of the search."""
+    lines = ["| model | beside | KL | share of its seconds, median | by seed | processor | from the start of the run |"]
+    lines.append("|" + "---|" * 7)
+    for model, each in models.items():
+        rows = {(row["beside"], row["measure"], row["clock"]): row for row in each["summary"]}
+        for other, measure in dict.fromkeys(key[:2] for key in rows):
+            clock, processor, run = (rows[other, measure, name] for name in CLOCKS[:3])
+            seeds = " ".join("-" if share is None else f"{share:.2f}" for share in clock["shares"])
+            medians = ["never" if row["median"] is None else f"{row['median']:.2f}" for row in (clock, processor, run)]
+            lines.append(f"| {model} | {other} | {measure} | {medians[0]} | {seeds} | {medians[1]} | {medians[2]} |")
+    return "\n".join(lines)
+
+
+def picture(models: Mapping[str, Any], file: Path) -> None:
+    """Area against seconds of the search, a line a search."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(models), figsize=(4.2 * len(models), 6.4), squeeze=False)
+    for column, (model, each) in enumerate(models.items()):
+        for row, measure in enumerate(("logarithmic", "linear")):
+            axis = axes[row][column]
+            for strategy, searches in each["searches"].items():
+                for number, search in enumerate(searches):
+                    seconds, area = search["seconds"]["search, clock"], search["area"][measure]
+                    label = strategy if number == 0 else None
+                    axis.step(seconds, area, where="post", color=COLOURS[strategy], alpha=0.7, lw=1.2, label=label)
+            axis.set(title=f"{model}, {measure} KL", xlabel="seconds of search", xscale="log")
+            lows = [s["area"][measure][len(s["area"][measure]) // 4] for ss in each["searches"].values() for s in ss]
+            axis.set_ylim(bottom=max(0.0, min(lows) - 0.02 * (1 - min(lows))))
+            axis.legend(loc="lower right", fontsize=8)
+        axes[0][0].set_ylabel("dominated area")
+        axes[1][0].set_ylabel("dominated area")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,94 @@
+"""What candidates are compared by: one pass over a part of the prompts, without answers. K positions, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from heretic_ds.ablation import Edit
+from heretic_ds.prompts import TokenRows
+from heretic_ds.scoring.base import GivesDistributions, MeasuresDivergence
+from heretic_ds.scoring.kl import Divergence, first_token_kl, log_probabilities
+from heretic_ds.scoring.likelihood import RefusalLikelihood
+from heretic_ds.search.trials import TrialScores
+
+T = TypeVar("T")
+
+TOKENS = 5
+"""First tokens of the original's answers, whose likelihood counts."""
+TARGET, BASELINE = (8, 16), (16, 32)
+"""Prompts of each kind: an eighth of the targets and a fifth of the baseline, but at least and at most so many."""
+
+
+class Screening:
+    """Compares edits on one engine by the likelihood of the original's answers and the KL divergence.
+
+    Both kinds of prompts share a pass, whose reference is the model as it is when this is made. Where distributions lie
+    in another process, which compares them there, it is two passes.
+    """
+
+    def __init__(self, engine: GivesDistributions, target: TokenRows, answers: TokenRows, baseline: TokenRows) -> None:
+        """``answers`` are what the original gives to the ``target`` prompts, which it declines, by their tokens."""
+        given = [place for place, answer in enumerate(answers) if answer]
+        places = spread(given, part(len(given), 8, *TARGET))
+        tokens = [answers[place][:TOKENS] for place in places]
+        self._baseline = spread(baseline, part(len(baseline), 5, *BASELINE))
+        self._engine, self._target = engine, [target[place] for place in places]
+        self._likelihood = RefusalLikelihood().begin(engine, self._target, tokens)
+        self._continuations = [*([()] * len(self._baseline)), *self._likelihood.continuations]
+        self._divergence: Divergence | None = None
+        self._reference_1V: dict[int, Tensor] = {}
+        if isinstance(engine, MeasuresDivergence):
+            self._divergence = Divergence().begin(engine, self._baseline)
+        else:
+            engine.distributions(self._baseline, [None], self._remember)
+
+    def of(self, edits: Sequence[Edit]) -> list[TrialScores]:
+        """For each edit the likelihood, as ``refusals``, and the KL divergence."""
+        if self._divergence is not None:
+            found = zip(self._likelihood.of(edits), self._divergence.of(edits), strict=True)
+            return [TrialScores(likelihood, kl) for likelihood, kl in found]
+        rows, kls = [*self._baseline, *self._target], len(self._baseline)
+        values = self._engine.distributions(rows, edits, self._read, self._continuations)
+        return [TrialScores(self._likelihood.mean(each[kls:]), math.fsum(each[:kls]) / kls) for each in values]
+
+    def _remember(self, places: Sequence[int], logits_1V: Sequence[Tensor]) -> list[float]:
+        for place, each_1V in zip(places, logits_1V, strict=True):
+            self._reference_1V[place] = log_probabilities(each_1V).cpu()
+        return [0.0] * len(places)
+
+    def _read(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        """KL of a baseline prompt, log-likelihood of a target prompt, whose places come after those."""
+        first, found = len(self._baseline), [0.0] * len(places)
+        declined = [at for at, place in enumerate(places) if place >= first]
+        others = [at for at, place in enumerate(places) if place < first]
+        likelihoods = self._likelihood.read([places[at] - first for at in declined], [logits_KV[at] for at in declined])
+        kls: list[float] = []
+        if others:
+            logits_NV = torch.cat([logits_KV[at] for at in others])
+            reference_NV = torch.cat([self._reference_1V[places[at]] for at in others]).to(logits_NV.device)
+            kls = first_token_kl(reference_NV, logits_NV).tolist()
+        for at, value in zip([*declined, *others], [*likelihoods, *kls], strict=True):
+            found[at] = value
+        return found
+
+
+def screened_rows(target: int, baseline: int) -> int:
+    """Rows that a candidate has in its pass, of so many prompts of each kind."""
+    return part(target, 8, *TARGET) + part(baseline, 5, *BASELINE)
+
+
+def part(count: int, divisor: int, least: int, most: int) -> int:
+    """How many of so many prompts are screened on."""
+    return min(count, max(least, min(most, math.ceil(count / divisor))))
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[place * len(items) // most] for place in range(most)]

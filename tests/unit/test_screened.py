@@ -1,0 +1,200 @@
+"""The screened strategy: what is screened, what is chosen, and that it goes on exactly after any kill."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from heretic_ds.ablation.edit import Edit
+from heretic_ds.errors import UserError
+from heretic_ds.search.screened.area import front, gains, height
+from heretic_ds.search.screened.candidates import FIRST, Candidates, warm_starts
+from heretic_ds.search.screened.choice import Candidate, pick
+from heretic_ds.search.screened.screening import part, screened_rows, spread
+from heretic_ds.search.screened.surrogate import Surrogate, features
+from heretic_ds.search.space import edit_of, search_space
+from heretic_ds.search.study import Search
+from heretic_ds.search.trials import TrialRecord, TrialScores
+from heretic_ds.settings import SearchSettings
+from tests.unit.test_search import LAYERS, cheap_scores, trials_of
+
+EACH = 3
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+def screened(edit: Edit) -> TrialScores:
+    """What a part of the prompts tells of :func:`cheap_scores`."""
+    scores = cheap_scores(edit)
+    return TrialScores(min(1.0, scores.refusals / 60 + 0.01), scores.kl * 1.2)
+
+
+def open_search(folder: Path, trials: int = 12, per_pass: int = 1, together: int = 1, seed: int = 0) -> Search:
+    settings = SearchSettings(
+        strategy="screened", trials=trials, startup_trials=4, seed=seed, trials_per_pass=str(per_pass), candidates=EACH
+    )
+    folder.mkdir(exist_ok=True)
+    candidates = Candidates(folder / "screening.journal", LAYERS, settings, 60.0, together)
+    return Search(folder / "study.journal", LAYERS, settings, 60.0, per_pass, propose=candidates)
+
+
+def run(search: Search, alive: int = 10**6) -> list[TrialRecord]:
+    """Search as the loop does; dies before the numbered number is told, of whichever kind."""
+
+    def lives() -> None:
+        nonlocal alive
+        alive -= 1
+        if alive < 0:
+            raise Killed
+
+    while True:
+        while asks := search.to_screen():
+            for ask in asks:
+                lives()
+                bad = TrialScores(0.5, float("nan")) if ask.index == 9 else screened(ask.edit)
+                search.tell_screened([ask], [bad], 0.1)
+        if not (asks := search.ask()):
+            return search.records
+        for ask in asks:
+            lives()
+            search.tell(ask, TrialScores(3, math.nan) if ask.index == 5 else cheap_scores(ask.edit), 0.5)
+
+
+@pytest.mark.parametrize(("per_pass", "together"), [(1, 1), (3, 4)])
+def test_ended_anywhere_it_asks_for_the_same(tmp_path: Path, per_pass: int, together: int) -> None:
+    whole, random_ = run(open_search(tmp_path / "whole", 12, per_pass, together)), random.Random(0)
+    ends = 0
+    while True:
+        try:
+            records = run(open_search(tmp_path / "parts", 12, per_pass, together), alive=random_.randint(1, 9))
+            break
+        except Killed:
+            ends += 1
+    assert ends > 5 and records == whole
+    for name in ("study.journal", "screening.journal"):
+        study = "heretic_ds" if name == "study.journal" else "heretic_ds, screened"
+        assert trials_of(tmp_path / "parts" / name, study) == trials_of(tmp_path / "whole" / name, study)
+
+
+@pytest.mark.parametrize("per_pass", [1, 3])
+def test_the_journal_of_trials_has_scored_ones_alone(tmp_path: Path, per_pass: int) -> None:
+    records = run(open_search(tmp_path, per_pass=per_pass))
+    scored, candidates = (
+        trials_of(tmp_path / "study.journal"),
+        trials_of(tmp_path / "screening.journal", "heretic_ds, screened"),
+    )
+    assert len(scored) == len(records) == 12 and len(candidates) == FIRST + (12 - per_pass) * EACH
+    params = [entry[2] for entry in candidates]
+    assert all(entry[2] in params for entry in scored)  # every trial was a candidate, and none twice
+    assert len({tuple(entry[2].items()) for entry in scored}) == 12
+    assert [params.index(entry[2]) < FIRST + at * EACH for at, entry in enumerate(scored)] == [True] * 12
+
+
+def test_more_trials_go_on(tmp_path: Path) -> None:
+    whole = run(open_search(tmp_path / "whole", 9))
+    search = open_search(tmp_path / "parts", 4)
+    assert run(search) == whole[:4]
+    search.trials = 9
+    assert run(search) == whole
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    one, other = (run(open_search(tmp_path / str(seed), 8, seed=seed)) for seed in (0, 1))
+    assert all(ours.edit != theirs.edit for ours, theirs in zip(one[4:], other[4:], strict=True))
+
+
+def test_candidates_that_are_gone_are_screened_again(tmp_path: Path) -> None:
+    whole = run(open_search(tmp_path / "whole", 6))
+    run(open_search(tmp_path / "parts", 3))
+    (tmp_path / "parts" / "screening.journal").unlink()
+    assert run(open_search(tmp_path / "parts", 6)) == whole
+
+
+def test_a_pass_that_was_cut_needs_its_candidates(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(open_search(tmp_path, 6, per_pass=3), alive=FIRST + 2)
+    (tmp_path / "screening.journal").unlink()
+    with pytest.raises(UserError, match=r"screening\.journal does not hold what the trials were chosen from"):
+        open_search(tmp_path, 6, per_pass=3)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 30])
+def test_warm_starts_change_every_block_with_weight_one(layers: int) -> None:
+    space = search_space(layers)
+    for params in warm_starts(layers):
+        assert all(space[name]._contains(space[name].to_internal_repr(value)) for name, value in params.items())
+        edit = edit_of(params)
+        assert [edit.strength(c, b) for c in edit.profiles for b in range(layers)] == pytest.approx([1.0] * 2 * layers)
+    assert sum(edit_of(params).direction_index is None for params in warm_starts(layers)) == 1
+
+
+def test_features_are_the_weights_of_writers() -> None:
+    draw = np.random.default_rng(0)
+    space = search_space(LAYERS)
+    params = [
+        {n: d.choices[at % 2] if n == "direction_scope" else draw.uniform(d.low, d.high) for n, d in space.items()}
+        for at in range(6)
+    ]
+    found = features(params, LAYERS)
+    for each, edit in zip(found, map(edit_of, params), strict=True):
+        expected = [edit.strength(component, block) for component in edit.profiles for block in range(LAYERS)]
+        assert each[: 2 * LAYERS] * math.sqrt(LAYERS) == pytest.approx(expected)
+        assert (each[-1] > 0) == (edit.direction_index is None)
+
+
+def test_the_surrogate_knows_what_it_was_told() -> None:
+    known = np.random.default_rng(0).random((20, 3))
+    outputs = np.stack([known.sum(axis=1), known[:, 0] ** 2 * 100], axis=1)
+    mean, deviation = Surrogate(known, outputs).at(known)
+    assert np.abs(mean - outputs).max() < 0.3 * outputs.std(axis=0).max()
+    far, far_deviation = Surrogate(known, outputs).at(known + 50)
+    assert far == pytest.approx(np.tile(outputs.mean(axis=0), (20, 1)))
+    assert (far_deviation > 3 * deviation).all()
+
+
+def test_gains_are_areas() -> None:
+    known = np.array([[0.5, 1.0], [0.2, 1.5], [0.6, 1.2]])
+    points = np.array([[0.3, 0.5], [0.5, 1.0], [0.0, 1.9], [2.0, 0.0], [0.7, 0.9]])
+    by_counting = []
+    grid = np.stack(np.meshgrid(np.arange(0, 1, 0.01) + 0.005, np.arange(0, 2, 0.01) + 0.005), axis=-1).reshape(-1, 2)
+    is_known = (grid[:, None] >= known).all(-1).any(-1)
+    for point in points:
+        by_counting.append(((grid >= point).all(-1) & ~is_known).sum() * 1e-4)
+    assert gains(points, known, 2.0) == pytest.approx(by_counting, abs=1e-9)
+    assert front(known, 2.0).tolist() == [1, 0] and gains(points, known[:0], 2.0)[0] == pytest.approx(0.7 * 1.5)
+
+
+def test_a_small_kl_is_worth_less_below_the_target() -> None:
+    found = height(np.array([1e-9, 0.001, 0.01, 0.1, 1.0]), 0.01)
+    assert found == pytest.approx([-1.0, -0.25, 0.0, 1.0, 2.0])
+
+
+def test_what_is_picked() -> None:
+    first = [Candidate(0.9, 0.02), Candidate(0.0, 0.05), Candidate(0.5, 0.5)]
+    assert pick(first, 0.01) == 1
+    scored = [Candidate(0.9, 0.02), Candidate(0.0, 0.05, taken=True, share=0.0, scored_kl=0.05), Candidate(0.0, 0.06)]
+    assert pick(scored, 0.01) == 0  # the third one is beaten
+    # A likelihood that was wrong of one trial is corrected for those that are like it.
+    wrong = [Candidate(0.4, 0.02, taken=True, share=1.0, scored_kl=0.02), Candidate(0.41, 0.018), Candidate(0.0, 0.2)]
+    assert pick(wrong, 0.01) == 2
+    with pytest.raises(ValueError, match="trial already"):
+        pick([Candidate(0.5, 0.1, taken=True)], 0.01)
+
+
+def test_a_pass_takes_different_candidates() -> None:
+    pool = [Candidate(0.0, 0.05), Candidate(0.01, 0.05), Candidate(0.6, 0.011)]
+    first = pick(pool, 0.01)
+    pool[first] = Candidate(pool[first].likelihood, pool[first].kl, taken=True)
+    assert (first, pick(pool, 0.01)) == (0, 2)
+
+
+def test_a_part_of_prompts_is_spread_over_all() -> None:
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread([1, 2], 4) == [1, 2]
+    assert [part(count, 5, 16, 32) for count in (3, 40, 100, 1000)] == [3, 16, 20, 32]
+    assert screened_rows(100, 100) == 13 + 20
