@@ -233,14 +233,13 @@ class Judge:
     def _there(self) -> Iterator[None]:
         """While the context lasts the weights are on the judge's device; unless they stay, on the host afterwards."""
         assert self._model is not None
+        problem: Exception | None = None
         try:
             self._model.to(self.device)  # type: ignore[arg-type]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             problem = error
-        else:
-            problem = None
         if problem is not None:
             raise UserError(
                 f"{_SETTING}.model={self._choice.path} does not fit on {self.device} beside the model; set "

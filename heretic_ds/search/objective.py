@@ -131,9 +131,8 @@ class Objective:
         """The prompts that the original model declines, and what it answers to them until its scores are settled: those
         to which the first scorer gives a number above 0 alone. Every rank calls it. Raises UserError where that scorer
         is not of answers, or is to be maximised."""
-        of_first = [
-            (at, each) for at, asked in enumerate(self._asked) for each in asked.scorers if each.name == self._first
-        ]
+        asked = [(at, scorer) for at, each in enumerate(self._asked) for scorer in each.scorers]
+        of_first = [(at, scorer) for at, scorer in asked if scorer.name == self._first]
         if not of_first or self._maximize:
             kind = "is maximised" if self._maximize else "is of distributions"
             raise UserError(
@@ -160,7 +159,12 @@ class Objective:
         slow = [scorer for scorer in scorers if type(scorer).ready is not Scorer.ready]
         self._scoring = "scoring the answers" if slow else None
         if slow:
-            self._world.decide(lambda: [scorer.ready() for scorer in slow] and None, "making scorers ready")
+
+            def get_ready() -> None:
+                for scorer in slow:
+                    scorer.ready()
+
+            self._world.decide(get_ready, "making scorers ready")
 
     def _ask(self, target: PromptSet, scorers: Sequence[Scorer], early_stop: bool) -> list[_Asked]:
         """The scorers by the prompts whose answers they score; target prompts come first, and are always answered."""
@@ -230,7 +234,8 @@ class Objective:
 
     def _of_edit(self, texts: Sequence[Sequence[str]], others: dict[str, _Told]) -> TrialScores:
         """Scores of one edit, from the answers to each list of prompts that is asked."""
-        told, agreed = dict(others), []
+        told = dict(others)
+        agreed: list[Agreement] = []
         for asked, answers in zip(self._asked, texts, strict=True):
             found, pairs = asked.scored(answers, self._how.values)
             told |= found
