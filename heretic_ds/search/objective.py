@@ -136,8 +136,8 @@ class Objective:
         if not of_first or self._maximize:
             kind = "is maximised" if self._maximize else "is of distributions"
             raise UserError(
-                f"search.strategy=screened needs a first scorer of answers that is minimised, and {self._first} {kind}; "
-                "set search.strategy=direct"
+                "search.strategy=screened needs a first scorer of answers that is minimised, and "
+                f"{self._first} {kind}; set search.strategy=direct"
             )
         [(place, first)] = of_first
         prompts, answers = self._asked[place].prompts, self._original_tokens[place]
