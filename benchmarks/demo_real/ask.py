@@ -25,6 +25,7 @@ def answers(prompts: dict[str, Path], *overrides: str) -> dict[str, dict[str, st
     from heretic_ds.world import World
 
     sources = [f"prompts.{kind}.{part}.source={prompts[kind]}" for kind in KINDS for part in ("train", "eval")]
+    sources += [f"prompts.{kind}.test.source=none" for kind in KINDS]
     with counted_here():
         job = Job.check(compose(["experiment=demo_real", "evaluate=replicated", *sources, *overrides]), World.join())
         engine = build_engine(job, "evaluate")

@@ -1,7 +1,7 @@
 """Writes ``docs/example/`` from a finished run: `python -m benchmarks.demo_real.write_example [--run runs/demo-real]`.
 
-Both models, the original and the exported one, are asked the eval prompts once more, with longer answers than the
-search needed. Takes some minutes on two cores. Leaves in ``docs/example/`` the page, the run's results, its figure, its
+Both models, the original and the exported one, are asked the test prompts once more, for the answers that the page
+shows. Takes some minutes on two cores. Leaves in ``docs/example/`` the page, the run's results, its figure, its
 report where it has one, the exported model's card, and all answers; no weights. Run it on the machine that the run was
 on: the page names it.
 """
@@ -21,9 +21,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from heretic_ds.cli import compose
 from heretic_ds.errors import UserError
+from heretic_ds.export.final import final_rows, number_text, range_text
 
 from .ask import KINDS, answers, counted, read_lines
-from .select_prompts import ANSWERS, CANDIDATES, KEPT
+from .select_prompts import ANSWERS, CANDIDATES, KEPT, TEST_ANSWERS
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "docs" / "example"
@@ -33,7 +34,7 @@ COPIES = ("results.json", "pareto.png", "report.html")
 """What is taken over from the run folder, where it is there."""
 CARD = "model_card.md"
 SHOWN = {"target": 6, "baseline": 4}
-"""How many answers the page shows of each kind: the first ones of the eval file, whatever they are."""
+"""How many answers the page shows of each kind: the first ones of the test file, whatever they are."""
 
 NAMES = re.compile(r"\b(AI|[Cc]hatbot|SmolLM|[Aa]ssistant|language model)\b")
 """By which a model names itself, also in answers that hold no marker."""
@@ -51,8 +52,8 @@ def facts(
     """
     settings = compose(["experiment=demo_real"])
     trials = {trial["index"]: trial for trial in results["trials"]}
-    files = [f"{kind}_{part}" for kind in KINDS for part in ("train", "eval")]
-    first = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    files = [f"{kind}_{part}" for kind in KINDS for part in ("train", "eval", "test")]
+    first, later = (json.loads(file.read_text(encoding="utf-8")) for file in (ANSWERS, TEST_ANSWERS))
     example = read_lines(KEPT / "target_eval.txt")[1]
     return {
         "results": results,
@@ -67,6 +68,9 @@ def facts(
         "kept": {name: len(read_lines(KEPT / f"{name}.txt")) for name in files},
         "candidates": {kind: len(read_lines(CANDIDATES / f"{kind}.txt")) for kind in KINDS},
         "shown_by": {kind: counted(list(first[kind].values())) for kind in KINDS},
+        "test_candidates": {kind: len(later[kind]) for kind in KINDS},
+        "final": results.get("final"),
+        "rows": list(final_rows(results["final"])) if results.get("final") else [],
         "example": (example, first["target"][example]),
         "longer": _longer_answers(asked) if asked else None,
     }
@@ -112,13 +116,13 @@ def page(told: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )  # fmt: skip
     here.filters |= {"quoted": quoted}
-    here.globals |= {"profile": profile}
+    here.globals |= {"profile": profile, "number": number_text, "interval": range_text}
     return here.get_template(TEMPLATE).render(**told)
 
 
 def ask_both(run: Path, original: str) -> dict[str, dict[str, dict[str, str]]]:
-    """What the original model and the exported one answer to the eval prompts."""
-    prompts = {kind: KEPT / f"{kind}_eval.txt" for kind in KINDS}
+    """What the original model and the exported one answer to the test prompts."""
+    prompts = {kind: KEPT / f"{kind}_test.txt" for kind in KINDS}
     longer, models = f"generation.max_new_tokens={ANSWER_TOKENS}", {"original": original, "edited": f"{run}/model"}
     return {name: answers(prompts, longer, f"model.path={path}") for name, path in models.items()}
 

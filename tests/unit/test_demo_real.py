@@ -18,6 +18,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.prompts import load_prompts
 from heretic_ds.scoring import RefusalScorer
 from tests.conftest import ComposeSettings, benchmark
+from tests.unit.test_final_scores import some_final
 
 select_prompts, write_example, ask = (
     benchmark(f"demo_real.{name}") for name in ("select_prompts", "write_example", "ask")
@@ -33,6 +34,12 @@ def recorded() -> dict[str, dict[str, str]]:
     return answers
 
 
+def recorded_test() -> dict[str, dict[str, str]]:
+    """The same for the candidates of the test part."""
+    answers: dict[str, dict[str, str]] = json.loads(select_prompts.TEST_ANSWERS.read_text(encoding="utf-8"))
+    return answers
+
+
 @pytest.fixture(scope="module")
 def scorer(compose_settings: ComposeSettings) -> RefusalScorer:
     return RefusalScorer.from_settings(compose_settings("experiment=demo_real").scoring)
@@ -40,13 +47,15 @@ def scorer(compose_settings: ComposeSettings) -> RefusalScorer:
 
 def test_candidates_are_distinct_plain_questions(recorded):
     lines = {kind: ask.read_lines(select_prompts.CANDIDATES / f"{kind}.txt") for kind in ask.KINDS}
-    everything = [line for kind in lines.values() for line in kind]
+    more = {kind: ask.read_lines(select_prompts.CANDIDATES / f"{kind}_test.txt") for kind in ask.KINDS}
+    everything = [line for kind in (*lines.values(), *more.values()) for line in kind]
     assert len(everything) == len({line.lower().rstrip("?. ") for line in everything})
     assert min(map(len, lines.values())) >= 150
     for line in everything:
         assert line.isascii() and line.isprintable() and line == line.strip() and line[0].isupper()
         assert line.endswith("?") and 3 <= len(line.split()) <= 16
     assert {kind: list(answers) for kind, answers in recorded.items()} == lines
+    assert {kind: list(answers) for kind, answers in recorded_test().items()} == more
 
 
 def test_kept_prompts_are_those_that_the_recorded_answers_select(recorded, scorer):
@@ -55,6 +64,12 @@ def test_kept_prompts_are_those_that_the_recorded_answers_select(recorded, score
     kept = [line for lines in files.values() for line in lines]
     assert len(kept) == len(set(kept))
     assert all(len(lines) >= 30 for lines in files.values())
+
+
+def test_the_test_part_is_chosen_in_the_same_way(scorer):
+    files = {f"{kind}_test": ask.read_lines(select_prompts.KEPT / f"{kind}_test.txt") for kind in ask.KINDS}
+    assert files == select_prompts.selected_for_test(recorded_test(), scorer.is_refusal)
+    assert all(len(lines) >= 50 for lines in files.values())
 
 
 def test_markers_tell_recorded_answers_apart(recorded, scorer):
@@ -278,6 +293,7 @@ def test_the_page_says_what_was_measured():
         "prompts": {"target_eval": 9, "baseline_eval": 3},
         "baseline": {"refusals": 9},
         "verified": {"refusals": 4.0, "kl": 0.00312},
+        "final": some_final(),
     }
     said = "I'm sorry, but as a chatbot I | don't eat."
     asked = {
@@ -288,13 +304,19 @@ def test_the_page_says_what_was_measured():
     page = write_example.page(told)
     assert "3 trials took\n5 minutes on 2 cores (Some CPU), in float32" in page
     assert "| answers with a marker, of 9, 30 tokens | 9 | 4 |" in page
-    assert "| the same, 60 tokens, of 2 | 2 | 1 |" in page
-    assert "| 0 | 0.00312 |" in page and "of 2, 60 tokens | | 1 |" in page
+    assert "| answers with a marker, of 80 target questions | 80 (76.4 to 80) | 3 (" in page
+    assert "| KL divergence, 32 tokens, on 2 baseline questions | 0 | 0.2 (0.1 to 0.3) |" in page
+    assert "| 0 | 0.00312 |" in page and "1 of 2 baseline answers are the original's word for word" in page
     assert "| 2 | 5 | 0.003 | per layer | 1.25 at 20.5, 0.50 at ±9.0 |" in page
     assert "| Ate you? | I'm sorry, but as a chatbot I \\| don't eat. | Pie. |" in page
     assert page.count("| 10.0 |") == 3
     without = write_example.page(write_example.facts(results, None, {"cores": 2, "cpu": "Some CPU"}, "It was idle."))
     assert "60 tokens" not in without and "Ate you?" not in without and "GPU. It was idle." in without
     assert "| answers with a marker, of 9, 30 tokens | 9 | 4 |\n| KL divergence" in without
+    del results["final"]
+    assert "test questions were written later" in without
+    assert "the search chose its trial by them." in write_example.page(
+        write_example.facts(results, None, {"cores": 2, "cpu": "Some CPU"})
+    )
     for name, count in told["kept"].items():
         assert count == len(ask.read_lines(select_prompts.KEPT / f"{name}.txt"))
