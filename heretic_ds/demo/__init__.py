@@ -8,7 +8,7 @@ from typing import Literal
 DEMO_DIR = Path(__file__).resolve().parent
 
 PromptKind = Literal["target", "baseline"]
-PromptPart = Literal["train", "eval"]
+PromptPart = Literal["train", "eval", "test"]
 
 
 def demo_model_dir() -> Path:
@@ -21,6 +21,6 @@ def demo_prompts(kind: PromptKind, part: PromptPart) -> Path:
 
     Raises ValueError for another kind or part.
     """
-    if kind not in ("target", "baseline") or part not in ("train", "eval"):
-        raise ValueError(f"no demo prompts {kind!r}, {part!r}: kinds are target, baseline; parts are train, eval")
+    if kind not in ("target", "baseline") or part not in ("train", "eval", "test"):
+        raise ValueError(f"no demo prompts {kind!r}, {part!r}: kinds are target, baseline; parts are train, eval, test")
     return DEMO_DIR / "prompts" / f"{kind}_{part}.txt"

@@ -67,10 +67,12 @@ def tell_of_overlaps(texts: Mapping[str, Sequence[str]]) -> None:
     for names, shared in overlaps(texts).items():
         (kind, part), (other, second) = (name.split(".") for name in names.split(", "))
         count = len(texts[f"{other}.{second}"])
-        if kind == other:
-            why = "on which edits do better" if part == "train" else "so they were not held back"
-            what = f"{shared} of {count} {second} prompts are {part} prompts too"
-            log.warning("prompts.%s: %s, %s", kind, what, why)
+        if kind == other and second == TEST:
+            text = "prompts.%s: %d of %d test prompts are %s prompts too, so they were not held back"
+            log.warning(text, kind, shared, count, part)
+        elif kind == other:
+            text = "prompts.%s: %d of %d eval prompts are train prompts too, on which edits do better"
+            log.warning(text, kind, shared, count)
         else:
             where = f"prompts.{kind}.{part}"
             log.warning("prompts.%s.%s: %d of %d prompts are in %s too", other, second, shared, count, where)

@@ -18,8 +18,10 @@ SAMPLE = 16
 N_LINES = {
     ("target", "train"): 200,
     ("target", "eval"): 67,
+    ("target", "test"): 80,
     ("baseline", "train"): 200,
     ("baseline", "eval"): 160,
+    ("baseline", "test"): 100,
 }
 
 
