@@ -31,7 +31,7 @@ from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.export.adapter import resident_writer
 from tests import families
 
-EDIT = Edit(1.4, {"attention": Profile(0.9, 1.0, 0.3, 2.0), "mlp": Profile(1.2, 0.5, 0.2, 3.0)})
+EDIT = Edit(0.4, {"attention": Profile(0.9, 1.0, 0.3, 2.0), "mlp": Profile(1.2, 0.5, 0.2, 3.0)})
 OTHER = Edit(None, {"attention": Profile(0.6, 0.0, 0.3, 2.0), "mlp": Profile(1.0, 1.0, 0.5, 3.0)})
 
 
