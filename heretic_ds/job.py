@@ -67,7 +67,7 @@ class Job:
         own = OwnPrompts()
         if with_prompts:
             own = world.decide(lambda: read_own_prompts(scorers), "reading the scorers' prompts")
-            world.decide(lambda: [scorer.check() for scorer in scorers] and None, "opening the scorers")
+            world.decide(lambda: _check(scorers), "opening the scorers")
             texts |= {f"scoring.{name}": prompts.texts for name, prompts in own.asked.items()}
         choice = ModelChoice(**asdict(settings.model))
         # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
@@ -137,6 +137,11 @@ class Job:
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
         return decode_answers(self.opened.tokenizer, answers)
+
+
+def _check(scorers: Sequence[Scorer | DistributionScorer]) -> None:
+    for scorer in scorers:
+        scorer.check()
 
 
 def _setting(name: str) -> str:

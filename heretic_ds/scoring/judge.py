@@ -173,7 +173,6 @@ class Judge:
 
     @torch.inference_mode()
     def _of_batch(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        assert self._model is not None
         longest, left = max(map(len, rows)), self.kind == CAUSAL
         ids_BS = torch.full((len(rows), longest), self._tokenizer.pad_token_id)
         mask_BS = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -188,7 +187,7 @@ class Judge:
             inputs["logits_to_keep"] = 1
         if self._accepts("use_cache"):
             inputs["use_cache"] = False
-        logits: Tensor = self._model(**inputs).logits.float()
+        logits: Tensor = self._loaded(**inputs).logits.float()
         probability_B = self._of_replies(logits[:, -1]) if left else self._of_classes(logits)
         return [float(each) for each in probability_B.tolist()]
 
@@ -226,30 +225,36 @@ class Judge:
         return AutoModelForCausalLM if self.kind == CAUSAL else AutoModelForSequenceClassification
 
     def _accepts(self, name: str) -> bool:
-        assert self._model is not None
-        return name in inspect.signature(self._model.forward).parameters
+        return name in inspect.signature(self._loaded.forward).parameters
+
+    @property
+    def _loaded(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("the classifier was not loaded")
+        return self._model
 
     @contextmanager
     def _there(self) -> Iterator[None]:
         """While the context lasts the weights are on the judge's device; unless they stay, on the host afterwards."""
-        assert self._model is not None
-        problem: Exception | None = None
+        model = self._loaded
+        problem: str | None = None
         try:
-            self._model.to(self.device)  # type: ignore[arg-type]
+            model.to(self.device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            problem = error
+            problem = str(error)
         if problem is not None:
+            model.to("cpu")  # what was moved already
             raise UserError(
                 f"{_SETTING}.model={self._choice.path} does not fit on {self.device} beside the model; set "
-                "device: cpu, or a smaller one"
-            ) from problem
+                f"device: cpu, or a smaller one ({in_one_line(problem, 120)})"
+            )
         try:
             yield
         finally:
             if not self._stays:
-                self._model.to("cpu")
+                model.to("cpu")
                 release_memory()
 
     def _put_to(self, template: str) -> list[tuple[str, str]]:

@@ -116,7 +116,8 @@ class Objective:
     ) -> TrialScores:
         """Scores of another model, whose engine this is and whose tokenizer has put the same prompts; its divergence is
         that from the original here. Raises UserError where a scorer or a placement cannot compare two models."""
-        own, told = own or {}, {}
+        told: dict[str, _Told] = {}
+        own = own or {}
         for scorer in (self._divergence, *self._of_distributions):
             rows = own.get(scorer.name, baseline).rows
             values = Values(tuple(scorer.each_other(engine, rows)), scorer.combine or "mean")
@@ -160,11 +161,11 @@ class Objective:
         self._scoring = "scoring the answers" if slow else None
         if slow:
 
-            def get_ready() -> None:
+            def prepare() -> None:
                 for scorer in slow:
                     scorer.ready()
 
-            self._world.decide(get_ready, "making scorers ready")
+            self._world.decide(prepare, "making scorers ready")
 
     def _ask(self, target: PromptSet, scorers: Sequence[Scorer], early_stop: bool) -> list[_Asked]:
         """The scorers by the prompts whose answers they score; target prompts come first, and are always answered."""
@@ -234,8 +235,7 @@ class Objective:
 
     def _of_edit(self, texts: Sequence[Sequence[str]], others: dict[str, _Told]) -> TrialScores:
         """Scores of one edit, from the answers to each list of prompts that is asked."""
-        told = dict(others)
-        agreed: list[Agreement] = []
+        told, agreed = dict(others), list[Agreement]()
         for asked, answers in zip(self._asked, texts, strict=True):
             found, pairs = asked.scored(answers, self._how.values)
             told |= found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +52,14 @@ def test_front_uses_raw_numbers_and_keeps_the_first_of_equals() -> None:
     assert pareto_front(records) == [3, 1]
     assert pareto_front([]) == []
     assert pareto_front([record(0, None, None, "failed")]) == []
+
+
+def test_more_may_be_better() -> None:
+    numbers = [(5, 0.002), (9, 0.3), (9, 0.2), (2, 0.001), (4, 0.05)]
+    records = [replace(record(at, *each), maximize=True) for at, each in enumerate(numbers)]
+    assert pareto_front(records) == [2, 0, 3]
+    assert [one.index for one in candidates(records, max_kl=0.1)] == [0, 4, 3]
+    assert TrialRecord.from_dict(records[2].to_dict()) == records[2]
 
 
 def test_candidates_come_in_the_order_of_trying() -> None:

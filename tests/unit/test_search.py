@@ -109,6 +109,28 @@ def test_objectives_stop_chasing_a_small_kl() -> None:
     assert objectives(TrialScores(15, 0.0099), 60, 0.01) == (0.25, 0.0025)
 
 
+def test_a_first_scorer_that_is_maximised(tmp_path: Path) -> None:
+    """People see raw numbers, Optuna too; the sampler gets negated ones. An original of 0 is nothing to stop at."""
+    assert objectives(TrialScores(15, 0.5, maximize=True), 60, 0.01) == (-0.25, 0.5)
+    assert objectives(TrialScores(15, 0.0099, maximize=True), -60, 0.01) == (-0.25, -0.0025)
+    assert objectives(TrialScores(15, 0.5, maximize=True), 0, 0.01) == (-15, 0.5)
+    path, about = tmp_path / "study.journal", About("owner/model", maximize=True)
+
+    def opened() -> Search:
+        return Search(path, LAYERS, settings(), baseline_refusals=0, about=about)
+
+    search = opened()
+    for number, kl in ((3, 0.2), (8, 0.3), (5, 0.1), (8, 0.4)):
+        [ask] = search.ask()
+        search.tell(ask, TrialScores(number, kl, maximize=True), seconds=0.5)
+    found = opened().records
+    assert found == search.records and [each.refusals for each in found] == [3, 8, 5, 8]
+    assert pareto_front(found) == [1, 2] and found[1].to_dict()["maximize"]
+    study = study_of(path, "owner/model")
+    assert [each.number for each in study.best_trials] == [1, 2] and study.trials[1].values == [8, 0.3]
+    assert study.trials[1].user_attrs[MINIMISED] == [-8, 0.3]
+
+
 def test_record_has_the_keys_of_the_results_file(tmp_path: Path) -> None:
     search = open_search(tmp_path / "study.journal")
     (ask,) = search.ask()
