@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from heretic_ds.cli.errors import explain, unknown_keys
 from heretic_ds.cli.help import NO_MODEL, in_our_spelling
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
+from heretic_ds.foreign.libraries import quiet_libraries
 from heretic_ds.foreign.reading import reason
 from heretic_ds.foreign.text import printable
 from heretic_ds.foreign.ulimits import limit_reached
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
             from heretic_ds.stages.sharing.reproducing import reproduce
 
             return 0 if reproduce(arguments[1:]) else EXIT_FAILED
-        return _run(arguments)
+        with quiet_libraries():  # also while they are imported
+            return _run(arguments)
     except KeyboardInterrupt:
         return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)
     except Exception as error:

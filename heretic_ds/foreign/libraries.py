@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-_LOGGERS = {
+_LOGGERS: dict[str, str | None] = {
     "transformers": "TRANSFORMERS_VERBOSITY",
     "huggingface_hub": "HF_HUB_VERBOSITY",
     "datasets": "DATASETS_VERBOSITY",
     "lm_eval": "LMEVAL_LOG_LEVEL",
+    "matplotlib": None,
 }
-"""Names of libraries' loggers, each with the variable by which a user asks for what they say."""
+"""Names of libraries' loggers, each with the variable by which a user asks for what they say, where there is one."""
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def quiet_libraries() -> Iterator[None]:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         for name, variable in _LOGGERS.items():
-            if variable not in os.environ:
+            if variable is None or variable not in os.environ:
                 logger = logging.getLogger(name)
                 stack.callback(logger.setLevel, logger.level)
                 logger.setLevel(logging.ERROR)

@@ -382,12 +382,12 @@ def test_lent_memory_is_taken_again():
     assert len(kept_of(engine)) == 2
 
 
-def test_no_more_than_three_sets_are_kept():
+def test_no_more_than_six_sets_are_kept():
     model, engine = built(), engine_of(built())
     for seed in range(5):
         rows = prompts(seed=seed)
         assert_same(scores(engine, rows, [EDITS]), scores(engine_of(model, reuse=False), rows, [EDITS]))
-        assert len(kept_of(engine)) == min(3, 2 + seed)
+        assert len(kept_of(engine)) == min(6, 2 + 2 * seed)
 
 
 def test_states_take_no_more_memory_than_allowed(monkeypatch):
