@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,6 +24,8 @@ from heretic_ds.foreign.text import printable
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
 _DIRECTIONS = "directions.safetensors"
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""What :func:`write_atomically` calls a file until it is whole."""
 _TOLD = 4
 """Differences of settings that are told one by one."""
 
@@ -170,6 +173,7 @@ class RunFolder:
         try:
             _acquire(lock, path)
             _refuse_other_settings(path, fingerprint)
+            _remove_leftovers(path)
             folder = cls(path, lock, made, fresh)
             if config is not None:
                 write_atomically(folder.config, config)
@@ -354,6 +358,14 @@ def _acquire(lock: IO[str], path: Path) -> None:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Parts of files that kills left: :func:`write_atomically` had not yet put them in the place of the old ones."""
+    with writing(path, "run.dir"):
+        for file in path.glob(".*.tmp"):
+            if _UNFINISHED.fullmatch(file.name) and file.is_file():
+                file.unlink()
 
 
 def _in_lines(content: Mapping[str, Any]) -> str:

@@ -259,3 +259,15 @@ def test_log_is_appended_and_let_go(tmp_path: Path) -> None:
         assert logger.handlers == []
     lines = folder.log.read_text().splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == ["first run", "second run"]
+
+
+def test_what_a_kill_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    """And nothing else that is hidden."""
+    with RunFolder.open(tmp_path / "run", "config", {"a": 1}) as folder:
+        folder.save_results({"trials": []})
+    for name in (".results.json.abcd_123.tmp", ".measured.json.zzzzzzzz.tmp", ".mine.tmp", ".mine"):
+        (tmp_path / "run" / name).write_text("half")
+    with RunFolder.open(tmp_path / "run", "config", {"a": 1}):
+        hidden = {file.name for file in (tmp_path / "run").glob(".*")}
+    assert hidden == {".lock", ".mine.tmp", ".mine"}
+    assert (tmp_path / "run" / "results.json").is_file()
