@@ -34,6 +34,8 @@ RESULT = Path(__file__).resolve().parent / "results" / "short_start.json"
 MOST = 0.08
 """Share of a whole run of 40 trials that may pass before its first."""
 RUN_TRIALS = 40
+STAGES = ("opening", "loading", "response prefix", "capture", "the original's scores")
+"""Parts of the start but for imports, which take as long whatever model and search follow."""
 COMMON = ("run.interactive=false", "export.max_kl=1000")
 
 
@@ -113,13 +115,12 @@ def started(words: Sequence[str], cache: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, "--watch", str(result), *words, f"run.dir={folder}/run", *COMMON]
         subprocess.run(command, check=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)}, stdout=sys.stderr)
         told: dict[str, Any] = json.loads(result.read_text())
-    return {**told, "share": _share(told, ""), "share_processor": _share(told, "_processor")}
-
-
-def _share(told: dict[str, Any], clock: str) -> float:
-    """Of what comes before the first trial in a run of 40 trials up to the last of them."""
-    before: float = told[f"before_first_trial{clock}"]
-    return round(before / (before + told[f"search{clock}"] / told["trials"] * RUN_TRIALS), 4)
+    search = {clock: told[f"search{clock}"] / told["trials"] * RUN_TRIALS for clock in ("", "_processor")}
+    stages = sum(told["parts_processor"].get(part, 0.0) for part in STAGES)
+    shares = {f"share{clock}": told[f"before_first_trial{clock}"] for clock in search}
+    shares = {name: before / (before + search[name.removeprefix("share")]) for name, before in shares.items()}
+    shares["share_of_stages_processor"] = stages / (stages + search["_processor"])
+    return told | {name: round(share, 4) for name, share in shares.items()}
 
 
 def with_experts(folder: Path) -> list[str]:
