@@ -99,32 +99,6 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-class EarlierMessages(logging.Handler):
-    """What is said before there is a run folder, for its log to begin with; a context manager, until whose end at the
-    latest it listens."""
-
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logging.INFO)
-        self.records: list[logging.LogRecord] = []
-        self._logger = logger
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Remember it."""
-        self.records.append(record)
-
-    def end(self) -> None:
-        """Listen no longer, and forget. Harmless when called again."""
-        self._logger.removeHandler(self)
-        self.records = []
-
-    def __enter__(self) -> EarlierMessages:
-        self._logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end()
-
-
 class RunFolder:
     """An opened run folder; a context manager that holds the folder's lock until it is closed.
 

@@ -43,11 +43,11 @@ class KeptBatches:
         self._phases: dict[str, dict[str, int]] = {}
         """What the file holds."""
 
-    def use(self) -> None:
+    def used(self) -> KeptBatches:
         """Give the engine the sizes that were measured before and whose memory is there, unless the user gives one.
         Every rank takes part."""
         if self._job.settings.generation.batch_size:
-            return
+            return self
         world, device = self._job.world, self._job.opened.device
         self._phases = world.decide(lambda: _read(self.file))
         free = world.gather(free_bytes(device))
@@ -56,6 +56,7 @@ class KeptBatches:
                 self._engine.batch_sizes[phase] = kept["rows"]
                 self._engine.batch_bytes[phase] = kept["bytes"]
                 log.info("batch size for %s: %d rows (as measured before)", PHASES.get(phase, phase), kept["rows"])
+        return self
 
     def keep(self) -> None:
         """Write what the engine has measured, or halved, where that is new. A size that was larger than there is memory

@@ -41,8 +41,9 @@ from heretic_ds.placements import (
 )
 from heretic_ds.planner import KeptBatches
 from heretic_ds.report.command_line import hide_secrets
+from heretic_ds.report.console import EarlierMessages
 from heretic_ds.report.stages import STAGES, took
-from heretic_ds.run_folder import EarlierMessages, RunFolder, finished_results, read_measured
+from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
@@ -157,8 +158,7 @@ class Run:
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree
-            self._kept = KeptBatches(self.job, self._engine, self._layout)
-            self._kept.use()
+            self._kept = KeptBatches(self.job, self._engine, self._layout).used()
             self._use_measured_batch_sizes()
         return self._engine
 
@@ -218,9 +218,8 @@ class Run:
         self.results["batch_sizes"] = self.measured["batch_sizes"]
         self.results["response_prefix"] = self.job.chat.response_prefix
         if self.folder is not None:
-            self.folder.save_results(
-                self.results, request(self.settings, export_dir(self.settings)) if finished else None
-            )
+            asked = request(self.settings, export_dir(self.settings)) if finished else None
+            self.folder.save_results(self.results, asked)
 
 
 def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:

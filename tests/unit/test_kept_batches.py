@@ -53,9 +53,7 @@ def kept(job: Job, sizes: dict[str, int] | None = None, taken: int = 1000, **eng
 
 def known(job: Job, **engine: Any) -> dict[str, int]:
     """What an engine that has measured nothing is given."""
-    found = kept(job, **engine)
-    found.use()
-    return found._engine.batch_sizes
+    return kept(job, **engine).used()._engine.batch_sizes
 
 
 def test_what_was_measured_is_used_again(job: Job, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,9 +67,7 @@ def test_what_was_measured_is_used_again(job: Job, caplog: pytest.LogCaptureFixt
     assert file.parent == calibrate.cache_folder() and file.name.startswith("batches-")
     assert str(job.opened.source.folder) not in file.read_text()  # an edited copy elsewhere has the same shapes
     written = file.stat().st_mtime_ns
-    again = kept(job)
-    again.use()
-    again.keep()
+    kept(job).used().keep()
     assert file.stat().st_mtime_ns == written
 
 
@@ -152,8 +148,7 @@ def test_no_more_memory_is_taken_than_is_free_today(job: Job, monkeypatch: pytes
 
 def test_a_size_that_was_halved_is_kept_as_it_is_now(job: Job) -> None:
     kept(job, {"kl": 48}, taken=0).keep()
-    halved = kept(job)
-    halved.use()
+    halved = kept(job).used()
     halved._engine.batch_sizes["kl"] = 24
     halved.keep()
     assert known(job) == {"kl": 24}

@@ -17,7 +17,8 @@ import pytest
 
 from heretic_ds import run_folder
 from heretic_ds.errors import UserError
-from heretic_ds.run_folder import EarlierMessages, RunFolder, finished_results, write_atomically
+from heretic_ds.report.console import EarlierMessages
+from heretic_ds.run_folder import RunFolder, finished_results, write_atomically
 
 HELD = {"model.path": "a/model", "search.seed": 0}
 

@@ -257,7 +257,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(opening, "build_engine", build)
     monkeypatch.setattr(
-        opening, "KeptBatches", lambda *given: SimpleNamespace(use=lambda: None)
+        opening, "KeptBatches", lambda *given: SimpleNamespace(used=lambda: None)
     )  # test_kept_batches.py
     return phases
 
