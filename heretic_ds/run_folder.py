@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -17,15 +15,13 @@ from filelock import lock_descriptor
 
 from heretic_ds.errors import UserError
 from heretic_ds.fingerprint import completed, differences
-from heretic_ds.foreign.disk import usual_mode, writing
+from heretic_ds.foreign.disk import UNFINISHED, write_atomically, writing
 from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
 from heretic_ds.foreign.text import printable
 
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
 _DIRECTIONS = "directions.safetensors"
-_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""What :func:`write_atomically` calls a file until it is whole."""
 _TOLD = 4
 """Differences of settings that are told one by one."""
 
@@ -55,30 +51,6 @@ _MEASURED: dict[str, Any] = {
     "placements": {"ranks": int, "device": str, "asked": {str: dict}, "chosen": {str: dict}, "why": str},
 }
 """What a run writes to its files, and reads back: for :func:`heretic_ds.foreign.reading.check_shape`."""
-
-
-def write_atomically(path: Path, content: bytes | str, setting: str = "run.dir") -> None:
-    """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part.
-
-    Raises UserError where it cannot be written; ``setting`` is what names the folder.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    with writing(path.parent, setting, len(data)):
-        _replace(path, data)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, usual_mode())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class _LogFile(logging.FileHandler):
@@ -338,7 +310,7 @@ def _remove_leftovers(path: Path) -> None:
     """Parts of files that kills left: :func:`write_atomically` had not yet put them in the place of the old ones."""
     with writing(path, "run.dir"):
         for file in path.glob(".*.tmp"):
-            if _UNFINISHED.fullmatch(file.name) and file.is_file():
+            if UNFINISHED.fullmatch(file.name) and file.is_file():
                 file.unlink()
 
 

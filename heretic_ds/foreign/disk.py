@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from heretic_ds.errors import UserError
 from heretic_ds.foreign.ulimits import limit_reached
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""What :func:`write_atomically` calls a file until it is whole."""
 _BLOCK = 4096
 """Bytes that the least addition to a file takes."""
 
@@ -41,6 +45,30 @@ def writing(folder: Path, setting: str, size: int = _BLOCK) -> Iterator[None]:
             else error.strerror or error
         )
         raise UserError(f"{folder} cannot be written ({why}); set {setting} to another folder") from error
+
+
+def write_atomically(path: Path, content: bytes | str, setting: str = "run.dir") -> None:
+    """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part.
+
+    Raises UserError where it cannot be written; ``setting`` is what names the folder.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path.parent, setting, len(data)):
+        _replace(path, data)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, usual_mode())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def usual_mode() -> int:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.geometry.measures import LayerGeometry
-from heretic_ds.run_folder import write_atomically
 
 TARGET, BASELINE, DIRECTION, OTHER = "#d9600a", "#1f5fa8", "#2a7f3f", "#7a4fa3"
 """Colours of the two kinds of prompts, of what is between them, and of a fourth curve."""

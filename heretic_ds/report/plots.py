@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.report.tables import REFUSALS
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.trials import TrialRecord
 
 _GREY, _BLUE, _ORANGE = "#9aa0a6", "#1f5fa8", "#d9600a"

@@ -26,12 +26,12 @@ from heretic_ds.export.manifest import build_manifest, public_model_name
 from heretic_ds.export.reproduce import how_written
 from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import read_json
 from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import agreement_table, pareto_table
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front

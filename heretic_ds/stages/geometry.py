@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import read_json, reading
 from heretic_ds.geometry.measures import LayerGeometry, measure
 from heretic_ds.geometry.projection import Projection, pacmap, pca, require_pacmap, spread_out
 from heretic_ds.geometry.store import ResidualStore
 from heretic_ds.prompts import KINDS
 from heretic_ds.report.geometry import draw_layers, draw_projections, geometry_table
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import Settings
 from heretic_ds.stages.measure import direction_fingerprint
 from heretic_ds.stages.opening import Run

@@ -15,13 +15,13 @@ from torch import Tensor
 from heretic_ds.ablation import Ablation
 from heretic_ds.directions import METHODS, Request
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import reading
 from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, Parting, decode_answers, detect_response_prefix, start_apart
 from heretic_ds.prompts.own import USUAL
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import REFUSALS
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.search.objective import How, Objective
 from heretic_ds.stages.opening import Run
 

@@ -15,6 +15,7 @@ from heretic_ds.checkpoint.open import ModelChoice
 from heretic_ds.checkpoint.outline import Outline, outline_model
 from heretic_ds.checkpoint.tokens import has_tokenizer, load_tokenizer
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import Job
 from heretic_ds.placements.costs import Machine, Work
@@ -23,7 +24,6 @@ from heretic_ds.prompts import KINDS, PARTS, ChatFormat, load_prompts
 from heretic_ds.prompts.sources import PACKAGE_SCHEME
 from heretic_ds.report.console import say
 from heretic_ds.report.plans import machine_line, phase_table
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import PHASES, PromptSource, Settings
 from heretic_ds.stages.placing import described_machine, machine_for, plan_of, why_nothing
 from heretic_ds.world import World

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.report.html.page import page
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run
 

@@ -56,7 +56,8 @@ def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) ->
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
         "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES,
-        "search_edits", "select_and_verify", "report_front", "export_edited", "finish", "write_report", "closed",
+        "search_edits", "select_and_verify", "report_front", "export_edited", "final_scores", "finish",
+        "write_report", "closed",
     ]  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_export_names_its_edit_and_checks_its_folder_before_anything_is_loaded(
     assert pipeline.run(compose_settings("task=export", "export.trial=3")) == (0.25, 0.5)
     assert told.names == [
         "named_edit", "refuse_used_export_folder", "opened", "find_response_prefix", "fixed_directions",
-        "measure_original", "verify_named", "export_edited", "objective_of", "closed",
+        "measure_original", "verify_named", "export_edited", "final_scores", "objective_of", "closed",
     ]  # fmt: skip
 
 

@@ -17,8 +17,9 @@ import pytest
 
 from heretic_ds import run_folder
 from heretic_ds.errors import UserError
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.report.console import EarlierMessages
-from heretic_ds.run_folder import RunFolder, finished_results, write_atomically
+from heretic_ds.run_folder import RunFolder, finished_results
 
 HELD = {"model.path": "a/model", "search.seed": 0}
 
@@ -173,7 +174,7 @@ def test_a_finished_folder_is_known_without_opening_it(tmp_path: Path) -> None:
 
 def test_results_are_never_seen_half_written(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from heretic_ds.run_folder import write_atomically\n"
+        "import sys; from pathlib import Path; from heretic_ds.foreign.disk import write_atomically\n"
         "number = 0\n"
         "while True:\n"
         "    number += 1; write_atomically(Path(sys.argv[1]), str(number) * 200000)\n"

@@ -14,12 +14,12 @@ from rich.console import Console
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import path_of, read_json, reading
 from heretic_ds.harness.asking import Harness, Score, difference
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, placements_of, settled_alone
 from heretic_ds.report.benchmarks import benchmark_table
-from heretic_ds.run_folder import write_atomically
 from heretic_ds.settings import Settings
 from heretic_ds.stages.opening import MEASURED_NAME, export_dir, run_dir
 from heretic_ds.stages.placing import settle_placements
