@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,6 +149,14 @@ def test_neighbours_on_the_grid_lie_side_by_side() -> None:
     line_ND = torch.linspace(-1, 1, 200, dtype=torch.float64)[:, None] * torch.ones(1, 6, dtype=torch.float64)
     along_R = fit_map(line_ND, 5)[:, 0]
     assert (along_R.diff() > 0.2).all() or (along_R.diff() < -0.2).all()
+
+
+def test_a_neighbour_s_prompts_count_a_little_to_the_end() -> None:
+    """Two heaps, two units side by side, a last reach of 0.3: h = exp(-1 / (2 · 0.3²)) = 0.0039."""
+    heaps_ND = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(20)[:, None] * torch.ones(1, 6)
+    near = math.exp(-1 / (2 * 0.3**2))
+    unit_R = fit_map(heaps_ND, 2)[:, 0].sort().values
+    assert unit_R.tolist() == pytest.approx([-(1 - near) / (1 + near), (1 - near) / (1 + near)], rel=1e-9)
 
 
 def test_prompts_too_few_or_too_alike_are_refused() -> None:
