@@ -15,7 +15,7 @@ from filelock import lock_descriptor
 
 from heretic_ds.errors import UserError
 from heretic_ds.fingerprint import completed, differences
-from heretic_ds.foreign.disk import UNFINISHED, write_atomically, writing
+from heretic_ds.foreign.disk import remove_unfinished, write_atomically, writing
 from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
 from heretic_ds.foreign.text import printable
 
@@ -119,7 +119,7 @@ class RunFolder:
         try:
             _acquire(lock, path)
             _refuse_other_settings(path, fingerprint)
-            _remove_leftovers(path)
+            remove_unfinished(path, "run.dir")
             folder = cls(path, lock, made, fresh)
             if config is not None:
                 write_atomically(folder.config, config)
@@ -304,14 +304,6 @@ def _acquire(lock: IO[str], path: Path) -> None:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Parts of files that kills left: :func:`write_atomically` had not yet put them in the place of the old ones."""
-    with writing(path, "run.dir"):
-        for file in path.glob(".*.tmp"):
-            if UNFINISHED.fullmatch(file.name) and file.is_file():
-                file.unlink()
 
 
 def _in_lines(content: Mapping[str, Any]) -> str:

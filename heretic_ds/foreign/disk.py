@@ -15,10 +15,10 @@ from heretic_ds.errors import UserError
 from heretic_ds.foreign.ulimits import limit_reached
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
-"""What :func:`write_atomically` calls a file until it is whole."""
 _BLOCK = 4096
 """Bytes that the least addition to a file takes."""
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+"""What :func:`write_atomically` calls a file until it is whole."""
 
 
 @contextmanager
@@ -47,6 +47,18 @@ def writing(folder: Path, setting: str, size: int = _BLOCK) -> Iterator[None]:
         raise UserError(f"{folder} cannot be written ({why}); set {setting} to another folder") from error
 
 
+def usual_mode() -> int:
+    """The mode of a new file by this process's mask: libraries make files that only their owner may read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _free_bytes(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def write_atomically(path: Path, content: bytes | str, setting: str = "run.dir") -> None:
     """Replace ``path`` in one step: a kill or a power cut leaves the old content or the new, never a part.
 
@@ -71,13 +83,9 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def usual_mode() -> int:
-    """The mode of a new file by this process's mask: libraries make files that only their owner may read."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _free_bytes(folder: Path) -> int:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+def remove_unfinished(folder: Path, setting: str) -> None:
+    """Remove parts of files that kills left: :func:`write_atomically` had not yet put them in the old ones' places."""
+    with writing(folder, setting):
+        for file in folder.glob(".*.tmp"):
+            if _UNFINISHED.fullmatch(file.name) and file.is_file():
+                file.unlink()

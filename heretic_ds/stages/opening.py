@@ -337,8 +337,7 @@ def _add_earlier_timings(run: Run) -> None:
 
 def _refuse_impossible_export(job: Job) -> None:
     """The disk is too small for the model, or its own folder is to be written over."""
-    settings, target = job.settings, export_dir(job.settings)
-    replace = may_replace(settings)
+    settings, target, replace = job.settings, export_dir(job.settings), may_replace(job.settings)
     kept = target.exists() and not replace  # by a menu, which asks for a folder
     if settings.task.name in ("abliterate", "export") and not kept:
         size = sum(math.prod(info.shape) for info in job.opened.headers.values()) * job.opened.dtypes[0].itemsize
