@@ -69,9 +69,9 @@ def abliterate(settings: Settings, world: World, console: Console) -> Scores | N
         chosen = select_and_verify(run, objective)
         report_front(run)
         final_scores(run, export_edited(run, chosen.edit, chosen.index))
-        scores = finish(run)
+        run.save()
         write_report(run)
-        return scores
+        return finish(run)  # last: what is finished is not opened again
 
 
 def evaluate(settings: Settings, world: World, console: Console) -> Scores | None:

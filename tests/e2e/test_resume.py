@@ -105,3 +105,26 @@ def test_ended_at_random_moments(words: list[str], start, heretic: Heretic, tmp_
     again = heretic(*words)
     assert again.status == 0 and "is finished" in again.out and "nothing was done" in again.out
     assert files_below(tmp_path) == before
+
+
+def test_an_end_before_the_report_is_made_up_for(
+    material: Material, heretic: Heretic, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A run is finished only once its report is there."""
+    from heretic_ds import pipeline
+
+    def end(run: Any) -> None:
+        raise KeyboardInterrupt
+
+    small = ("search.trials=2", "search.startup_trials=1", "run.dir=run")
+    words = material.words(material.model("llama"), *small)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_report", end)
+        assert heretic(*words).status == 130
+    trials = outcome_of(read_results(tmp_path / "run")["trials"])
+    assert len(trials) == 2 and not (tmp_path / "run" / "report.html").exists()
+    assert heretic(*words).status == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert outcome_of(read_results(tmp_path / "run")["trials"]) == trials
+    again = heretic(*words)
+    assert again.status == 0 and "is finished" in again.out
