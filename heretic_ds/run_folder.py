@@ -265,7 +265,8 @@ def _refuse_ways_out(path: Path, names: Iterable[str]) -> None:
     nowhere. A folder may be a link: an export may lie on another disk."""
     for name in sorted(names):
         entry = path / name
-        if not entry.is_dir() and (entry.is_symlink() or not entry.is_file()):
+        optunas = name.lstrip(".").startswith("study.journal.") and ".lock" in name  # a link that a kill may leave
+        if not optunas and not entry.is_dir() and (entry.is_symlink() or not entry.is_file()):
             kind = "a link" if entry.is_symlink() else "no ordinary file"
             raise UserError(
                 f"run.dir={path} holds {name}, which is {kind}; a run writes only to files of its own: move it away, "

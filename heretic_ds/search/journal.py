@@ -73,7 +73,8 @@ def open_study(path: Path, space: dict[str, Any], about: About) -> optuna.Study:
     killed process, and Optuna would wait half a minute for it. ``space`` is the JSON form of the search
     space; UserError where the journal was made for another one or is damaged.
     """
-    path.with_name(path.name + ".lock").unlink(missing_ok=True)
+    for lock in path.parent.glob(f"{path.name}.lock*"):  # one that was being given back has another end
+        lock.unlink()
     _repair(path)
     with writing(path.parent, "run.dir"):
         study = _study_in(path, about)

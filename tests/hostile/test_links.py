@@ -72,6 +72,14 @@ def test_a_new_run_folder_with_links_in_it(judged: Judged, place: Place) -> None
         assert (place.root / "mine").read_text() == "mine"
 
 
+def test_the_studys_own_lock_which_is_a_link_is_taken_over(judged: Judged, place: Place) -> None:
+    """Optuna makes it of a link, and a kill leaves it: as it is, or as it was being given back."""
+    locks = ("study.journal.lock", "study.journal.lock0b1c2d3e.rename")
+    spoil = all_of(*(link(f"run/{name}", "study.journal") for name in locks))
+    judged(Case("study_lock", spoil, "2 of 3 trials are done already", status=0, after_run=True))
+    assert not [file for file in place.run.iterdir() if file.is_symlink()]
+
+
 LOOPS: list[tuple[str, Spoil, str, dict[str, str]]] = [
     ("run", link("a", "a"), "run.dir=a", {"run.dir": "a"}),
     ("below_run", link("a", "a"), "run.dir=a/b", {"run.dir": "a/b"}),
