@@ -5,10 +5,10 @@ against KL on all.
     python benchmarks/refusal_likelihood.py --model real --trials runs/demo-real/results.json --add
 
 Edits are drawn at random from the search's space, or are the trials of a run. Each is scored as a trial is, and passed
-once over all target prompts with the first tokens of the original's answers. Leaves
-``results/refusal_likelihood.json``: for some numbers of prompts and of tokens the rank correlation (Spearman) with the
-count, its mean distance from the share that refuses, and for KL the rank correlation and the spread of its logarithm's
-error. Takes a second an edit on the planted models, half a minute on the real one.
+once over all target prompts with the first tokens of the original's answers, whose probability counts as a share of the
+original's own. Leaves ``results/refusal_likelihood.json``: for some numbers of prompts and of tokens the rank
+correlation (Spearman) with the count, its mean distance from the share that refuses, and for KL the rank correlation
+and the spread of its logarithm's error. Takes a second an edit on the planted models, half a minute on the real one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarray]:
     """Of E edits and the P target prompts that are declined: ``counts`` [E], ``logp`` [E, P, K] of the tokens of the
-    original's answers (0 behind an answer's end); of B baseline prompts ``kls`` [E, B]."""
+    original's answers (0 behind an answer's end) and ``original`` [P, K], the original's own; of B baseline prompts
+    ``kls`` [E, B]."""
     import torch
 
     from heretic_ds.ablation import Edit
@@ -64,9 +65,8 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
             find_response_prefix(run)
             capture_directions(run)
             objective = measure_original(run)
-            declined = objective.declined()
-            rows = [run.job.prompts("target.eval").rows[at] for at in declined]
-            tokens = [objective.original_tokens[at][: max(TOKENS)] for at in declined]
+            rows, answers = objective.declined()
+            tokens = [answer[: max(TOKENS)] for answer in answers]
             divergence = Divergence().begin(run.engine, run.job.prompts("baseline.eval").rows)
             found: dict[str, list[Any]] = {"counts": [], "logp": [], "kls": []}
             logp_PK = np.zeros((len(rows), max(TOKENS)))
@@ -78,19 +78,21 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
                     logp_PK[place, : len(chosen)] = known.cpu().numpy()
                 return [0.0] * len(places)
 
+            run.engine.distributions(rows, [None], read, tokens)
+            original_PK = logp_PK.copy()
             told = json.loads(trials.read_text())["trials"] if trials else []
             layers = run.job.anatomy.n_blocks
             for edit in [Edit.from_dict(trial) for trial in told] or random_edits(layers, edits):
                 run.engine.distributions(rows, [edit], read, tokens)
                 found["logp"].append(logp_PK.copy())
-                found["kls"].append(divergence._measure([edit])[0])
+                found["kls"].append(divergence.each([edit])[0])
                 if not told:
                     found["counts"].append(objective.score([edit])[0].refusals)
             found["counts"] = found["counts"] or [trial["refusals"] for trial in told]
-    return {name: np.array(values) for name, values in found.items()}
+    return {name: np.array(values) for name, values in found.items()} | {"original": original_PK}
 
 
-def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, kls_EB: np.ndarray) -> dict[str, Any]:
+def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray, kls_EB: np.ndarray) -> dict[str, Any]:
     """What the record comes to."""
     from heretic_ds.search.screened.screening import spread
 
@@ -99,7 +101,8 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, kls_EB: np.ndarray) -> d
     likelihoods = []
     for some in sorted({min(count, prompts) for count in TARGET} | {prompts}):
         for tokens in TOKENS:
-            likelihood_E = np.exp(logp_EPK[:, spread(range(prompts), some), :tokens].sum(axis=2)).mean(axis=1)
+            gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), some), :tokens]
+            likelihood_E = np.exp(gap_EPK.sum(axis=2).clip(max=0)).mean(axis=1)
             likelihoods.append(
                 {
                     "prompts": some,
@@ -137,7 +140,7 @@ def main() -> int:
     models = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     for model in options.model:
         found = recorded(model, options.edits, options.trials)
-        models[model] = figures(found["counts"], found["logp"], found["kls"])
+        models[model] = figures(found["counts"], found["logp"], found["original"], found["kls"])
         print(model, json.dumps(models[model]["likelihood"]), json.dumps(models[model]["kl"]), sep="\n", flush=True)
         report = {"what": "what screening tells of edits, against their scores", "machine": machine(), "models": models}
         options.result.write_text(json.dumps(report) + "\n")

@@ -34,7 +34,7 @@ _SCORE_SETTINGS = (
 )
 """Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
 
-_LATER = {"direction.method": "mean_difference", "direction.groups": 9, "ablation.rank": 1}
+LATER = {"direction.method": "mean_difference", "direction.groups": 9, "ablation.rank": 1}
 """Settings that came after the first run folders, and the values that change nothing: only others count."""
 
 
@@ -64,7 +64,7 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
         flat["task.against"] = settings.task.against
     given = _given(settings, _SCORE_SETTINGS)
     flat |= {key: value for key, value in given.items() if not key.startswith(_FINAL_SETTINGS)}
-    for key, default in _LATER.items():
+    for key, default in LATER.items():
         if flat[key] == default or (key == "direction.groups" and settings.direction.method != "median_of_means"):
             del flat[key]
     screened = settings.search.strategy == SCREENED

@@ -14,7 +14,7 @@ from typing import IO, Any
 from filelock import lock_descriptor
 
 from heretic_ds.errors import UserError
-from heretic_ds.fingerprint import completed, differences
+from heretic_ds.fingerprint import LATER, completed, differences
 from heretic_ds.foreign.disk import remove_unfinished, write_atomically, writing
 from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
 from heretic_ds.foreign.text import printable
@@ -222,7 +222,8 @@ def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mappin
         return None
     # The fingerprint lacks here what is found out only by reading the inputs.
     stored = None if stored is None else completed(stored, fingerprint)
-    same = stored is not None and all(stored.get(key) == value for key, value in fingerprint.items())
+    keys = {*fingerprint, *LATER}  # of those the ones that change nothing are left out
+    same = stored is not None and all(stored.get(key) == fingerprint.get(key) for key in keys)
     return results if same and results is not None and results.get("finished") == request else None
 
 

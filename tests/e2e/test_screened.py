@@ -47,29 +47,29 @@ def test_trials_are_scored_candidates(heretic: Heretic, material: Material, tmp_
     assert other.status == 2 and "search.strategy" in other.err
 
 
-@pytest.mark.parametrize("ends", [("of", 3), ("of", 15), ("score", 1), ("score", 2)])
+ENDS: tuple[tuple[Any, str, int], ...] = ((Screening, "of", 3), (Screening, "of", 7), (Objective, "score", 1))
+"""In the middle of the first screening, and again; in a pass of trials: which call of what, counted from each start."""
+
+
 def test_interrupted_it_goes_on(
-    ends: tuple[str, int], heretic: Heretic, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    heretic: Heretic, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended in the middle of a screening pass, or of a pass of trials."""
-    name, last = ends
-    whole, calls = heretic(*words(material, "whole")), 0
-    assert whole.status == 0, whole.err
-    owner: Any = Screening if name == "of" else Objective
-    real = getattr(owner, name)
+    for owner, name, last in ENDS:
+        calls, real = 0, getattr(owner, name)
 
-    def ended(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == last:
-            raise KeyboardInterrupt
-        return real(*arguments)
+        def ended(*arguments: Any, last: int = last, real: Any = real) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise KeyboardInterrupt
+            return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, ended)
-        assert heretic(*words(material, "parts")).status != 0
-    assert calls == last
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, ended)
+            assert heretic(*words(material, "parts")).status != 0
+        assert calls == last
     assert heretic(*words(material, "parts")).status == 0
+    assert heretic(*words(material, "whole")).status == 0
     assert trials_in(tmp_path / "parts") == trials_in(tmp_path / "whole")
     assert screened_in(tmp_path / "parts") == screened_in(tmp_path / "whole")
 

@@ -170,6 +170,9 @@ def test_a_finished_folder_is_known_without_opening_it(tmp_path: Path) -> None:
         assert found is not None and found["schema"] == 1
         assert finished_results(path, HELD, {"trials": 5}) is None
         assert finished_results(path, HELD | {"search.seed": 3}, request) is None
+    with opened(tmp_path / "other", HELD | {"ablation.rank": 3}) as folder:  # a setting that is not told where it is 1
+        folder.save_results({"schema": 1}, finished=request)
+        assert finished_results(folder.path, HELD, request) is None
 
 
 def test_results_are_never_seen_half_written(tmp_path: Path) -> None:
