@@ -66,7 +66,7 @@ def table(models: Mapping[str, Any]) -> str:
 
 
 def picture(models: Mapping[str, Any], file: Path) -> None:
-    """Area against seconds of the search, a line a search."""
+    """What is not dominated against seconds of the search, a line a search."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,18 +75,18 @@ def picture(models: Mapping[str, Any], file: Path) -> None:
     figure, axes = pyplot.subplots(2, len(models), figsize=(4.2 * len(models), 6.4), squeeze=False)
     for column, (model, each) in enumerate(models.items()):
         for row, measure in enumerate(("logarithmic", "linear")):
-            axis = axes[row][column]
+            axis, lows, highs = axes[row][column], [], []
             for strategy, searches in each["searches"].items():
                 for number, search in enumerate(searches):
-                    seconds, area = search["seconds"]["search, clock"], search["area"][measure]
+                    seconds, left = search["seconds"]["search, clock"], [1 - area for area in search["area"][measure]]
                     label = strategy if number == 0 else None
-                    axis.step(seconds, area, where="post", color=COLOURS[strategy], alpha=0.7, lw=1.2, label=label)
-            axis.set(title=f"{model}, {measure} KL", xlabel="seconds of search", xscale="log")
-            lows = [s["area"][measure][len(s["area"][measure]) // 4] for ss in each["searches"].values() for s in ss]
-            axis.set_ylim(bottom=max(0.0, min(lows) - 0.02 * (1 - min(lows))))
-            axis.legend(loc="lower right", fontsize=8)
-        axes[0][0].set_ylabel("dominated area")
-        axes[1][0].set_ylabel("dominated area")
+                    axis.step(seconds, left, where="post", color=COLOURS[strategy], alpha=0.7, lw=1.2, label=label)
+                    lows.append(left[-1]), highs.append(left[len(left) // 8])
+            axis.set(title=f"{model}, {measure} KL", xlabel="seconds of search", xscale="log", yscale="log")
+            axis.set_ylim(0.9 * min(lows), 1.3 * max(highs))
+            axis.legend(loc="lower left", fontsize=8)
+        axes[0][0].set_ylabel("area not dominated")
+        axes[1][0].set_ylabel("area not dominated")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
