@@ -197,23 +197,22 @@ def test_an_adapter_is_read_back(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("form", ["adapter", pytest.param("model", marks=pytest.mark.thorough)])
 def test_two_ranks_find_what_one_does(
-    words: list[str], heretic: Heretic, run_command: RunCommand, tmp_path: Path
+    words: list[str], heretic: Heretic, run_command: RunCommand, tmp_path: Path, form: str
 ) -> None:
     """Of a model, and of an adapter, which is added to the original's files where no rank has a whole weight."""
     usual = (*words, "task=export", "ablation.row_norm=pre", "generation.batch_size=3", *EDIT)
-    placed = ("capture=tensor_parallel", "evaluate=tensor_parallel", "run.launch=2")
     assert heretic(*usual, "run.dir=one").status == 0
-    for form in ("model", "adapter"):
-        two = run_command(*usual, *placed, f"export.format={form}", f"run.dir={form}", timeout=280)
-        assert two.returncode == 0, two.stderr
-    expected = manifest_of(tmp_path / "one" / "model")["final"]["scores"]
-    for form in ("model", "adapter"):
-        found = manifest_of(tmp_path / form / "model")["final"]["scores"]
-        for kind in TEST:
-            assert found[kind].keys() == expected[kind].keys()
-            for name, scores in expected[kind].items():
-                numbers = [scores["edited"][end] for end in ("score", "low", "high")]
-                told = [found[kind][name]["edited"][end] for end in ("score", "low", "high")]
-                assert told == pytest.approx(numbers, rel=1e-3, abs=1e-6), (form, name)
-    assert [entry.name for entry in (tmp_path / "adapter").iterdir() if entry.name.startswith(".model")] == []
+    placed = ("capture=tensor_parallel", "evaluate=tensor_parallel", "run.launch=2", f"export.format={form}")
+    two = run_command(*usual, *placed, "run.dir=two", timeout=280)
+    assert two.returncode == 0, two.stderr
+    expected, found = (manifest_of(tmp_path / name / "model")["final"]["scores"] for name in ("one", "two"))
+    for kind in TEST:
+        assert found[kind].keys() == expected[kind].keys()
+        for name, scores in expected[kind].items():
+            numbers, told = (
+                [each["edited"][end] for end in ("score", "low", "high")] for each in (scores, found[kind][name])
+            )
+            assert told == pytest.approx(numbers, rel=1e-3, abs=1e-6), name
+    assert [entry.name for entry in (tmp_path / "two").iterdir() if entry.name.startswith(".model")] == []
