@@ -86,6 +86,23 @@ def test_probabilities_are_those_of_the_model_by_itself(tmp_path: Path) -> None:
     assert made.combine == "mean" and not made.flags
 
 
+def test_replies_are_those_of_the_model_by_itself(tmp_path: Path) -> None:
+    """Of a random language model, whose rows are padded in batches on the left."""
+    families.save("llama", tmp_path)
+    made = classifier(tmp_path, yes="Y", no="N", template="{answer}?", count=False, batch_size=4)
+    model, tokenizer = families.build("llama"), families.tokenizer()
+    yes, no = (tokenizer(reply, add_special_tokens=False)["input_ids"][0] for reply in "YN")
+    expected = []
+    for answer in ANSWERS[:4]:
+        asked = [{"role": "user", "content": f"{answer}?"}]
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        with torch.no_grad():
+            logits_V = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
+        expected.append(float(torch.sigmoid((logits_V[yes] - logits_V[no]).double())))
+    assert list(made.each(PROMPTS[:4], ANSWERS[:4])) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 1e-3
+
+
 def test_one_output_and_several_labels_at_once_are_told_by_sigmoids(tmp_path: Path) -> None:
     one = classifier(save_judge(tmp_path / "one", labels=("toxic",)), count=False)
     several = save_judge(tmp_path / "several", labels=("a", "refuses"), problem_type="multi_label_classification")
