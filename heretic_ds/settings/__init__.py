@@ -157,7 +157,6 @@ class PromptSettings:
 
 
 @dataclass
-@dataclass
 class GenerationSettings:
     """How answers are generated; decoding is always greedy."""
 
