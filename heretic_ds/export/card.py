@@ -68,6 +68,8 @@ class CardFacts:
     """How they were found, as `direction.method` says."""
     scorer: str = "refusals"
     """Name of the first scorer, whose scores `refusals_before` and `refusals_after` are."""
+    maximize: bool = False
+    """Whether more of it is better."""
     form: str = "model"
     """What the folder holds: `model`, `adapter`, or `both`."""
     adapter: AdapterFacts | None = None

@@ -37,6 +37,7 @@ from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import AUTO_TEST, Settings
+from heretic_ds.settings.scoring import MAXIMIZE
 from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
@@ -236,6 +237,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None) -> CardFacts:
         prompt_sources=_prompt_sources(run),
         trial=trial,
         scorer=run.scorer,
+        maximize=run.job.scorers[0].direction == MAXIMIZE,
         form=settings.export.format,
         adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )

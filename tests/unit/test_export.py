@@ -433,7 +433,11 @@ def test_a_card_tells_of_several_directions(loaded: LoadedModel) -> None:
 
 def test_a_card_names_another_scorer(loaded: LoadedModel) -> None:
     card = model_card(loaded, replace(FACTS, scorer="vowels", refusals_before=300.5))
-    assert "| vowels, on 100 target prompts | 300.5 | 3 |" in card and "`vowels` is a scorer" in card
+    assert (
+        "| vowels, on 100 target prompts | 300.5 | 3 |" in card
+        and "`vowels` is the number that the search went by, for less of it." in card
+    )
+    assert "for more of it" in model_card(loaded, replace(FACTS, scorer="vowels", maximize=True))
     assert "efusals" not in card and "declining phrase" not in card
 
 
