@@ -17,6 +17,10 @@ from heretic_ds.prompts import TokenRows
 from heretic_ds.world import World
 
 
+_ROUNDING = 1e-6
+"""Of a mean residual's norm, what batches of other sizes make of it in float32, and some more."""
+
+
 class Captures(Protocol):
     """What a method asks of an engine over the original model; all ranks ask together."""
 
@@ -51,6 +55,11 @@ class Request:
     folder: Path | None = None
     """Where rank 0 may put residuals for the while; None: where the system has temporary files."""
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the two kinds are not the same prompts: between those, rounding alone makes a direction."""
+        return sorted(map(tuple, self.target)) != sorted(map(tuple, self.baseline))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -70,8 +79,10 @@ class Found:
 
     @property
     def is_any(self) -> bool:
-        """Whether the two kinds of prompts differ at some block."""
-        return bool(self.directions_LRD[1:].any())
+        """Whether the two kinds of prompts differ at some block by more than rounding, which depends on batches."""
+        apart_L = (self.target_LD - self.baseline_LD)[1:].norm(dim=1)
+        clear_L = apart_L > _ROUNDING * self.baseline_LD[1:].norm(dim=1)
+        return bool((self.directions_LRD[1:].any(dim=(1, 2)) & clear_L).any())
 
 
 class Method(ABC):

@@ -116,7 +116,7 @@ def _captured_directions(run: Run) -> Ablation:
         found = METHODS[settings.direction.method]().find(engine, request, run.world)
     if not found.is_finite:
         raise UserError("the residuals of the train prompts are not finite; set model.dtype=float32")
-    if not found.is_any:
+    if not (request.tells_apart and found.is_any):
         raise UserError(
             "the target and baseline train prompts leave the same mean residuals, so there is no direction between "
             "them; change prompts.target.train or prompts.baseline.train"

@@ -134,7 +134,7 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         (["m", "max_kl=3"], "no setting max_kl; did you mean export.max_kl?"),
         (["m", "generation.max_tokens=3"], "did you mean generation.max_new_tokens?"),
         (["m", "taks=evaluate"], "no setting taks; did you mean task?"),
-        (["m", "+search.x=1"], "no setting search.x; search has trials, startup_trials"),
+        (["m", "+search.x=1"], "no setting search.x; search has strategy, trials, startup_trials"),
         (["m", "+qqq=1"], "no setting qqq; heretic-ds --cfg job lists the keys"),
         (["m", "search.trials=many"], "search.trials=many does not fit: search.trials takes a whole number"),
         (["m", "search.trials=1.5"], "search.trials takes a whole number"),
@@ -143,10 +143,10 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         (["m", "export.max_kl=x"], "export.max_kl takes a number"),
         (["m", "direction.orthogonalize=maybe"], "direction.orthogonalize takes true or false"),
         (["m", "scoring.scorers=refusals"], "scoring.scorers takes a list, as in [a,b]"),
-        (["m", "search=fast"], "search takes a group of settings (search.trials, "),
+        (["m", "search=fast"], "search takes a group of settings (search.strategy, "),
         (["m", "search.trials=1,2"], "search.trials=1,2 gives several values; add --multirun"),
         (["m", "search.trials=-1"], "search.trials is -1; it has to be at least 1"),
-        (["m", "task=train"], "no task=train; choose one of abliterate, chat, evaluate, export, geometry, plan"),
+        (["m", "task=train"], "no task=train; choose one of abliterate, benchmark, chat, evaluate, export, geometry, plan"),
         (["m", "+task=evaluate"], "write task=evaluate"),
         (["m", "capture=zero33"], "no capture=zero33; choose one of auto, expert_parallel, "),
         (["m", "hydra/launcher=none"], "no hydra/launcher=none; choose one of basic"),
@@ -401,7 +401,7 @@ def test_help_explains_the_command_and_is_quick(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     for expected in (
         "heretic-ds <model>",
-        "task        what a command does: abliterate, chat, evaluate, export",
+        "task        what a command does: abliterate, benchmark, chat, evaluate, export",
         "docs/configuration.md",
     ):
         assert expected in ended.stdout
@@ -413,6 +413,6 @@ def test_cfg_prints_the_configuration_of_the_job(run_command: RunCommand, tmp_pa
     ended = run_command("--cfg", "job", "m", "search.trials=3")
     assert ended.returncode == 0, ended.stderr
     assert "model:\n  path: m\n" in ended.stdout
-    assert "search:\n  trials: 3\n" in ended.stdout
+    assert "search:\n  strategy: direct\n  trials: 3\n" in ended.stdout
     assert "hydra" not in ended.stdout
     assert list(tmp_path.iterdir()) == []

@@ -23,6 +23,11 @@ class Trial:
     refusals: float | None = 3
     kl: float | None = 0.01
     complete: bool = True
+    maximize: bool = False
+
+    @property
+    def aim(self) -> float | None:
+        return self.refusals
 
 
 class Session:

@@ -41,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     @contextmanager
     def opened(*arguments: Any) -> Iterator[Any]:
         story.names.append("opened")
-        yield SimpleNamespace(results=RESULTS)
+        yield SimpleNamespace(results=RESULTS, save=lambda: None)
         story.names.append("closed")
 
     for name, found in vars(pipeline).copy().items():
@@ -56,8 +56,8 @@ def test_abliterate(told: SimpleNamespace, compose_settings: ComposeSettings) ->
     assert pipeline.run(compose_settings()) == "finish"  # type: ignore[comparison-overlap]
     assert told.names == [
         "check_tracking", "wants_menu", "already_finished", "refuse_used_export_folder", "opened", *MEASURES,
-        "search_edits", "select_and_verify", "report_front", "export_edited", "final_scores", "finish",
-        "write_report", "closed",
+        "search_edits", "select_and_verify", "report_front", "export_edited", "final_scores", "write_report", "finish",
+        "closed",
     ]  # fmt: skip
 
 
