@@ -25,6 +25,7 @@ _DIRECTIONS = "directions.safetensors"
 _TOLD = 4
 """Differences of settings that are told one by one."""
 
+_JOURNALS = ("study.journal.", "screening.journal.")
 _RESULTS_NAME, _MEASURED_NAME = "results.json", "measured.json"
 _SCORES: dict[str, Any] = {
     "refusals": (*NUMBER, NOTHING),
@@ -47,6 +48,7 @@ _MEASURED: dict[str, Any] = {
     "batch_sizes": {str: {str: int}},
     "response_prefix": str,
     "trials_per_pass": int,
+    "candidates_per_pass": int,
     "run_id": str,
     "placements": {"ranks": int, "device": str, "asked": {str: dict}, "chosen": {str: dict}, "why": str},
 }
@@ -266,7 +268,7 @@ def _refuse_ways_out(path: Path, names: Iterable[str]) -> None:
     nowhere. A folder may be a link: an export may lie on another disk."""
     for name in sorted(names):
         entry = path / name
-        optunas = name.lstrip(".").startswith("study.journal.") and ".lock" in name  # a link that a kill may leave
+        optunas = name.lstrip(".").startswith(_JOURNALS) and ".lock" in name  # a link that a kill may leave
         if not optunas and not entry.is_dir() and (entry.is_symlink() or not entry.is_file()):
             kind = "a link" if entry.is_symlink() else "no ordinary file"
             raise UserError(

@@ -136,10 +136,11 @@ def _results(facts: CardFacts, data_sets: Mapping[str, str]) -> list[EvalResult]
 def _final_results(final: Mapping[str, Any], data_sets: Mapping[str, str]) -> Iterator[tuple[str, str, str, float]]:
     """Source, name, kind and number of every final score that there is."""
     for row in final_rows(final):
-        part, edited = final["prompts"][row.kind]["part"], row.edited
+        asked, edited = final["prompts"][row.kind], row.edited
+        part = asked["part"]
         if edited["score"] is None:
             continue
-        held = "held-out " if part == "test" else ""
+        held = "held-out " if part == "test" and not asked["seen"] else ""
         name = f"{row.label} ({row.prompts} {held}{row.kind} prompts)"
         yield data_sets.get(f"{row.kind}.{part}", ""), name, row.name, edited["score"]
 

@@ -13,7 +13,7 @@ _LABELS = {
     "kl": "KL divergence, {kl_tokens} tokens",
     "perplexity": "perplexity of the original's answers",
     "tokens": "tokens of an answer",
-    "repetition": "repetition",
+    "token_repetition": "repetition",
 }
 """Of scores that are not a scorer's own, in their order."""
 

@@ -42,10 +42,18 @@ def read_all(settings: PromptSettings, most: int) -> dict[str, Prompts]:
 
 def held_out_rows(train: Prompts, evaluated: Prompts, most: int) -> Prompts | None:
     """Rows of the two lists' sources that neither took: first those behind the eval prompts. None where there are none,
-    as of files that are used whole."""
-    taken = {*train.texts, *evaluated.texts}
-    texts = list(dict.fromkeys(text for text in (*evaluated.behind, *train.behind) if text not in taken))
+    as of files that are used whole. White space and case make no other prompt."""
+    taken = {_plain(text) for text in (*train.texts, *evaluated.texts)}
+    texts = []
+    for text in (*evaluated.behind, *train.behind):
+        if (plain := _plain(text)) not in taken:
+            taken.add(plain)
+            texts.append(text)
     return Prompts(texts[:most], len(texts)) if texts else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def overlaps(texts: Mapping[str, Sequence[str]]) -> dict[str, int]:
@@ -53,7 +61,7 @@ def overlaps(texts: Mapping[str, Sequence[str]]) -> dict[str, int]:
 
     White space and case make no other prompt.
     """
-    plain = {name: [" ".join(text.split()).casefold() for text in found] for name, found in texts.items()}
+    plain = {name: [_plain(text) for text in found] for name, found in texts.items()}
     counts = {}
     for first, second in combinations(plain, 2):
         known = set(plain[first])

@@ -17,7 +17,7 @@ _SHORT = {
     "kl": "KL, {kl_tokens} tokens",
     "perplexity": "perplexity",
     "tokens": "answer tokens",
-    "repetition": "repetition",
+    "token_repetition": "repetition",
 }
 _LONGEST_NAME = 18
 _FORM = {"adapter": "the adapter on the original", "model": "the exported model", "both": "the exported model"}

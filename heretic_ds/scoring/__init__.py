@@ -42,6 +42,10 @@ SCORERS: dict[str, type[AnyScorer]] = {
 }
 """Scorers that ``scoring.scorers`` can name without their module."""
 
+_RESERVED = (Divergence.name, "kl_first_token", "tokens", "token_repetition")
+"""What is measured beside scorers: the search's divergence, and the final scores that answers or tokens have. The final
+perplexity is one of these too, but scorers of distributions, which may have this name, are not among final scores."""
+
 _SETTING = "scoring.scorers"
 _WITHOUT_LIST = "write a list of names, or of {_target_: name, ...} with settings of their own"
 
@@ -58,8 +62,12 @@ def make_scorers(settings: ScoringSettings) -> list[AnyScorer]:
                 f"{_SETTING} has more than one scorer called {name!r}; name each only once, or call one something else "
                 f"by {{{TARGET}: {_target(given)}, name: ...}}"
             )
-        if name == Divergence.name:
-            raise UserError(f"{_SETTING}: {name!r} is what the divergence is called that is always taken; name it anew")
+    for scorer, given in zip(scorers, settings.scorers, strict=True):
+        if scorer.name in _RESERVED or (scorer.name == Perplexity.name and isinstance(scorer, Scorer)):
+            raise UserError(
+                f"{_SETTING}: {scorer.name!r} is the name of a measure that there always is; call the scorer something "
+                f"else by {{{TARGET}: {_target(given)}, name: ...}}"
+            )
     first = scorers[0] if scorers else None
     if isinstance(first, Scorer) and first.options.prompts not in (None, "target.eval"):
         raise UserError(

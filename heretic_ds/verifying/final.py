@@ -19,7 +19,7 @@ Measured = dict[str, dict[str, Values | float]]
 """What one model was found to do, by kind of prompts and name of the score; a bare number where a scorer does not tell
 what it is made of."""
 
-TOKENS, REPETITION = "tokens", "repetition"
+TOKENS, REPETITION = "tokens", "token_repetition"
 KL_FIRST, KL, PERPLEXITY = "kl_first_token", "kl", "perplexity"
 """Names of the scores that there are beside those of the user's scorers."""
 
@@ -51,7 +51,7 @@ def measure_original(engine: Evaluating, prompts: Mapping[str, PromptSet], asked
     likelihoods = Likelihoods([answer[: asked.kl_tokens] for answer in answers["baseline"].rows])
     unlikelihood = likelihoods.of_original(engine, prompts["baseline"].rows, world)
     scores = world.decide(lambda: _of_answers(prompts, answers, asked), "scoring the answers")
-    scores["baseline"] |= _perplexity(unlikelihood)
+    scores["baseline"] |= _perplexity(unlikelihood, likelihoods.answers)
     return Original(scores, likelihoods)
 
 
@@ -63,7 +63,7 @@ def measure_other(
     first, mean, unlikelihood = original.likelihoods.of_other(engine, prompts["baseline"].rows, world)
     scores = world.decide(lambda: _of_answers(prompts, answers, asked), "scoring the answers")
     likely = {KL_FIRST: Values(tuple(first), "mean"), KL: Values(tuple(mean), "mean")}
-    scores["baseline"] |= {**likely, **_perplexity(unlikelihood)}
+    scores["baseline"] |= {**likely, **_perplexity(unlikelihood, original.likelihoods.answers)}
     return scores
 
 
@@ -81,14 +81,24 @@ def _of_answers(prompts: Mapping[str, PromptSet], answers: Mapping[str, Answers]
             TOKENS: Values(tuple(float(len(row)) for row in given.rows), "mean"),
             REPETITION: Values(tuple(map(repetition, given.rows)), "mean"),
         }
-        found[kind] = scores | {name: values for name, values in own.items() if name not in scores}
+        found[kind] = scores | own
     return found
 
 
-def _perplexity(unlikelihood: Sequence[float]) -> dict[str, Values | float]:
-    """exp of the mean negative log-likelihood; prompts without an answer have none."""
-    each = tuple(math.exp(value) for value in unlikelihood if not math.isnan(value))
+def _perplexity(unlikelihood: Sequence[float], answers: TokenRows) -> dict[str, Values | float]:
+    """exp of the mean negative log-likelihood; prompts that the original gave no answer to have none.
+
+    Infinite where a model gives no number for an answer, or one too large: both models' have the same prompts.
+    """
+    each = tuple(_exp(value) for value, answer in zip(unlikelihood, answers, strict=True) if answer)
     return {PERPLEXITY: Values(each, "geometric_mean")} if each else {}
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.inf if math.isnan(nats) else math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def side_by_side(original: Measured, edited: Measured, bootstrap: Bootstrap) -> dict[str, dict[str, Any]]:
@@ -126,7 +136,7 @@ def final_results(
     scored and under which settings."""
     return {
         **more,
-        "held_out": all(part["part"] == "test" for part in parts.values()),
+        "held_out": all(part["part"] == "test" and not part["seen"] for part in parts.values()),
         "prompts": dict(parts),
         "answer_tokens": asked.answer_tokens,
         "kl_tokens": asked.kl_tokens,

@@ -5,8 +5,9 @@ many prompts, with replacement, from those that there are, and an interval of 95
 (Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3). Both models are scored on the same drawn
 prompts, so that the interval of a change is that of a paired comparison.
 
-Where a yes or no is the same for every prompt, all samples are alike and would promise certainty. There one end is that
-of the exact binomial interval (Clopper and Pearson 1934): 0 of n may be up to 1 - 0.025^(1/n).
+Where a yes or no is the same for nearly every prompt, samples are nearly alike and would promise certainty. So each end
+of a count's interval is at least as far out as that of the exact binomial one (Clopper and Pearson 1934): 0 of n may be
+up to 1 - 0.025^(1/n). Of the change of a count that holds where it is the same for every prompt.
 
 Shapes: N prompts, R samples.
 """
@@ -53,16 +54,21 @@ class Bootstrap:
 
     def of(self, values: Values) -> Scored:
         """A score and its interval. Raises ValueError without prompts."""
-        ends = _ends_of_one_answer(values.each, 0.0) if values.combine == "sum" else None
-        return self._interval(values.score, self._scores(values), ends)
+        found = self._interval(values.score, self._scores(values), None)
+        if values.combine != "sum" or any(value not in (0, 1) for value in values.each):
+            return found
+        low, high = _exact_ends(round(values.score), len(values.each))
+        return Scored(found.score, min(found.low, low), max(found.high, high))
 
     def change(self, before: Values, after: Values) -> Scored:
         """How much the second score is above the first one, both on the same prompts, and the interval of that."""
         if len(before.each) != len(after.each) or before.combine != after.combine:
             raise ValueError("two scores of different prompts, or of different kinds, cannot be compared")
         each = [b - a for a, b in zip(before.each, after.each, strict=True)]
-        ends = _ends_of_one_answer(each, -1.0) if after.combine == "sum" else None
-        return self._interval(after.score - before.score, self._scores(after) - self._scores(before), ends)
+        ends = _ends_of_one_change(each) if after.combine == "sum" else None
+        with np.errstate(invalid="ignore"):  # the difference of two scores without bounds is no number
+            samples_R = self._scores(after) - self._scores(before)
+        return self._interval(after.score - before.score, samples_R, ends)
 
     def _scores(self, values: Values) -> Floats:
         """The scores [R] of all samples."""
@@ -85,17 +91,36 @@ class Bootstrap:
 
     @staticmethod
     def _interval(score: float, samples_R: Floats, ends: tuple[float, float] | None) -> Scored:
-        low, high = ends or (float(end) for end in np.quantile(samples_R, [_TAIL, 1 - _TAIL]))
+        with np.errstate(invalid="ignore"):
+            low, high = ends or (float(end) for end in np.quantile(samples_R, [_TAIL, 1 - _TAIL]))
         return Scored(score, low, high)
 
 
-def _ends_of_one_answer(each: Sequence[float], lowest: float) -> tuple[float, float] | None:
-    """The interval of a count, or of the change of one, where every prompt gives the same: -1, 0 or 1, of which no
-    prompt can give less than ``lowest``. None where they do not."""
+def _exact_ends(k: int, n: int) -> tuple[float, float]:
+    """The exact interval (Clopper and Pearson) of a count of ``k`` of ``n``, in counts."""
+    return n - _most(n - k, n), _most(k, n)
+
+
+def _most(k: int, n: int) -> float:
+    """The largest n·p under which ``k`` or fewer of ``n`` are as likely as the tail."""
+    if k == n:
+        return float(n)
+    ways = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k + 1)]  # log(n over i)
+    low, high = k / n, 1.0
+    for _ in range(50):  # bisection: the probability falls with p
+        p = (low + high) / 2
+        yes, no = math.log(p), math.log1p(-p)
+        likely = math.fsum(math.exp(way + i * yes + (n - i) * no) for i, way in enumerate(ways))
+        low, high = (p, high) if likely > _TAIL else (low, p)
+    return n * (low + high) / 2
+
+
+def _ends_of_one_change(each: Sequence[float]) -> tuple[float, float] | None:
+    """The interval of the change of a count where every prompt gives the same: -1, 0 or 1. None where they do not."""
     first, n = each[0] if each else math.nan, len(each)
     if first not in (-1.0, 0.0, 1.0) or any(value != first for value in each):
         return None
     others = n * (1 - _TAIL ** (1 / n))  # prompts of n that might give something else
     if first == 0.0:
-        return lowest * others, others
+        return -others, others
     return (-n, others - n) if first < 0 else (n - others, n)

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from heretic_ds.errors import UserError
 from heretic_ds.export.final import final_rows, number_text, range_text
-from heretic_ds.prompts import overlaps, read_all, tell_of_overlaps
+from heretic_ds.prompts import Prompts, overlaps, read_all, tell_of_overlaps
+from heretic_ds.prompts.parts import held_out_rows
 from heretic_ds.report.final import final_table
 from heretic_ds.scoring.values import Values
 from heretic_ds.settings import HeldOutSource, PromptPair, PromptSettings, PromptSource
-from heretic_ds.verifying.final import side_by_side
+from heretic_ds.verifying.final import _perplexity, final_results, side_by_side
 from heretic_ds.verifying.intervals import Bootstrap, Scored
 from heretic_ds.verifying.measures import Likelihoods, repetition
 from heretic_ds.world import World
@@ -75,6 +76,17 @@ def test_where_all_prompts_agree_it_is_the_exact_one(n: int, most: float) -> Non
     assert (change.score, change.low) == (-n, -n) and change.high == pytest.approx(most - n, abs=0.005)
     still = Bootstrap().change(counted(n, n), counted(n, n))
     assert still.low == pytest.approx(-most, abs=0.005) and still.high == pytest.approx(most, abs=0.005)
+
+
+def test_ends_of_a_count_are_never_narrower_than_exact() -> None:
+    """Clopper and Pearson: 1 of 80 may be up to 6.769 %, 5 of 20 between 8.657 and 49.105 %."""
+    found = [Bootstrap().of(counted(ones, 80)) for ones in range(81)]
+    assert found[1].high == pytest.approx(80 * 0.06769, abs=0.005) and found[79].low == 80 - found[1].high
+    five = Bootstrap().of(counted(5, 20))
+    assert five.low <= 20 * 0.08657 + 1e-3 and five.high >= 20 * 0.49105 - 1e-3
+    for name in ("low", "high"):
+        ends = [getattr(each, name) for each in found]
+        assert ends == sorted(ends)
 
 
 def test_a_mean_of_equal_numbers_has_no_width() -> None:
@@ -156,6 +168,20 @@ def test_likelihoods_of_the_originals_own_answers() -> None:
             assert found[place] == pytest.approx(expected, rel=1e-5) if answer else math.isnan(found[place])
 
 
+def test_perplexity_of_a_broken_model_is_of_the_same_prompts() -> None:
+    """No answer: no perplexity. No number, or one too large: without bounds, which JSON has as null."""
+    answers = [[3, 1], [], [2]]
+    before = _perplexity([0.5, math.nan, 0.1], answers)["perplexity"]
+    for bad in (800.0, math.nan):
+        after = _perplexity([0.5, math.nan, bad], answers)["perplexity"]
+        assert isinstance(before, Values) and isinstance(after, Values)
+        assert after.each == (math.exp(0.5), math.inf)
+        both = {"target": {}, "baseline": {"perplexity": before}}, {"target": {}, "baseline": {"perplexity": after}}
+        found = side_by_side(*both, Bootstrap(100))["baseline"]["perplexity"]
+        assert found["edited"]["score"] is None and found["change"]["score"] is None and found["prompts"] == 2
+        json.dumps(found, allow_nan=False)
+
+
 def test_ranks_find_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that sees no logits tells nothing, and of two that saw one prompt the first counts."""
     parts = [{1: (0.1, 0.2, 0.3)}, {}, {0: (1.0, 2.0, 3.0), 1: (9.0, 9.0, 9.0)}]
@@ -193,6 +219,18 @@ def test_rows_that_are_behind_one_part_and_in_the_other_are_not(tmp_path: Path) 
     train, evaluated = (PromptSource(whole.source, slice=cut) for cut in ("0:3", "3:6"))
     found = read_all(prompts_of(PromptPair(train, evaluated), tmp_path), 100)
     assert found["target.test"].texts == ["a 6", "a 7", "a 8"]
+
+
+def test_other_white_space_and_case_make_no_other_prompt() -> None:
+    found = held_out_rows(Prompts(["a b"], 3, ["C"]), Prompts(["d"], 3, ["A  b", "c", "D ", "e"]), 100)
+    assert found is not None and found.texts == ["c", "e"]
+
+
+def test_prompts_that_were_seen_are_not_held_out() -> None:
+    asked = SimpleNamespace(answer_tokens=1, kl_tokens=1)
+    for seen, part, held in ((0, "test", True), (1, "test", False), (0, "eval", False)):
+        parts = {"target": {"part": "test", "seen": 0}, "baseline": {"part": part, "seen": seen}}
+        assert final_results({}, parts, asked, Bootstrap(), {})["held_out"] is held  # type: ignore[arg-type]
 
 
 def test_files_that_are_used_whole_leave_none(tmp_path: Path) -> None:

@@ -276,3 +276,16 @@ def test_what_a_kill_left_of_a_file_is_removed(tmp_path: Path) -> None:
         hidden = {file.name for file in (tmp_path / "run").glob(".*")}
     assert hidden == {".lock", ".mine.tmp", ".mine"}
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_links_that_a_killed_optuna_leaves_are_no_way_out(tmp_path: Path) -> None:
+    """Of either journal; any other link is refused."""
+    with opened(tmp_path / "run"):
+        pass
+    for journal in ("study.journal", "screening.journal"):
+        (tmp_path / "run" / f"{journal}.lock").symlink_to(tmp_path / "run" / journal)
+    with opened(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "other.journal.lock").symlink_to(tmp_path / "run" / "study.journal")
+    with pytest.raises(UserError, match=r"other\.journal\.lock, which is a link"), opened(tmp_path / "run"):
+        pass

@@ -241,11 +241,13 @@ def test_settings_of_a_class_of_ones_own(own_module: None) -> None:
             ["refusals", {"_target_": "refusals"}],
             "more than one scorer called 'refusals'; name each only once, or call",
         ),
-        (["refusals", {"_target_": "length", "name": "kl"}], "'kl' is what the divergence is called that is always"),
+        (["refusals", {"_target_": "length", "name": "kl"}], "'kl' is the name of a measure that there always is"),
+        (["refusals", {"_target_": "length", "name": "tokens"}], "'tokens' is the name of a measure"),
+        (["refusals", {"_target_": "length", "name": "perplexity"}], "'perplexity' is the name of a measure"),
         ([{"_target_": "perplexity", "of": "x"}], "perplexity.of is 'x'; choose one of answers, text"),
         (["my_scorers.Silent"], "my_scorers.Silent gives no number; give the class a method `score` or `each`"),
         (["my_scorers.Quiet"], "my_scorers.Quiet gives no number; give the class a method `of` or `each`"),
-        (["my_scorers.Kl"], "'kl' is what the divergence is called"),
+        (["my_scorers.Kl"], "'kl' is the name of a measure"),
     ],
 )
 def test_what_is_refused(own_module: None, entries: list[Any], message: str) -> None:

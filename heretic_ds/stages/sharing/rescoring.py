@@ -230,4 +230,10 @@ def _show(run: Run, seconds: str) -> None:
                 "prompts.%s.test.source names others",
                 kind, kind,
             )  # fmt: skip
+        elif part["seen"]:
+            log.warning(
+                "%d of %d test prompts that final scores of %s prompts are on were seen before, which flatters the "
+                "edit; prompts.%s.test.source names others",
+                part["seen"], part["prompts"], kind, kind,
+            )  # fmt: skip
     log.info("final scores: %s", seconds)
