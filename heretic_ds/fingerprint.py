@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.settings import Settings
+from heretic_ds.settings.nodes import TARGET
 from heretic_ds.settings.search import DIRECT, SCREENED
 
 _SAMPLED_BYTES = 65536
@@ -43,7 +44,9 @@ _FINAL_SETTINGS = ("prompts.target.test", "prompts.baseline.test", "verify")
 
 
 _SPEED = ("device", "batch_size", "keep")
-"""Settings of a scorer that say where and how fast it works, and not what it gives."""
+"""Settings of the built-in classifier that say where and how fast it works, and not what it gives."""
+
+_CLASSIFIER = ("classifier", "heretic_ds.scoring.Classifier", "heretic_ds.scoring.classifier.Classifier")
 
 
 _BEFORE = {"search.strategy": DIRECT, "search.candidates": 0}
@@ -87,7 +90,9 @@ def final_fingerprint(settings: Settings) -> dict[str, Any]:
 
 def _what_scores(scorer: Any) -> Any:
     """An entry of ``scoring.scorers`` as far as scores depend on it."""
-    return {name: v for name, v in scorer.items() if name not in _SPEED} if isinstance(scorer, dict) else scorer
+    if not isinstance(scorer, dict) or scorer.get(TARGET) not in _CLASSIFIER:
+        return scorer
+    return {name: value for name, value in scorer.items() if name not in _SPEED}
 
 
 def completed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:

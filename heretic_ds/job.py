@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,22 +20,26 @@ from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.memory import free_on_host
 from heretic_ds.prompts import (
-    TEST,
+    TESTS,
     ChatFormat,
     OwnPrompts,
     Prompts,
     PromptSet,
     as_text,
     check_lengths,
+    context_of,
     decode_answers,
     read_all,
     read_own_prompts,
     tell_of_overlaps,
 )
-from heretic_ds.scoring import make_scorers
+from heretic_ds.scoring import make_scorers, refuse_unscreened
 from heretic_ds.scoring.base import DistributionScorer, Scorer
-from heretic_ds.settings import Settings
+from heretic_ds.settings import AUTO_TEST, Settings
+from heretic_ds.settings.search import SCREENED
 from heretic_ds.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +68,7 @@ class Job:
         local = world.agree(lambda: local_folder(settings.model.path))  # a wrong path, before data sets are downloaded
         found = world.decide(lambda: _all_prompts(settings), "reading the prompts") if with_prompts else {}
         texts, rows = {n: each.texts for n, each in found.items()}, {n: each.rows for n, each in found.items()}
-        scorers = world.agree(lambda: make_scorers(settings.scoring), "making the scorers")
+        scorers = world.agree(lambda: _scorers(settings), "making the scorers")
         own = OwnPrompts()
         if with_prompts:
             own = world.decide(lambda: read_own_prompts(scorers), "reading the scorers' prompts")
@@ -88,7 +93,7 @@ class Job:
         def digest(content: object) -> str:
             return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-        lists = {name: texts for name, texts in self.texts.items() if not name.endswith(f".{TEST}")}
+        lists = {name: texts for name, texts in self.texts.items() if name not in TESTS}
         lists |= {f"scoring.{name}": prompts.texts for name, prompts in self.own.read.items()}
         found: dict[str, Any] = {f"{_setting(name)}.digest": digest(texts) for name, texts in lists.items()}
         for scorer in self.scorers:
@@ -98,10 +103,35 @@ class Job:
         return found
 
     def check_lengths(self) -> None:
-        """Refuse prompts that leave no room for an answer in the model's context."""
-        for name in self.texts:
-            longest = None if name.endswith(f".{TEST}") else self.settings.generation.max_new_tokens
-            check_lengths(self.prompts(name).rows, longest, self.opened.config, _setting(name))
+        """Refuse prompts that leave no room for an answer in the model's context; leave them out of test prompts that
+        nobody named. Test prompts are looked at where final scores are taken."""
+        final = self.settings.verify.final and self.settings.task.name in ("abliterate", "export")
+        for name in list(self.texts):
+            if name in TESTS and not final:
+                continue
+            if name in TESTS and getattr(self.settings.prompts, name.partition(".")[0]).test.source == AUTO_TEST:
+                self._leave_out_long(name)
+            else:
+                new_tokens = self.settings.generation.max_new_tokens
+                check_lengths(self.prompts(name).rows, new_tokens, self.opened.config, _setting(name))
+
+    def _leave_out_long(self, name: str) -> None:
+        """Leave prompts without room for an answer out of a list, and the list out where no prompt is left."""
+        texts, context = self.texts[name], context_of(self.opened.config)
+        if context is None:
+            return
+        most = context - self.settings.generation.max_new_tokens
+        fit = [text for text, row in zip(texts, self.prompts(name).rows, strict=True) if len(row) <= most]
+        if len(fit) == len(texts):
+            return
+        log.info(
+            "prompts.%s: %d of %d prompts are left out: they have no room for generation.max_new_tokens=%d in the "
+            "model's context of %d",
+            name, len(texts) - len(fit), len(texts), self.settings.generation.max_new_tokens, context,
+        )  # fmt: skip
+        self.texts[name] = fit
+        if not fit:
+            del self.texts[name]
 
     def check_memory(self) -> None:
         """Refuse what scorers would keep on the host where that has no room for it."""
@@ -137,6 +167,13 @@ class Job:
     def text_of(self, answers: Sequence[Sequence[int]]) -> list[str]:
         """Answers' token ids as text."""
         return decode_answers(self.opened.tokenizer, answers)
+
+
+def _scorers(settings: Settings) -> list[Scorer | DistributionScorer]:
+    scorers = make_scorers(settings.scoring)
+    if settings.search.strategy == SCREENED and settings.task.name == "abliterate":
+        refuse_unscreened(scorers[0])
+    return scorers
 
 
 def _check(scorers: Sequence[Scorer | DistributionScorer]) -> None:

@@ -17,6 +17,8 @@ PARTS = ("train", "eval")
 """Parts that there always are."""
 TEST = "test"
 """The part that nothing is chosen by, where there is one."""
+TESTS = tuple(f"{kind}.{TEST}" for kind in KINDS)
+"""Lists that final scores alone are taken on."""
 
 
 def read_all(settings: PromptSettings, most: int) -> dict[str, Prompts]:

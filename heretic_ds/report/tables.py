@@ -23,6 +23,18 @@ LEGEND = Text("* the best so far: no earlier trial beats it", "dim")
 """What stands above rows of trials."""
 
 
+def score_in_words(score: float, scorer: str = REFUSALS) -> str:
+    """``3 refusals``, or ``length 12.5`` of a first scorer that counts no prompts."""
+    return f"{score:g} refusals" if scorer == REFUSALS else f"{scorer} {score:g}"
+
+
+def share_in_words(score: float, prompts: int, scorer: str = REFUSALS) -> str:
+    """``3 of 80 target prompts declined``, or ``length 12.5 on 80 target prompts``."""
+    if scorer == REFUSALS:
+        return f"{score:g} of {prompts} target prompts declined"
+    return f"{scorer} {score:g} on {prompts} target prompts"
+
+
 def kl_text(kl: float | None) -> str:
     """A KL divergence in nats with three significant digits."""
     return "-" if kl is None else f"{kl:.3g}"

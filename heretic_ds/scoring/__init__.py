@@ -19,7 +19,7 @@ from heretic_ds.scoring.repetition import Repetition
 from heretic_ds.settings import ScoringSettings
 from heretic_ds.settings.checks import find_class
 from heretic_ds.settings.nodes import TARGET, options_of
-from heretic_ds.settings.scoring import NONE
+from heretic_ds.settings.scoring import MAXIMIZE, NONE
 
 __all__ = [
     "SCORERS",
@@ -33,6 +33,7 @@ __all__ = [
     "Scorer",
     "TokenDivergence",
     "make_scorers",
+    "refuse_unscreened",
 ]
 
 AnyScorer = Scorer | DistributionScorer
@@ -80,6 +81,16 @@ def make_scorers(settings: ScoringSettings) -> list[AnyScorer]:
             "what the search goes by; put another one first"
         )
     return scorers
+
+
+def refuse_unscreened(first: AnyScorer) -> None:
+    """Raise UserError where edits cannot be compared by what the original answered: ``search.strategy=screened``."""
+    if not isinstance(first, Scorer) or first.direction == MAXIMIZE:
+        kind = "is maximised" if isinstance(first, Scorer) else "is of distributions"
+        raise UserError(
+            f"search.strategy=screened needs a first scorer of answers that is minimised, and {first.name} {kind}; set "
+            "search.strategy=direct"
+        )
 
 
 def _made(given: Any, settings: ScoringSettings) -> AnyScorer:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from heretic_ds.ablation import Edit
-from heretic_ds.errors import UserError
 from heretic_ds.placements import Evaluating
 from heretic_ds.prompts import PromptSet, TokenRows
+from heretic_ds.scoring import refuse_unscreened
 from heretic_ds.scoring.agreement import Agreement, agreements
 from heretic_ds.scoring.base import Decided, DistributionScorer, Scorer
 from heretic_ds.scoring.kl import Divergence
@@ -81,6 +81,7 @@ class Objective:
         world: World | None = None,
     ) -> None:
         self._engine, self._own, self._world = engine, own or {}, world or World()
+        self._goes_by = scorers[0]
         self._first, self._maximize = scorers[0].name, scorers[0].direction == MAXIMIZE
         self._target, self._text_of = target, text_of
         self._how = how
@@ -134,12 +135,7 @@ class Objective:
         is not of answers, or is to be maximised."""
         asked = [(at, scorer) for at, each in enumerate(self._asked) for scorer in each.scorers]
         of_first = [(at, scorer) for at, scorer in asked if scorer.name == self._first]
-        if not of_first or self._maximize:
-            kind = "is maximised" if self._maximize else "is of distributions"
-            raise UserError(
-                "search.strategy=screened needs a first scorer of answers that is minimised, and "
-                f"{self._first} {kind}; set search.strategy=direct"
-            )
+        refuse_unscreened(self._goes_by)
         [(place, first)] = of_first
         prompts, answers = self._asked[place].prompts, self._original_tokens[place]
         told = list(zip(prompts.texts, self._text_of(answers), strict=True))

@@ -24,7 +24,7 @@ class SearchSettings:
     trials: int = within(200, ge=1)
     """Number of trials in the study, those of earlier runs in the same folder included."""
     startup_trials: int = within(60, ge=0)
-    """Trials drawn at random before the sampler starts to learn."""
+    """Trials of ``direct`` that are drawn at random before the sampler starts to learn."""
     seed: int = within(0, ge=0)
     """Seed of the sampler."""
     trials_per_pass: str = AUTO

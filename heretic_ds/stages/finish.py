@@ -31,7 +31,7 @@ from heretic_ds.foreign.reading import read_json
 from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
-from heretic_ds.report.tables import agreement_table, pareto_table
+from heretic_ds.report.tables import agreement_table, pareto_table, score_in_words
 from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
@@ -109,8 +109,9 @@ def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialSc
     """:func:`verify` the edit of a trial, and show its scores beside those of the search."""
     scores = verify(run, objective, record.edit)
     log.info(
-        "trial %d: %g refusals at KL %.3g in the search, %g refusals at KL %.3g on edited weights",
-        record.index, record.refusals, record.kl, scores.refusals, scores.kl,
+        "trial %d: %s at KL %.3g in the search, %s at KL %.3g on edited weights",
+        record.index, score_in_words(float(record.refusals or 0.0), run.scorer), record.kl,
+        score_in_words(scores.refusals, run.scorer), scores.kl,
     )  # fmt: skip
     return scores
 
@@ -283,8 +284,15 @@ def finish(run: Run) -> tuple[float, float] | None:
 
 
 def objective_of(results: dict[str, Any]) -> tuple[float, float] | None:
-    """(refusal rate, KL) of a run's verified edit, which is what a sweep over runs minimises."""
+    """(refusal rate, KL) of a run's verified edit, which is what a sweep over runs minimises.
+
+    A first scorer that counts nothing gives its score in place of the rate, one that is maximised the negated one.
+    """
     verified = results["verified"]
     if verified is None:
         return None
-    return verified["refusals"] / results["prompts"]["target_eval"], verified["kl"]
+    scorer: dict[str, Any] = next(iter(results.get("scorers", ())), {})
+    score = verified["refusals"]
+    if scorer.get("combine", "sum") == "sum":
+        score /= scorer.get("count", results["prompts"]["target_eval"])
+    return -score if scorer.get("direction") == MAXIMIZE else score, verified["kl"]

@@ -9,6 +9,7 @@ from dataclasses import astuple
 from heretic_ds.ablation import Edit, Profile
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reading
+from heretic_ds.report.tables import score_in_words, share_in_words
 from heretic_ds.run_folder import read_results
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
@@ -58,7 +59,7 @@ def verify_named(run: Run, objective: Objective, edit: Edit, record: TrialRecord
     refuse_idle(run, edit)
     if record is None:
         scores = verify(run, objective, edit)
-        log.info("on edited weights: %g refusals at KL %.3g", scores.refusals, scores.kl)
+        log.info("on edited weights: %s at KL %.3g", score_in_words(scores.refusals, run.scorer), scores.kl)
     else:
         verify_trial(run, objective, record)
         run.results["trials"] = [record.to_dict()]
@@ -89,9 +90,10 @@ def score_fixed_edit(run: Run, objective: Objective) -> None:
         kl=scores.kl,
         scores=scores.scores,
         seconds=time.perf_counter() - started,
+        maximize=scores.maximize,
     )
     run.results["trials"], run.results["pareto"], run.results["selected"] = [record.to_dict()], [0], 0
     prompts = run.results["prompts"]["target_eval"]
     what = "edited model" if edit else "model as it is"
-    log.info("%s: %g of %d target prompts declined, KL %.6g", what, scores.refusals, prompts, scores.kl)
+    log.info("%s: %s, KL %.6g", what, share_in_words(scores.refusals, prompts, run.scorer), scores.kl)
     show_agreement(run)

@@ -21,7 +21,7 @@ from heretic_ds.placements import Capturing
 from heretic_ds.prompts import ChatFormat, Parting, decode_answers, detect_response_prefix, start_apart
 from heretic_ds.prompts.own import USUAL
 from heretic_ds.report.stages import took
-from heretic_ds.report.tables import REFUSALS
+from heretic_ds.report.tables import share_in_words
 from heretic_ds.search.objective import How, Objective
 from heretic_ds.stages.opening import Run
 
@@ -209,9 +209,7 @@ def measure_original(run: Run) -> Objective:
     run.objective, original = objective, objective.original
     run.results["baseline"] = {"refusals": original.refusals, "scores": dict(original.scores)}
     prompts = len(job.texts["target.eval"])
-    told = f"{original.refusals:g} of {prompts} target prompts declined"
-    if run.scorer != REFUSALS:
-        told = f"{run.scorer} {original.refusals:g} on {prompts} target prompts"
+    told = share_in_words(original.refusals, prompts, run.scorer)
     log.info("the original model: %s, %s", told, took(work))
     run.remember()
     return objective

@@ -18,7 +18,7 @@ from heretic_ds.job import Job
 from heretic_ds.placements import Placement, left_open, placements_of, settled
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner import Candidate, Plan, facts_of, machine_here, machine_of, make_plan, placements_for
-from heretic_ds.prompts import TEST
+from heretic_ds.prompts import TESTS
 from heretic_ds.run_folder import read_measured
 from heretic_ds.settings import PHASES, Settings
 from heretic_ds.world import World
@@ -93,7 +93,7 @@ def _choose(job: Job) -> dict[str, Any]:
     """The planner's choice for a job's ranks, and the sentence that says why."""
     world = job.world
     machine = machine_for(job.settings, job.opened.device, world)
-    searched = [name for name in job.texts if not name.endswith(f".{TEST}")]
+    searched = [name for name in job.texts if name not in TESTS]
 
     def choose() -> dict[str, Any]:
         plan = plan_of(job, machine, world.size, {name: _lengths(job, name) for name in searched})

@@ -158,7 +158,7 @@ def test_without_prompts_of_their_own(heretic: Heretic, material: Material) -> N
     assert final["prompts"]["target"] == {"part": "eval", "prompts": 14, "seen": 14}
     assert "none, so final scores are on the eval prompts" in outcome.out
     assert "final scores of target prompts are on the eval prompts, which also chose the edit" in outcome.out
-    assert "those called eval also chose the edit, which flatters it" in Path("run/model/README.md").read_text()
+    assert "Not all of these prompts were held back" in Path("run/model/README.md").read_text()
     off = heretic(*material.words(material.model("llama"), *usual, "verify.final=false"))
     assert off.status == 0 and read_results("run")["final"] is None
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,13 @@ from rich.console import Console
 
 from heretic_ds.errors import UserError
 from heretic_ds.export.final import final_rows, number_text, range_text
+from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.prompts import Prompts, overlaps, read_all, tell_of_overlaps
 from heretic_ds.prompts.parts import held_out_rows
 from heretic_ds.report.final import final_table
 from heretic_ds.scoring.values import Values
-from heretic_ds.settings import HeldOutSource, PromptPair, PromptSettings, PromptSource
+from heretic_ds.settings import HeldOutSource, PromptPair, PromptSettings, PromptSource, Settings
+from heretic_ds.stages.sharing import rescoring
 from heretic_ds.verifying.final import _perplexity, final_results, side_by_side
 from heretic_ds.verifying.intervals import Bootstrap, Scored
 from heretic_ds.verifying.measures import Likelihoods, repetition
@@ -189,6 +192,23 @@ def test_ranks_find_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = SimpleNamespace(distributions=lambda *given: None)
     found = Likelihoods([[1], [1]]).of_other(engine, [[0], [0]], world)  # type: ignore[arg-type]
     assert found == ([1.0, 0.1], [2.0, 0.2], [3.0, 0.3])
+
+
+def test_a_run_whose_export_cannot_be_scored_ends_well(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def score(*given: Any) -> None:
+        raise UserError("there is no room")
+
+    monkeypatch.setattr(rescoring, "_score", score)
+    monkeypatch.setattr(rescoring, "_asked", lambda run: {})
+    (tmp_path / MANIFEST_NAME).write_text("{}")
+    run: Any = SimpleNamespace(
+        results={}, settings=Settings(), world=World(), timed=lambda name: nullcontext(), close=lambda: None
+    )
+    rescoring.final_scores(run, SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type]
+    assert run.results["final"] is None
+    assert "no final scores: there is no room; lower verify.answer_tokens, or set verify.final=false" in caplog.text
 
 
 # Prompts that are held out ----------------------------------------------------------------------------------

@@ -100,3 +100,11 @@ def test_local_files_count_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
     (found,) = differences(before, fingerprint(settings(*overrides)))
     assert found.startswith("model.files.model.safetensors was ")
     assert fingerprint(settings(), **{"model.commit": "abc"})["model.commit"] == "abc"
+
+
+def test_settings_that_make_only_the_built_in_classifier_faster_do_not_count() -> None:
+    for target, same in (("classifier", True), ("heretic_ds.scoring.Classifier", True), ("mine.Scorer", False)):
+        small, large = settings(), settings()
+        small.scoring.scorers = [{"_target_": target, "batch_size": 1}]
+        large.scoring.scorers = [{"_target_": target, "batch_size": 2}]
+        assert (fingerprint(small) == fingerprint(large)) == same

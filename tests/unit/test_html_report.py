@@ -211,6 +211,12 @@ def test_charts_have_a_point_for_every_finished_trial(folder: Path) -> None:
     assert heights["2"] > heights["1"] > heights["4"] > heights["0"]  # y grows downwards
 
 
+@pytest.mark.parametrize("strategy", ["direct", "screened"])
+def test_trials_of_a_screened_search_are_not_drawn_at_random(strategy: str, folder: Path) -> None:
+    (folder / "config.yaml").write_text(f"{CONFIG}  strategy: {strategy}\n")
+    assert ("drawn at random" in page(folder, "refusals", "some-model")) == (strategy == "direct")
+
+
 def test_texts_of_others_are_inert(folder: Path) -> None:
     """Prompts, answers, model, scorer, versions, configuration and command may hold anything."""
     example = dict.fromkeys(("prompt", "original", "edited"), HOSTILE)
@@ -372,7 +378,7 @@ def test_final_scores_come_first(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps(results(final=final)))
     text = page(folder, "refusals", "some-model")
     assert "refusals <strong>3</strong> of 80 (" in text and "the original: 80." in text
-    assert "on prompts that also chose the edit, which flatters it" in text
+    assert "Not all of these prompts were held back, which flatters the edit" in text
     assert "KL divergence, 32 tokens, 2 baseline prompts" in text and "0.1 to 0.3" in text
     assert text.index('id="final"') < text.index('id="scores"') and "<img" not in text
     assert "Target prompts: 80 of the test part." in text and "of which 100 were not held back" in text

@@ -19,7 +19,7 @@ from heretic_ds.search.loop import run_search
 from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import Settings
 from heretic_ds.stages import opening
-from heretic_ds.stages.finish import finish, select_and_verify
+from heretic_ds.stages.finish import finish, objective_of, select_and_verify
 from heretic_ds.stages.fixed import fixed_edit, named_edit
 from heretic_ds.stages.opening import Run, already_finished, export_dir, may_replace, refuse_used_export_folder, run_dir
 from heretic_ds.world import World
@@ -175,6 +175,7 @@ class Verified:
     """An objective that finds, on edited weights, what it is given for each of the verifications."""
 
     original_answers, answers = ["no"] * 10, ["fine"] * 10
+    original = TrialScores(8, 0.0)
 
     def __init__(self, *scores: tuple[float, float]) -> None:
         self.scores = list(scores)
@@ -362,3 +363,22 @@ def test_the_second_interrupt_ends_everything() -> None:
         run_search(WORLD, search, Interrupted(1, times=2), seen.extend)  # type: ignore[arg-type]
     assert search.told == seen == [0]
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+# What a sweep minimises
+
+
+@pytest.mark.parametrize(
+    ("scorer", "expected"),
+    [
+        (None, 0.25),
+        ({"combine": "sum", "direction": "minimize", "count": 8}, 0.25),
+        ({"combine": "sum", "direction": "maximize", "count": 4}, -0.5),
+        ({"combine": "mean", "direction": "minimize", "count": 8}, 2.0),
+        ({"combine": None, "direction": "maximize", "count": 8}, -2.0),
+    ],
+)
+def test_a_sweep_minimises_what_is_worse(scorer: dict[str, Any] | None, expected: float) -> None:
+    results: dict[str, Any] = {"verified": {"refusals": 2, "kl": 0.5}, "prompts": {"target_eval": 8}}
+    results |= {} if scorer is None else {"scorers": [scorer, {"combine": "sum"}]}
+    assert objective_of(results) == (expected, 0.5)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from heretic_ds import progress
+from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.stages.start import start_facts
 from heretic_ds.world import World
@@ -55,3 +58,41 @@ def test_nothing_is_downloaded_where_there_is_a_folder(checked: Any, monkeypatch
     monkeypatch.setattr(progress, "work", noted)
     checked("tiny")
     assert "opening the model" in shown and "downloading the model" not in shown
+
+
+def test_long_test_prompts_that_nobody_named_are_left_out(
+    checked: Any, compose_settings: ComposeSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Named ones are refused, and not looked at where there are no final scores; a scorer's own are no test prompts."""
+    job = checked("model")
+    context = job.opened.config.max_position_embeddings
+    long = "plums " * context
+
+    def lengths_of(*overrides: str, **texts: list[str]) -> set[str]:
+        settings = compose_settings("prompts.target.eval.source=prompts.txt", *overrides, model="model")
+        other = replace(job, settings=settings, texts={"target.test": ["Sow.", long], "baseline.test": [long]} | texts)
+        other.check_lengths()
+        return {name for name, found in other.texts.items() if found == ["Sow."]} | (other.texts.keys() - job.texts)
+
+    with caplog.at_level(logging.INFO, "heretic_ds"):
+        assert lengths_of() == {"target.test"}
+    assert "prompts.target.test: 1 of 2 prompts are left out: they have no room for" in caplog.text
+    named = "prompts.target.test.source=prompts.txt"
+    with pytest.raises(UserError, match=r"prompts\.target\.test: prompt 1 has .* generation\.max_new_tokens"):
+        lengths_of(named)
+    for unused in ("verify.final=false", "task=geometry", "task=evaluate"):
+        assert lengths_of(named, unused) == {"target.test", "baseline.test"}
+    with pytest.raises(UserError, match=r"scoring\.scorers\.test\.prompts: prompt 0"):
+        lengths_of("verify.final=false", **{"scoring.test": [long]})
+    assert not any(name.endswith(".test.digest") and name.startswith("prompts") for name in job.inputs())
+
+
+def test_a_screened_search_refuses_scorers_that_it_cannot_go_by_before_anything_is_loaded(
+    checked: Any, compose_settings: ComposeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = checked("model").settings
+    monkeypatch.setattr("heretic_ds.job.open_model", lambda *_: pytest.fail("something was loaded"))
+    for first in ("kl_tokens", {"_target_": "length", "direction": "maximize"}):
+        settings.scoring.scorers, settings.search.strategy = [first], "screened"
+        with pytest.raises(UserError, match="screened needs a first scorer of answers that is minimised"):
+            Job.check(settings, World())

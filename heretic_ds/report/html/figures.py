@@ -12,6 +12,7 @@ from heretic_ds.report.html.charts import Axis, Chart, bare_scatter, linear, log
 from heretic_ds.report.html.facts import Facts
 from heretic_ds.report.tables import REFUSALS, kl_text
 from heretic_ds.search.trials import TrialRecord
+from heretic_ds.settings.search import DIRECT
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def history(facts: Facts) -> list[Figure]:
     if not scored:
         return []
     startup = min(int(facts.setting("search.startup_trials", 0)), max(record.index for record, _, _ in scored) + 1)
+    if facts.setting("search.strategy", DIRECT) != DIRECT:  # none of whose trials are drawn at random
+        startup = 0
     trials = linear([0, max(record.index for record, _, _ in scored)], "trial", whole=True)
     figures = []
     counts, kls = [refusals for _, refusals, _ in scored], [kl for _, _, kl in scored]

@@ -1,11 +1,12 @@
 """The screened search: many candidates are compared without generating, those that could be on the front are scored.
 
-Two studies, each exact after any kill: that of the candidates, in a journal of its own, and that of the trials. A
-candidate is an edit with two numbers, how likely the original's answers still are and the KL divergence, both on a part
-of the prompts. Candidates are asked for by a sampler that learns from candidates alone. Before a pass of trials a fixed
-number of them has been screened, which follows from the number of trials before it; the pass then takes those that
-:mod:`heretic_ds.search.screened.choice` picks, given what all trials before it scored. So whatever is asked for depends
-on what the two journals hold and on nothing else.
+Two studies, each of which goes on after any kill: that of the candidates, in a journal of its own, and that of the
+trials. A candidate is an edit with two numbers, how likely the original's answers still are and the KL divergence, both
+on a part of the prompts. Candidates are asked for by a sampler that learns from candidates alone. Before a pass of
+trials a fixed number of them has been screened, which follows from the number of trials before it; the pass then takes
+those that :mod:`heretic_ds.search.screened.choice` picks, given what all trials before it scored. So whatever is asked
+for depends on what the two journals hold and on nothing else. Where a kill cut a pass in which several candidates were
+screened together, the last digits of those that are screened again can differ: other edits are computed beside them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.adapters import Adapter, make_adapter, worn
 from heretic_ds.export.adapter import resident_writer, stored_writer
 from heretic_ds.export.card import AdapterFacts
+from heretic_ds.report.tables import score_in_words
 from heretic_ds.stages.opening import Run
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ def _resident(run: Run, edit: Edit, whole: LoadedModel) -> Adapter:
     engine.apply(edit)
     run.results["adapter"] = asdict(AdapterFacts(*_kind_of(adapter), scores.refusals, scores.kl))
     log.info(
-        "an adapter of rank %d, %s: %g refusals at KL %.3g on the original with it",
-        adapter.rank, _how_near(adapter), scores.refusals, scores.kl,
+        "an adapter of rank %d, %s: %s at KL %.3g on the original with it",
+        adapter.rank, _how_near(adapter), score_in_words(scores.refusals, run.scorer), scores.kl,
     )  # fmt: skip
     limit = run.settings.export.max_kl
     if scores.kl > limit:

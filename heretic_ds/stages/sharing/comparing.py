@@ -11,6 +11,7 @@ from heretic_ds.ablation import Edit
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.prompts.own import USUAL
+from heretic_ds.report.tables import share_in_words
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.stages.finish import note_agreement, show_agreement
 from heretic_ds.stages.measure import find_response_prefix, measure_original
@@ -39,7 +40,9 @@ def compare_models(run: Run) -> None:
         own = edited.own_prompts(usual)
         scores = objective.of_other(run.engine, usual["target.eval"], usual["baseline.eval"], own)
     seconds = time.perf_counter() - started
-    record = TrialRecord(0, 0, COMPLETE, Edit(None, {}), scores.refusals, scores.kl, scores.scores, seconds)
+    record = TrialRecord(
+        0, 0, COMPLETE, Edit(None, {}), scores.refusals, scores.kl, scores.scores, seconds, scores.maximize
+    )
     results = run.results
     results["against"] = original.opened.source.name
     results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
@@ -47,8 +50,8 @@ def compare_models(run: Run) -> None:
     note_agreement(run, objective, scores)
     show_agreement(run)
     log.info(
-        "%s: %g of %d target prompts declined, %g by %s; KL from it %.6g",
-        edited.opened.source.name, scores.refusals, results["prompts"]["target_eval"],
+        "%s: %s, %g by %s; KL from it %.6g",
+        edited.opened.source.name, share_in_words(scores.refusals, results["prompts"]["target_eval"], run.scorer),
         objective.original.refusals, original.opened.source.name, scores.kl,
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from typing import Any
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.edits.adapters import Adapter, worn
+from heretic_ds.errors import UserError
 from heretic_ds.export.final import FinalRow, final_rows, number_text, range_text
 from heretic_ds.export.merging import MergedFiles, link_companions, read_adapter
 from heretic_ds.export.target import MANIFEST_NAME, scratch_folder
@@ -45,7 +46,8 @@ def final_scores(run: Run, *exported: Exported) -> None:
     """Score what was exported, and write it to the results, to its card and to its manifest; shown is the last of it.
 
     The run's own engine is closed for that: one model is in memory at a time, under the placement that evaluates. What
-    a manifest holds already, of an earlier run that was ended behind this, is taken from there.
+    a manifest holds already, of an earlier run that was ended behind this, is taken from there. Where a model cannot be
+    scored, for want of memory or of room for such answers, there are none, which is said: the run has done its work.
     """
     run.results["final"] = None
     if not run.settings.verify.final or not exported:
@@ -57,7 +59,10 @@ def final_scores(run: Run, *exported: Exported) -> None:
         if left:
             run.close()
             run.objective = None
-            _score(run, left, asked)
+            try:
+                _score(run, left, asked)
+            except UserError as error:  # raised alike on all ranks; what was exported is whole without these scores
+                log.warning("no final scores: %s; lower verify.answer_tokens, or set verify.final=false", error)
         run.results["final"] = run.world.decide(partial(_known, exported[-1], asked))
         if run.results["final"] is not None:
             _show(run, took(work))
