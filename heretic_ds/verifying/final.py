@@ -77,7 +77,7 @@ def _of_answers(prompts: Mapping[str, PromptSet], answers: Mapping[str, Answers]
             for scorer in asked.scorers
             if isinstance(scorer, Scorer)
         }
-        own = {
+        own: dict[str, Values | float] = {
             TOKENS: Values(tuple(float(len(row)) for row in given.rows), "mean"),
             REPETITION: Values(tuple(map(repetition, given.rows)), "mean"),
         }
