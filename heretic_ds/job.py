@@ -89,18 +89,18 @@ class Job:
 
     def inputs(self) -> dict[str, Any]:
         """What only reading the inputs tells of them, for a run to know them again."""
-
-        def digest(content: object) -> str:
-            return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
         lists = {name: texts for name, texts in self.texts.items() if name not in TESTS}
         lists |= {f"scoring.{name}": prompts.texts for name, prompts in self.own.read.items()}
-        found: dict[str, Any] = {f"{_setting(name)}.digest": digest(texts) for name, texts in lists.items()}
+        found: dict[str, Any] = {f"{_setting(name)}.digest": _digest(texts) for name, texts in lists.items()}
         for scorer in self.scorers:
             found |= {f"scoring.{scorer.name}.{name}": value for name, value in scorer.inputs().items()}
-        found["prompts.chat_template"] = digest(str(self.chat.tokenizer.chat_template))
+        found["prompts.chat_template"] = self.template_digest()
         found["model.commit"] = self.opened.source.revision
         return found
+
+    def template_digest(self) -> str:
+        """Tells the model's own chat template from others."""
+        return _digest(str(self.chat.tokenizer.chat_template))
 
     def check_lengths(self) -> None:
         """Refuse prompts that leave no room for an answer in the model's context; leave them out of test prompts that
@@ -174,6 +174,10 @@ def _scorers(settings: Settings) -> list[Scorer | DistributionScorer]:
     if settings.search.strategy == SCREENED and settings.task.name == "abliterate":
         refuse_unscreened(scorers[0])
     return scorers
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _check(scorers: Sequence[Scorer | DistributionScorer]) -> None:

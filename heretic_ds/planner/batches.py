@@ -1,7 +1,9 @@
 """Batch sizes that were measured for a model on a machine: kept for later runs beside what was measured of the machine.
 
 They are used again where all that they depend on is the same: the shapes of the model and how it lies on which devices,
-the lengths of the prompts and answers, the versions of the libraries; and where as much memory is free as they take.
+the lengths of the prompts and answers, the versions of the libraries; and where twice the memory that they take is
+free. On CUDA, where a pass that runs out of memory is tried again with fewer rows, what they take may not have been
+asked (0 bytes), and they are used without asking.
 """
 
 from __future__ import annotations
@@ -58,12 +60,21 @@ class KeptBatches:
                 log.info("batch size for %s: %d rows (as measured before)", PHASES.get(phase, phase), kept["rows"])
         return self
 
+    def prefer(self, sizes: Mapping[str, int]) -> None:
+        """Give the engine the sizes of an earlier run of the same folder instead."""
+        for phase, rows in sizes.items():
+            if self._engine.batch_sizes.get(phase) != rows:
+                self._engine.batch_bytes.pop(phase, None)  # those of a batch of another size
+            self._engine.batch_sizes[phase] = rows
+
     def keep(self) -> None:
-        """Write what the engine has measured, or halved, where that is new. A size that was larger than there is memory
-        for today stays for other days."""
+        """Write what the engine has measured where that is new. A size that was larger than there is memory for today,
+        or was halved today, stays for other days."""
         sizes, phases = self._engine.batch_sizes, dict(self._phases)
         for phase, taken in self._engine.batch_bytes.items():
-            if phase in sizes and taken >= phases.get(phase, {}).get("bytes", 0):
+            before = phases.get(phase, {"rows": 0, "bytes": 0})
+            halved = not taken and sizes.get(phase, 0) < before["rows"]
+            if phase in sizes and taken >= before["bytes"] and not halved:
                 phases[phase] = {"rows": sizes[phase], "bytes": taken}
         if phases != self._phases:
             self._phases = phases
@@ -72,7 +83,7 @@ class KeptBatches:
 
 def _read(file: Path) -> dict[str, dict[str, int]]:
     """The sizes in a file; none where there is no file, or none that this wrote."""
-    if not file.exists():
+    if not os.path.exists(file):  # False where the folder may not be looked into
         return {}
     try:
         content = read_json(file)
@@ -101,7 +112,7 @@ def _circumstances(job: Job, engine: Engine, layout: tuple[type[Placement], Plac
         "trials_per_pass": str(settings.search.trials_per_pass),
         "row_norm": settings.ablation.row_norm,
         "prompts": {name: _lengths(texts) for name, texts in job.texts.items()},
-        "format": [len(settings.prompts.system or ""), job.inputs()["prompts.chat_template"]],
+        "format": [job.chat.added_characters, job.template_digest()],
     }
 
 

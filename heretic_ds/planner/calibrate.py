@@ -99,7 +99,7 @@ def _key(device: torch.device, threads: int, ranks: int) -> str:
 def _load(file: Path) -> Machine | None:
     """What is kept; None where there is nothing, or nothing that makes a machine."""
     try:
-        return machine_of(read_json(file)) if file.exists() else None
+        return machine_of(read_json(file)) if os.path.exists(file) else None
     except UserError as error:
         log.warning("%s is damaged (%s): this machine is measured anew", file, error)
         return None

@@ -104,6 +104,11 @@ class ChatFormat:
             self._tokens[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return list(self._tokens[text])
 
+    @property
+    def added_characters(self) -> int:
+        """How much longer a prompt is as the model is given it, without a response prefix."""
+        return len(self._apply_template(self.messages(_PROBE))) - len(_PROBE)
+
     def closing_prefix(self) -> str:
         """Text that closes a chain-of-thought block that the generation prompt opens; empty for none."""
         rendered = self._apply_template(self.messages(_PROBE))

@@ -168,8 +168,8 @@ class Run:
         self._use_measured_batch_sizes()
 
     def _use_measured_batch_sizes(self) -> None:
-        if self._engine is not None and not self.settings.generation.batch_size:  # one that the user gives counts
-            self._engine.batch_sizes.update(self.measured.get("batch_sizes", {}).get(self._where, {}))
+        if self._kept is not None and not self.settings.generation.batch_size:  # one that the user gives counts
+            self._kept.prefer(self.measured.get("batch_sizes", {}).get(self._where, {}))
 
     @property
     def _where(self) -> str:

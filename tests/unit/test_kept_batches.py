@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from heretic_ds.job import Job
 from heretic_ds.placements import placements_of
 from heretic_ds.planner import KeptBatches, batches, calibrate
+from heretic_ds.prompts import ChatFormat
 from heretic_ds.world import World
 from tests import families
 from tests.conftest import ComposeSettings
@@ -104,11 +106,16 @@ def other_shapes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "opened", replace(job.opened, headers={name: replace(info, shape=(1, 2))}))
 
 
+def other_template(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = "A long preamble. " * 20 + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr(job, "chat", ChatFormat(job.opened.tokenizer, replace(job.settings.prompts, template=long)))
+
+
 @pytest.mark.parametrize(
     "change",
     [
         other_prompts, longer_answers, other_memory, other_versions, other_threads, other_processor, other_ranks,
-        other_shapes,
+        other_shapes, other_template,
     ],
 )  # fmt: skip
 def test_sizes_of_other_circumstances_are_not_used(
@@ -146,12 +153,40 @@ def test_no_more_memory_is_taken_than_is_free_today(job: Job, monkeypatch: pytes
     assert known(job) == {"kl": 48}
 
 
-def test_a_size_that_was_halved_is_kept_as_it_is_now(job: Job) -> None:
+def test_a_size_that_was_halved_today_is_whole_another_day(job: Job) -> None:
+    """Where what batches take is not asked, as on CUDA."""
     kept(job, {"kl": 48}, taken=0).keep()
     halved = kept(job).used()
     halved._engine.batch_sizes["kl"] = 24
     halved.keep()
-    assert known(job) == {"kl": 24}
+    assert known(job) == {"kl": 48}
+    kept(job, {"kl": 96}, taken=0).keep()
+    assert known(job) == {"kl": 96}
+
+
+def test_rows_of_the_run_folder_are_not_kept_with_the_bytes_of_others(job: Job) -> None:
+    kept(job, {"kl": 48, "generate": 9}).keep()
+    going_on = kept(job).used()
+    going_on.prefer({"kl": 12, "generate": 9})
+    assert going_on._engine.batch_sizes == {"kl": 12, "generate": 9}
+    assert going_on._engine.batch_bytes == {"generate": 1000}
+    going_on.keep()
+    assert known(job) == {"kl": 48, "generate": 9}
+
+
+def test_no_scorer_is_asked(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scorers tell of themselves may be asked of the hub, by one rank alone."""
+    monkeypatch.setattr(Job, "inputs", lambda job: pytest.fail("asked"))
+    kept(job)
+
+
+def test_a_folder_that_may_not_be_looked_into_holds_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refused)
+    assert batches._read(tmp_path / "batches-1.json") == {}
+    assert calibrate._load(tmp_path / "machine-1.json") is None
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"phases": {"kl": 7}}', '{"phases": {"kl": {"rows": 7}}}', "{}"])
