@@ -39,6 +39,8 @@ class Score:
     questions: int
     each: tuple[float, ...] | None = None
     """The metric of every question, in order, where the value is their mean."""
+    group: str | None = None
+    """The nearest group with scores that the task is in."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -80,17 +82,15 @@ class Harness:
         return found
 
     def answer_tokens(self) -> int:
-        """Tokens of the longest answer that a task wants."""
-        from lm_eval.models.utils import normalize_gen_kwargs
+        """Tokens of the longest answer that a task wants. Raises UserError where answers are to be drawn at random."""
+        from heretic_ds.harness.model import wanted
 
-        from heretic_ds.harness.model import DEFAULT_ANSWER_TOKENS
-
-        wanted = [
-            normalize_gen_kwargs(task.config.generation_kwargs or {}, DEFAULT_ANSWER_TOKENS)["max_gen_toks"]
+        lengths = [
+            wanted(task.config.generation_kwargs or {})[0]
             for task in self.load()["tasks"].values()
             if task.get_config("output_type") == "generate_until"
         ]
-        return max(wanted, default=1)
+        return max(lengths, default=1)
 
     def ask(self, model: Any) -> list[Score]:
         """Every score of a model, on rank 0; an empty list on others. Every rank calls it. Raises UserError."""
@@ -116,7 +116,12 @@ class Harness:
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
-    for task, numbers in {**results.get("groups", {}), **results["results"]}.items():
+    groups = results.get("groups", {})
+    parents = {child: group for group, children in results.get("group_subtasks", {}).items() for child in children}
+    for task, numbers in {**groups, **results["results"]}.items():
+        group = parents.get(task)
+        while group is not None and group not in groups:
+            group = parents.get(group)
         samples = (results.get("samples") or {}).get(task, [])
         for name, value in numbers.items():
             metric, _, filter_ = name.partition(",")
@@ -132,6 +137,7 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
                 float(error) if isinstance(error, int | float) else None,
                 len(each) or int(numbers.get("sample_len", 0)),
                 _mean_of(each, float(value)),
+                group,
             )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Evaluating
+from heretic_ds.prompts import ChatFormat
 
 DEFAULT_ANSWER_TOKENS = 256
 """Longest answer where a task names none: the harness's own number."""
@@ -31,13 +32,19 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     Contexts that are too long lose their beginning, as under the harness's own models.
     """
 
-    def __init__(self, engine: Evaluating, tokenizer: Any, config: Any, answer_tokens: int) -> None:
-        """``answer_tokens`` is the longest answer that the engine gives."""
+    def __init__(self, engine: Evaluating, chat: ChatFormat, config: Any, answer_tokens: int) -> None:
+        """``answer_tokens`` is the longest answer that the engine gives. Raises UserError where it leaves no room."""
         super().__init__()
-        self.tokenizer, self._engine, self._most = tokenizer, engine, answer_tokens
+        self.tokenizer, self._chat = chat.tokenizer, chat
+        self._engine, self._most = engine, answer_tokens
         self._given_sizes = dict(engine.batch_sizes)
-        self.max_length: int = resolve_max_length(config, tokenizer)
+        self.max_length: int = resolve_max_length(config, chat.tokenizer)
         """Tokens of the longest text."""
+        if answer_tokens >= self.max_length:
+            raise UserError(
+                f"benchmark.tasks: a task wants answers of {answer_tokens} tokens, which leaves no room in the model's "
+                f"context of {self.max_length}; leave it out"
+            )
 
     @property
     def eot_token_id(self) -> int:
@@ -64,14 +71,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model continues."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        return self._chat.render_conversation(chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether it is what the model would answer) of each (context, continuation)."""
@@ -95,8 +95,13 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """(log-likelihood in nats of the continuation, whether it is what the model would answer) of each request.
 
         Continuations of about one length are asked together, for a pass keeps the logits of as many positions of each
-        row as its longest continuation has.
+        row as its longest continuation has. Raises UserError for one that cannot be scored.
         """
+        if not all(0 < len(continuation) <= self.max_length for _, _, continuation in requests):
+            raise UserError(
+                "benchmark.tasks: a task has a choice that is no token of its own, or longer than the model's context "
+                f"of {self.max_length} tokens; leave that task out"
+            )
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for places in _together([len(continuation) for _, _, continuation in requests]):
             wholes = [[*requests[place][1], *requests[place][2]][-(self.max_length + 1) :] for place in places]
@@ -117,17 +122,12 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         answers = [""] * len(requests)
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for place, request in enumerate(requests):
-            groups.setdefault(_wanted(request.args[1]), []).append(place)
+            groups.setdefault(wanted(request.args[1]), []).append(place)
         end = self.tokenizer.decode([self.eot_token_id])
         for (most, until), places in groups.items():
             if most > self._most:
-                raise UserError(f"a task wants answers of {most} tokens; set generation.max_new_tokens={most}")
+                raise ValueError(f"{most} tokens are asked of an engine whose answers end at {self._most}")
             room = self.max_length - most
-            if room < 1:
-                raise UserError(
-                    f"a task wants answers of {most} tokens, which leaves no room in the model's {self.max_length}; "
-                    "leave it out of benchmark.tasks"
-                )
             stops = (*until, end)
             rows = [self.tok_encode(requests[place].args[0])[-room:] for place in places]
             self._measure_anew("generate")
@@ -190,7 +190,7 @@ def _unpacked(value: float) -> tuple[float, bool]:
     return -abs(value), value <= 0
 
 
-def _wanted(generation: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
+def wanted(generation: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
     """Most tokens and stop texts of a request. Raises UserError for what is not greedy."""
     given = normalize_gen_kwargs(generation, DEFAULT_ANSWER_TOKENS)
     if given.get("do_sample") and given.get("temperature", 1.0) > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,8 @@ class ChatFormat:
         """By conversation: a template that is a program gives the same text each time, and runs once for each."""
         self._tokens: dict[str, list[int]] = {}
         """By text: every stage asks for those of the same prompts."""
+        self._folds_systems: bool | None = None
+        """Whether system turns of others' conversations are folded; None: not yet tried out."""
         self._template = None if settings.template is None else _read_template(settings.template)
         if self._template is None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -87,6 +89,28 @@ class ChatFormat:
         Raises UserError where the template cannot render this prompt.
         """
         return self._apply_template(self.messages(prompt)) + self.response_prefix
+
+    def render_conversation(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        """A whole conversation, turns with ``role`` and ``content``, as text, without ``prompts.system`` and without a
+        response prefix. It ends where an answer starts, or in the middle of its last turn, which is to be continued.
+
+        A system turn is put before the user's first message where the template takes none. Raises UserError where the
+        template cannot render it.
+        """
+        turns = [(each["role"], each["content"]) for each in messages]
+        if turns[0][0] == "system" and self._must_fold(turns[0][1]):
+            system = turns.pop(0)[1]
+            first = next((place for place, (role, _) in enumerate(turns) if role == "user"), None)
+            if first is None:
+                turns.insert(0, ("user", system))
+            else:
+                turns[first] = ("user", f"{system}\n\n{turns[first][1]}")
+        return self._apply_to_all([[message(*turn, self._in_parts) for turn in turns]], add_generation_prompt)[0]
+
+    def _must_fold(self, system: str) -> bool:
+        if self._folds_systems is None and system.strip():
+            self._folds_systems = self.with_system(system)._system_folded
+        return bool(self._folds_systems)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Render prompts together, which takes hardly longer than one. Raises UserError as :meth:`render` does."""
@@ -138,30 +162,27 @@ class ChatFormat:
     def _apply_template(self, messages: list[dict[str, Any]]) -> str:
         return self._apply_to_all([messages])[0]
 
-    def _apply_to_all(self, conversations: Sequence[list[dict[str, Any]]]) -> list[str]:
+    def _apply_to_all(self, conversations: Sequence[list[dict[str, Any]]], answering: bool = True) -> list[str]:
         """Each conversation as text. Templates come with models and are programs: they run in a process that is ended
         where they take too much. Raises TemplateFailed."""
-        keys = [json.dumps(messages) for messages in conversations]
+        keys = [json.dumps(messages if answering else [messages, "continued"]) for messages in conversations]
         by_key = dict(zip(keys, conversations, strict=True))
         new = [key for key in by_key if key not in self._rendered]
         for start in range(0, len(new), _AT_ONCE):
             part = new[start : start + _AT_ONCE]
             try:
-                texts = in_child(partial(self._render_all, [by_key[key] for key in part]))
+                texts = in_child(partial(self._render_all, [by_key[key] for key in part], answering))
             except Exception as error:  # whatever a program raises
                 raise TemplateFailed(_unusable(reason(error))) from error
             self._rendered.update(zip(part, texts, strict=True))
         return [self._rendered[key] for key in keys]
 
-    def _render_all(self, conversations: Sequence[list[dict[str, Any]]]) -> list[str]:
-        return [self._render(messages) for messages in conversations]
+    def _render_all(self, conversations: Sequence[list[dict[str, Any]]], answering: bool) -> list[str]:
+        return [self._render(messages, answering) for messages in conversations]
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
-        text = str(
-            self.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, add_generation_prompt=True, tokenize=False
-            )
-        )
+    def _render(self, messages: list[dict[str, Any]], answering: bool) -> str:
+        how = {"add_generation_prompt": answering, "continue_final_message": not answering}
+        text = str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **how))
         given = sum(len(str(message["content"])) for message in messages)
         if len(text) > max(_ROOM, 10 * given):
             raise ValueError(f"it makes {len(text)} characters of a conversation of {given}")

@@ -15,7 +15,7 @@ LEGEND = "± one standard error; of a difference: of the same questions' own dif
 
 def benchmark_table(scores: Mapping[str, Sequence[Score]], told: int = 40) -> Table:
     """A row for each score, a column for each model, their difference where there are two; ``told`` is the most that a
-    task's name takes. Tasks of a group are left out where the group has a score of its own."""
+    task's name takes. Tasks of a group are left out where the group has the same score of its own."""
     table = Table(title="Benchmarks", title_justify="left", pad_edge=False, padding=(0, 1, 0, 0), caption=LEGEND)
     table.caption_justify = "left"
     table.add_column("task")
@@ -23,6 +23,8 @@ def benchmark_table(scores: Mapping[str, Sequence[Score]], told: int = 40) -> Ta
         table.add_column(heading, justify="right", no_wrap=True)
     columns = [{score.key: score for score in column} for column in scores.values()]
     for key, first in columns[0].items():
+        if (first.group, first.metric, first.filter) in columns[0]:
+            continue
         found = [column[key] for column in columns if key in column]
         row = [_number(each.value, each.error) for each in found]
         if len(found) == len(columns) > 1:

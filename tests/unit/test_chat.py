@@ -91,6 +91,28 @@ def test_templates_without_a_system_role_or_with_parts(tokenizer) -> None:
     )
 
 
+def test_conversations_of_others_are_rendered_as_the_template_takes_them(tokenizer) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "<|{{ m.role }}|>{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    form = chat_format(tokenizer, template=template)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Peas?"},
+        {"role": "assistant", "content": "In"},
+    ]
+    assert form.render_conversation(turns[:2], True) == "<|user|>Be brief.\n\nPeas?<|assistant|>"
+    assert form.render_conversation(turns, False) == "<|user|>Be brief.\n\nPeas?<|assistant|>In"
+    endless = chat_format(tokenizer, template=template.replace(
+        "{% endfor %}{% if add", "{% endfor %}{% if messages|length > 1 %}{{ 'x' * 200000 }}{% endif %}{% if add"
+    ))  # fmt: skip
+    assert endless.render_conversation(turns[:2], True)
+    with pytest.raises(UserError, match="cannot render"):
+        endless.render_conversation(turns, True)
+
+
 def test_answers_are_greedy_and_remembered(model, tokenizer) -> None:
     form = chat_format(tokenizer)
     first = greedy(model, tokenizer, "<bos><|user|>peas<eos><|assistant|>", 5)

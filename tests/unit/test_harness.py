@@ -15,9 +15,10 @@ import torch
 
 from heretic_ds.cli.command import compose
 from heretic_ds.errors import UserError
-from heretic_ds.harness.asking import Harness, Score, difference
+from heretic_ds.harness.asking import Harness, Score, _scores, difference
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine
+from heretic_ds.report.benchmarks import benchmark_table
 from heretic_ds.settings import Settings
 from heretic_ds.world import World
 
@@ -82,7 +83,7 @@ def engine_model(settings: Settings, tokens: int) -> EngineModel:
     """The demo model behind an engine."""
     settings = replace(settings, generation=replace(settings.generation, max_new_tokens=tokens))
     job = Job.check(settings, World(0, 1), with_prompts=False)
-    return EngineModel(build_engine(job, "evaluate"), job.chat.tokenizer, job.opened.config, tokens)
+    return EngineModel(build_engine(job, "evaluate"), job.chat, job.opened.config, tokens)
 
 
 def test_scores_are_those_of_the_harness_s_own_model(settings: Settings) -> None:
@@ -150,8 +151,45 @@ def test_what_cannot_be_asked_is_refused(settings: Settings, tmp_path: Path) -> 
     model = engine_model(settings, 8)
     with pytest.raises(UserError, match="at random"):
         model.generate_until([_asked("a", {"do_sample": True, "temperature": 0.7})])
-    with pytest.raises(UserError, match="max_new_tokens=9"):
-        model.generate_until([_asked("a", {"max_gen_toks": 9})])
+    for choice in ("", "a long one " * model.max_length):
+        with pytest.raises(UserError, match="no token of its own, or longer"):
+            model.loglikelihood([_asked("Which one?", choice)])
+
+
+def test_answers_that_cannot_be_had_are_refused_before_any_question(settings: Settings, tmp_path: Path) -> None:
+    """Those that are drawn at random, and those as long as the context."""
+    file = tmp_path / "tasks" / "tiny_answer.yaml"
+    file.write_text(file.read_text().replace("max_gen_toks: 12", "max_gen_toks: 12, do_sample: true, temperature: 1.0"))
+    with pytest.raises(UserError, match="at random"):
+        Harness(settings.benchmark).answer_tokens()
+    model = engine_model(settings, 8)
+    with pytest.raises(UserError, match="no room in the model's context"):
+        EngineModel(model._engine, model._chat, SimpleNamespace(max_position_embeddings=8), 8)
+
+
+def test_conversations_go_through_the_format_s_own_template(settings: Settings) -> None:
+    """Which ``prompts.template`` names, in a process with limits."""
+    given = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<me>{% endif %}"
+    )
+    model = engine_model(replace(settings, prompts=replace(settings.prompts, template=given)), 8)
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "It is"}]
+    assert model.apply_chat_template(turns[:1]) == "<user>Which?<me>"
+    assert model.apply_chat_template(turns, add_generation_prompt=False) == "<user>Which?<assistant>It is"
+
+
+def test_tasks_of_a_group_that_has_their_score_are_left_out_of_the_table() -> None:
+    """Also where groups lie in groups, of which only the outer one has a score; they stay in the list."""
+    results = {
+        "groups": {"all": {"acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "results": {"one": {"acc,none": 0.25, "f1,none": 0.3}, "two": {"acc,none": 0.75}, "alone": {"acc,none": 1.0}},
+        "group_subtasks": {"all": ["inner", "two"], "inner": ["one"], "loose": ["alone"]},
+    }
+    scores = list(_scores(results))
+    assert {score.task: score.group for score in scores} == {"all": None, "one": "all", "two": "all", "alone": None}
+    table = benchmark_table({"original": scores})
+    shown = [str(cell) for cell in table.columns[0].cells]
+    assert shown == ["all (acc, n=0)", "one (f1, n=0)", "alone (acc, n=0)"]
 
 
 @pytest.mark.parametrize(("value", "greedy"), [(-3.5, True), (-3.5, False), (0.0, True)])

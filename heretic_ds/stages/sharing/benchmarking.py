@@ -91,7 +91,7 @@ def _scores_of(settings: Settings, path: str, tokens: int, harness: Harness, wor
         )
     engine = build_engine(job, "evaluate")
     try:
-        found = harness.ask(EngineModel(engine, job.chat.tokenizer, job.opened.config, tokens))
+        found = harness.ask(EngineModel(engine, job.chat, job.opened.config, tokens))
     finally:
         engine.close()
     return world.decide(lambda: found)
