@@ -22,6 +22,8 @@ from heretic_ds.foreign.text import printable
 _LOCK = ".lock"
 _FINGERPRINT = "fingerprint.json"
 _DIRECTIONS = "directions.safetensors"
+BENCHMARKS_NAME = "benchmark.json"
+"""What ``task=benchmark`` writes, which may come before the run."""
 _TOLD = 4
 """Differences of settings that are told one by one."""
 
@@ -182,17 +184,18 @@ class RunFolder:
         self._open.close()
 
     def discard(self) -> None:
-        """Close the folder, and remove again what this run put there, where it was the first in it, but for directions.
+        """Close the folder, and remove again what this run put there, where it was the first in it, but for directions
+        and benchmarks.
 
         For a run that a mistake ended before its first trial: the mended command would be refused by what this one
-        left. Directions, which may have taken hours, say by themselves what they were captured from. A folder inside,
-        which is not a run's own, keeps it all.
+        left. Directions and benchmarks, which may have taken hours, say by themselves what they were taken from. A
+        folder inside, which is not a run's own, keeps it all.
         """
         self.close()
         if not self._fresh or any(entry.is_dir() for entry in self.path.iterdir()):
             return
         for file in self.path.iterdir():
-            if file != self.directions:
+            if file not in (self.directions, self.path / BENCHMARKS_NAME):
                 file.unlink()
         for folder in self._made:
             if any(folder.iterdir()):
@@ -254,7 +257,7 @@ def _refuse_foreign(path: Path) -> None:
         return
     # A run killed while it opened leaves its lock and perhaps config.yaml, one that a mistake ended its directions;
     # Hydra may write .hydra before.
-    own = {_LOCK, ".hydra", "config.yaml", _DIRECTIONS}
+    own = {_LOCK, ".hydra", "config.yaml", _DIRECTIONS, BENCHMARKS_NAME}
     foreign = sorted(name for name in names - own if not (name.startswith(".") and name.endswith(".tmp")))
     if foreign:
         raise UserError(

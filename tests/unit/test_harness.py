@@ -20,6 +20,7 @@ from heretic_ds.job import Job
 from heretic_ds.placements import build_engine
 from heretic_ds.report.benchmarks import benchmark_table
 from heretic_ds.settings import Settings
+from heretic_ds.stages.sharing import benchmarking
 from heretic_ds.world import World
 
 pytest.importorskip("lm_eval", reason='lm-evaluation-harness is missing: pip install "heretic-ds[eval]"')
@@ -165,6 +166,34 @@ def test_answers_that_cannot_be_had_are_refused_before_any_question(settings: Se
     model = engine_model(settings, 8)
     with pytest.raises(UserError, match="no room in the model's context"):
         EngineModel(model._engine, model._chat, SimpleNamespace(max_position_embeddings=8), 8)
+
+
+def test_scores_of_other_questions_or_another_model_are_not_known_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tasks = tmp_path / "model", tmp_path / "tasks"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    first = benchmarking._asked(settings, str(model))
+    (tasks / "__pycache__").mkdir()
+    (tasks / "__pycache__" / "utils.pyc").write_bytes(b"0")
+    assert benchmarking._asked(settings, str(model)) == first
+    told = [first]
+    (tasks / "questions.jsonl").write_text("{}")
+    told.append(benchmarking._asked(settings, str(model)))
+    (model / "config.json").write_text('{"layers": 2}')
+    told.append(benchmarking._asked(settings, str(model)))
+    other = replace(settings, model=replace(settings.model, dtype="float64"))
+    told.append(benchmarking._asked(other, str(model)))
+    (tmp_path / "template").write_text("A")
+    other = replace(other, prompts=replace(other.prompts, template=str(tmp_path / "template")))
+    told.append(benchmarking._asked(other, str(model)))
+    (tmp_path / "template").write_text("B")
+    told.append(benchmarking._asked(other, str(model)))
+    monkeypatch.setattr(benchmarking, "version", lambda name: "0")
+    told.append(benchmarking._asked(other, str(model)))
+    assert all(one != another for place, one in enumerate(told) for another in told[:place])
+    assert json.loads(json.dumps(told)) == told  # as they come back from the file
 
 
 def test_conversations_go_through_the_format_s_own_template(settings: Settings) -> None:

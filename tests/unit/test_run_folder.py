@@ -138,6 +138,16 @@ def test_directions_outlive_a_new_folder_that_is_taken_back(tmp_path: Path) -> N
     assert files_below(tmp_path) == {"runs/model/directions.safetensors": b"hours of work"}
 
 
+def test_benchmarks_may_come_before_the_run_and_outlive_it(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "model"
+    path.mkdir(parents=True)
+    (path / "benchmark.json").write_text("{}")
+    folder = opened(path)
+    folder.remember(response_prefix="")
+    folder.discard()
+    assert files_below(tmp_path) == {"runs/model/benchmark.json": b"{}"}
+
+
 def test_results_are_whole_or_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path / "run") as folder:
         folder.save_results({"schema": 1, "trials": []}, finished={"trials": 4, "export": "x"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from rich.console import Console
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.target import MANIFEST_NAME
+from heretic_ds.fingerprint import identities
 from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import path_of, read_json, reading
-from heretic_ds.harness.asking import Harness, Score, difference
+from heretic_ds.harness.asking import HARNESS, Harness, Score, difference
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine, placements_of, settled_alone
 from heretic_ds.report.benchmarks import benchmark_table
+from heretic_ds.run_folder import BENCHMARKS_NAME
 from heretic_ds.settings import Settings
 from heretic_ds.stages.opening import MEASURED_NAME, export_dir, run_dir
 from heretic_ds.stages.placing import settle_placements
@@ -27,7 +31,6 @@ from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
-RESULTS = "benchmark.json"
 _ADVICE = "remove it, and the questions are asked anew"
 
 
@@ -42,7 +45,7 @@ def run_benchmarks(settings: Settings, world: World, console: Console) -> None:
     world.decide(lambda: Harness(settings.benchmark).load() and None, "reading the benchmarks' questions")
     harness = world.agree(lambda: Harness(settings.benchmark))
     tokens = world.agree(harness.answer_tokens, "reading the benchmarks' questions")
-    file, scores = run_dir(settings) / RESULTS, {}
+    file, scores = run_dir(settings) / BENCHMARKS_NAME, {}
     for name, path in models.items():
         asked = world.decide(lambda: _asked(settings, path))  # noqa: B023
         known = world.decide(lambda: _known(file, name, asked))  # noqa: B023
@@ -98,12 +101,38 @@ def _scores_of(settings: Settings, path: str, tokens: int, harness: Harness, wor
 
 
 def _asked(settings: Settings, path: str) -> dict[str, Any]:
-    """By which scores are known again: the questions, the model, and what wrote it where it is an export."""
+    """By which scores are known again: the questions and what asks them, the model, and what wrote it where it is an
+    export."""
     manifest = path_of(path, "model.path") / MANIFEST_NAME
     written = read_json(manifest) if manifest.is_file() else {}
     model = {key: written.get(key) for key in ("run_id", "trial", "edit", "dtype")}
     given = {key: value for key, value in asdict(settings.benchmark).items() if key != "models"}
-    return {**given, "model": path, "revision": settings.model.revision, "export": model}
+    folder, include, template = path_of(path, "model.path"), settings.benchmark.include, settings.prompts.template
+    return {
+        **given,
+        "model": path,
+        "revision": settings.model.revision,
+        "dtype": settings.model.dtype,
+        "export": model,
+        "files": identities(folder) if folder.is_dir() else None,
+        "tasks_digest": include and _digest(path_of(include, "benchmark.include")),
+        "template": template,
+        "template_digest": None
+        if template is None or "{" in template
+        else _digest(path_of(template, "prompts.template")),
+        "harness": version(HARNESS),
+    }
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files in a folder, with their names; what Python makes of modules there does not count."""
+    found = hashlib.sha256()
+    for file in sorted([path, *path.rglob("*")]):
+        if file.is_file() and "__pycache__" not in file.parts:
+            with reading(file, "give another one"), file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+            found.update(f"{file.relative_to(path)} {content}\n".encode())
+    return found.hexdigest()[:16]
 
 
 def _known(file: Path, name: str, asked: dict[str, Any]) -> list[Score] | None:
