@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ class ResidualStore:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".residuals.", suffix=".tmp") as file:
             try:
                 # At once: a page that the disk has no room for ends the process when it is written to.
-                os.posix_fallocate(file.fileno(), 0, size * torch.float32.itemsize)
+                _reserve(file.fileno(), folder, size * torch.float32.itemsize)
             except OSError as error:
                 raise UserError(
                     f"{folder} has no room for the residuals of {prompts} prompts, "
@@ -52,3 +54,14 @@ class ResidualStore:
         if not self._known_N.all():
             raise ValueError(f"{int((~self._known_N).sum())} prompts have no residuals yet")
         return self._residual_LND[entry].double()
+
+
+def _reserve(descriptor: int, folder: Path, size: int) -> None:
+    """Make an empty file so many bytes long. Raises OSError where the disk has no room for them."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    # As on macOS: what is free may be taken by others before it is written to.
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(descriptor, size)

@@ -226,6 +226,19 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_system_that_cannot_reserve_room_is_asked_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As macOS."""
+    monkeypatch.delattr(store.os, "posix_fallocate")
+    kept = ResidualStore(tmp_path, 1, 2, 3)
+    kept.put([0, 1], torch.ones(1, 2, 3))
+    assert kept.layer(0).sum() == 6
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=23))
+    with pytest.raises(UserError, match="no room for the residuals of 2 prompts"):
+        ResidualStore(tmp_path, 1, 2, 3)
+
+
 def test_stored_numbers_that_are_damaged_are_the_users_to_mend(tmp_path: Path) -> None:
     asked, run = {"projection": "pca"}, cast(Run, SimpleNamespace(path=tmp_path))
     numbers = dict.fromkeys(LayerGeometry.__dataclass_fields__, 1.0)
