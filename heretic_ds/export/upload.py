@@ -31,6 +31,11 @@ def check_upload(folder: Path, repository: str | None) -> None:
     manifest = read_json(file) if file.is_file() else {}
     if not holds_export(folder, str(manifest.get("format", "model"))) or not manifest:
         raise UserError(f"export.dir={folder} holds no export that is whole; export a trial first (task=export)")
+    check_access(repository)
+
+
+def check_access(repository: str | None) -> None:
+    """Refuse what is no repository's name, and a user whom the hub will not know. Raises UserError."""
     if repository is not None and not is_hub_id(repository):
         raise UserError(
             f"export.repo={repository} is no repository's name; give owner/name, or a name for one of your own"

@@ -12,7 +12,7 @@ from rich.console import Console
 from heretic_ds.ablation import Edit
 from heretic_ds.errors import SearchFailed, UserError
 from heretic_ds.export.target import check_export_target
-from heretic_ds.export.upload import upload_export
+from heretic_ds.export.upload import check_access, upload_export
 from heretic_ds.foreign.reading import path_of
 from heretic_ds.job import Job
 from heretic_ds.placements import Engine, Evaluating, build_engine
@@ -66,10 +66,10 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
     def save(index: int, folder: str) -> None:
         wanted = path_of(folder, "folder")
         own = wanted.resolve() == export_dir(run.settings).resolve() and may_replace(run.settings)
-        overwrite = run.settings.export.overwrite or own
+        overwrite = run.settings.export.overwrite or own or wanted.resolve() in saved
         target = check_export_target(wanted, overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
-        log.info("trial %d on edited weights: %g refusals, KL %.3g", index, scores.refusals, scores.kl)
+        log.info("trial %d on edited weights: %g %s, KL %.3g", index, scores.refusals, run.scorer, scores.kl)
         run.results["selected"], run.results["final"] = index, None
         run.results.pop("finished", None)
         saved.pop(target, None)  # the last one of a folder, and of all, comes last
@@ -90,6 +90,7 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
 
     def upload(index: int, folder: str, repository: str, private: bool) -> None:
         wanted = path_of(folder, "folder")
+        check_access(repository)
         save(index, folder)
         log.info("the model is at %s", upload_export(wanted, repository, private, run.settings.export.overwrite))
 
