@@ -162,13 +162,6 @@ def from_ranks(script: str, ranks: int, arguments: list[str], mark: str, seconds
     return json.loads(lines[0])
 
 
-def _free_port() -> int:
-    """A port that nobody listens on, so that benchmarks can run side by side."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def launch(folder: Path, row: tuple[str, str, int, bool, tuple[str, ...]], tokens: int) -> dict[str, Any]:
     """One row of the table, from a job of its own."""
     kind, placement, ranks, evaluates, options = row
