@@ -35,8 +35,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def __init__(self, engine: Evaluating, chat: ChatFormat, config: Any, answer_tokens: int) -> None:
         """``answer_tokens`` is the longest answer that the engine gives. Raises UserError where it leaves no room."""
         super().__init__()
-        self.tokenizer, self._chat = chat.tokenizer, chat
-        self._engine, self._most = engine, answer_tokens
+        self.tokenizer: Any = chat.tokenizer
+        self._chat, self._engine, self._most = chat, engine, answer_tokens
         self._given_sizes = dict(engine.batch_sizes)
         self.max_length: int = resolve_max_length(config, chat.tokenizer)
         """Tokens of the longest text."""

@@ -181,8 +181,15 @@ class ChatFormat:
         return [self._render(messages, answering) for messages in conversations]
 
     def _render(self, messages: list[dict[str, Any]], answering: bool) -> str:
-        how = {"add_generation_prompt": answering, "continue_final_message": not answering}
-        text = str(self.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False, **how))
+        text = str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                add_generation_prompt=answering,
+                continue_final_message=not answering,
+                tokenize=False,
+            )
+        )
         given = sum(len(str(message["content"])) for message in messages)
         if len(text) > max(_ROOM, 10 * given):
             raise ValueError(f"it makes {len(text)} characters of a conversation of {given}")
