@@ -16,7 +16,6 @@ from torch import Tensor
 from heretic_ds.prompts import TokenRows
 from heretic_ds.world import World
 
-
 _ROUNDING = 1e-6
 """Of a mean residual's norm, what batches of other sizes make of it in float32, and some more."""
 

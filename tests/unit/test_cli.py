@@ -146,7 +146,10 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         (["m", "search=fast"], "search takes a group of settings (search.strategy, "),
         (["m", "search.trials=1,2"], "search.trials=1,2 gives several values; add --multirun"),
         (["m", "search.trials=-1"], "search.trials is -1; it has to be at least 1"),
-        (["m", "task=train"], "no task=train; choose one of abliterate, benchmark, chat, evaluate, export, geometry, plan"),
+        (
+            ["m", "task=train"],
+            "no task=train; choose one of abliterate, benchmark, chat, evaluate, export, geometry, plan",
+        ),
         (["m", "+task=evaluate"], "write task=evaluate"),
         (["m", "capture=zero33"], "no capture=zero33; choose one of auto, expert_parallel, "),
         (["m", "hydra/launcher=none"], "no hydra/launcher=none; choose one of basic"),
