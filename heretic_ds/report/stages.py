@@ -105,11 +105,16 @@ class StageProgress:
             self._ticker.start()
 
     def _hide(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-        if self._ticker is not None:
-            self._ticker.stop()
-        self._live = self._ticker = None
+        live, ticker = self._live, self._ticker
+        self._live = self._ticker = None  # first, for Ctrl-C may come while a line goes, which goes only once
+        if live is not None:
+            try:
+                live.stop()
+            except BaseException:
+                self._console.show_cursor(True)
+                raise
+        if ticker is not None:
+            ticker.stop()
 
     def _drawn(self) -> Text:
         # One column is left free: terminals differ in what they do after the last one.

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from rich.console import Console
+from rich.live import Live
 
 from heretic_ds import progress
 from heretic_ds.progress import Work
@@ -159,3 +160,22 @@ def test_names_of_files_reach_no_terminal_raw() -> None:
         shown = io.StringIO()
         show_start(Console(file=shown, width=120, force_terminal=terminal, color_system=None), facts)
         assert "␛[31mred" in shown.getvalue() and not {"\x1b", "\x9b"} & set(shown.getvalue())
+
+
+def test_ctrl_c_while_the_line_goes_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is taken down once: what comes in its end is what the program ends by."""
+    stop = Live.stop
+
+    def interrupted(live: Live) -> None:
+        stop(live)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Live, "stop", interrupted)
+    out = io.StringIO()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        StageProgress(Speaker(file=out, force_terminal=True, width=60)),
+        progress.work("capture"),
+    ):
+        pass
+    assert out.getvalue().rstrip().endswith("\x1b[?25h")  # the cursor is back
