@@ -257,9 +257,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return SimpleNamespace(batch_sizes={}, degree=1, dtype=torch.float32, close=lambda: phases.append(closed))
 
     monkeypatch.setattr(opening, "build_engine", build)
-    monkeypatch.setattr(
-        opening, "KeptBatches", lambda *given: SimpleNamespace(used=lambda: None)
-    )  # test_kept_batches.py
+
+    def kept(job: Any, engine: Any, layout: Any) -> Any:  # the real one: test_kept_batches.py
+        return SimpleNamespace(used=lambda: SimpleNamespace(prefer=engine.batch_sizes.update, keep=lambda: None))
+
+    monkeypatch.setattr(opening, "KeptBatches", kept)
     return phases
 
 
