@@ -194,21 +194,37 @@ def test_ranks_find_a_part_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ([1.0, 0.1], [2.0, 0.2], [3.0, 0.3])
 
 
-def test_a_run_whose_export_cannot_be_scored_ends_well(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+@pytest.mark.parametrize("at_fault", ["original", "export"])
+def test_a_run_ends_well_where_such_answers_cannot_be_had_of_the_original(
+    at_fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    def score(*given: Any) -> None:
-        raise UserError("there is no room")
+    """What an export does wrong is an error all the same."""
 
-    monkeypatch.setattr(rescoring, "_score", score)
+    def refuse(*given: Any) -> Any:
+        raise UserError(f"the {at_fault} is at fault")
+
+    answers = SimpleNamespace(generation=SimpleNamespace(max_new_tokens=5))
+    job = SimpleNamespace(scorers=[], text_of=None, settings=answers)
+    laid_out = nullcontext(SimpleNamespace(batch_sizes={}))
     monkeypatch.setattr(rescoring, "_asked", lambda run: {})
+    monkeypatch.setattr(rescoring, "_with_longer_answers", lambda job: job)
+    monkeypatch.setattr(rescoring, "_prompts", lambda job: {})
+    monkeypatch.setattr(rescoring, "measure_original", lambda *given: SimpleNamespace(scores={}))
+    monkeypatch.setattr(rescoring, "_laid_out", refuse if at_fault == "original" else lambda *given: laid_out)
+    monkeypatch.setattr(rescoring, "_measured", refuse)
     (tmp_path / MANIFEST_NAME).write_text("{}")
     run: Any = SimpleNamespace(
-        results={}, settings=Settings(), world=World(), timed=lambda name: nullcontext(), close=lambda: None
+        job=job, results={}, settings=Settings(), world=World(), timed=lambda name: nullcontext(), close=lambda: None
     )
-    rescoring.final_scores(run, SimpleNamespace(folder=tmp_path))  # type: ignore[arg-type]
+    exported: Any = SimpleNamespace(folder=tmp_path)
+    if at_fault == "export":
+        with pytest.raises(UserError, match="the export is at fault"):
+            rescoring.final_scores(run, exported)
+        return
+    rescoring.final_scores(run, exported)
     assert run.results["final"] is None
-    assert "no final scores: there is no room; lower verify.answer_tokens, or set verify.final=false" in caplog.text
+    said = "no final scores: the original is at fault; lower verify.answer_tokens, or set verify.final=false"
+    assert said in caplog.text
 
 
 # Prompts that are held out ----------------------------------------------------------------------------------

@@ -46,8 +46,10 @@ def final_scores(run: Run, *exported: Exported) -> None:
     """Score what was exported, and write it to the results, to its card and to its manifest; shown is the last of it.
 
     The run's own engine is closed for that: one model is in memory at a time, under the placement that evaluates. What
-    a manifest holds already, of an earlier run that was ended behind this, is taken from there. Where a model cannot be
-    scored, for want of memory or of room for such answers, there are none, which is said: the run has done its work.
+    a manifest holds already, of an earlier run that was ended behind this, is taken from there. Where the original
+    cannot be scored, for want of memory or of room for such answers, there are none, which is said: the run has done
+    its work.
+    Raises UserError for an export that cannot be read again.
     """
     run.results["final"] = None
     if not run.settings.verify.final or not exported:
@@ -59,10 +61,7 @@ def final_scores(run: Run, *exported: Exported) -> None:
         if left:
             run.close()
             run.objective = None
-            try:
-                _score(run, left, asked)
-            except UserError as error:  # raised alike on all ranks; what was exported is whole without these scores
-                log.warning("no final scores: %s; lower verify.answer_tokens, or set verify.final=false", error)
+            _score(run, left, asked)
         run.results["final"] = run.world.decide(partial(_known, exported[-1], asked))
         if run.results["final"] is not None:
             _show(run, took(work))
@@ -78,9 +77,13 @@ def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None
         original_job.settings.generation.max_new_tokens,
         verify.kl_tokens,
     )
-    with _laid_out(original_job) as engine:
-        original = measure_original(engine, _prompts(original_job), question, world)
-        sizes = dict(engine.batch_sizes)
+    try:
+        with _laid_out(original_job) as engine:
+            original = measure_original(engine, _prompts(original_job), question, world)
+            sizes = dict(engine.batch_sizes)
+    except UserError as error:  # raised alike on all ranks; what was exported is whole, and not to blame
+        log.warning("no final scores: %s; lower verify.answer_tokens, or set verify.final=false", error)
+        return
     bootstrap = Bootstrap(verify.resamples, verify.seed)
     for each in exported:
         edited = _measured(run, original_job, each, question, original, sizes)
