@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 from heretic_ds.errors import UserError
 from heretic_ds.report.progress import SearchProgress
@@ -30,14 +31,21 @@ With 8 of them fronts were up to 5 % smaller on one objective, with 4 not signif
 def trials_per_pass(run: Run) -> int:
     """How many trials are asked for and evaluated together; found once for a run folder where that is left open."""
     given, most = str(run.settings.search.trials_per_pass), max(1, run.engine.max_edits_per_pass)
+    if given != AUTO and int(given) > most:
+        log.info("search.trials_per_pass=%s, but this placement edits for %d trial(s) at a time", given, most)
+    return _per_pass(run, "trials_per_pass", _trials_that_fill_batches)
+
+
+def _per_pass(run: Run, name: str, find: Callable[[Run], int]) -> int:
+    """As many as ``search.trials_per_pass`` names; where that is left open, what is found once for a run folder, which
+    remembers it by ``name``. Never more than one pass can edit for."""
+    given, most = str(run.settings.search.trials_per_pass), max(1, run.engine.max_edits_per_pass)
     if given != AUTO:
-        if int(given) > most:
-            log.info("search.trials_per_pass=%s, but this placement edits for %d trial(s) at a time", given, most)
         return min(int(given), most)
-    count = run.measured.get("trials_per_pass")
+    count = run.measured.get(name)
     if count is None:
-        count = run.world.decide(lambda: _trials_that_fill_batches(run))
-        run.remember(trials_per_pass=count)
+        count = run.world.decide(lambda: find(run))
+        run.remember(**{name: count})
     return min(count, most)
 
 
@@ -54,14 +62,7 @@ def _trials_that_fill_batches(run: Run) -> int:
 def candidates_per_pass(run: Run) -> int:
     """How many candidates are screened together: as many as ``search.trials_per_pass`` names; found once for a run
     folder where that is left open, on a CPU one for each replica, elsewhere as many as fill a batch."""
-    given, most = str(run.settings.search.trials_per_pass), max(1, run.engine.max_edits_per_pass)
-    if given != AUTO:
-        return min(int(given), most)
-    count = run.measured.get("candidates_per_pass")
-    if count is None:
-        count = run.world.decide(lambda: _candidates_that_fill_batches(run))
-        run.remember(candidates_per_pass=count)
-    return min(count, most)
+    return _per_pass(run, "candidates_per_pass", _candidates_that_fill_batches)
 
 
 def _candidates_that_fill_batches(run: Run) -> int:
