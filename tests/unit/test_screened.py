@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_candidates_that_are_gone_are_screened_again(tmp_path: Path) -> None:
     run(open_search(tmp_path / "parts", 3))
     (tmp_path / "parts" / "screening.journal").unlink()
     assert run(open_search(tmp_path / "parts", 6)) == whole
+
+
+def test_candidates_that_were_not_due_yet_do_not_count(tmp_path: Path) -> None:
+    """Of a study that was brought back from an earlier day, whose candidates have gone on."""
+    whole = run(open_search(tmp_path / "whole", 8))
+    run(open_search(tmp_path / "parts", 3))
+    shutil.copy(tmp_path / "whole" / "screening.journal", tmp_path / "parts")
+    assert run(open_search(tmp_path / "parts", 8)) == whole
 
 
 def test_a_pass_that_was_cut_needs_its_candidates(tmp_path: Path) -> None:
