@@ -326,7 +326,8 @@ def kill_once(
 
 
 def load_libraries() -> None:
-    """What commands of one process find loaded."""
+    """What commands of one process find loaded, with as many threads as those that are started anew."""
+    os.environ["OMP_NUM_THREADS"] = "1"
     import matplotlib.backends.backend_agg  # noqa: F401
     import optuna  # noqa: F401
 
@@ -402,16 +403,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, would ignore it
     if options.ranks == 1:
         load_libraries()
     with tempfile.TemporaryDirectory() as place:
         part = part_of(options, Path(place))
-    earlier = json.loads(options.result.read_text()).get("parts", {}) if options.result.exists() else {}
+    earlier = json.loads(options.result.read_text()) if options.result.exists() else {}
     name = f"{options.placement} on {options.ranks}"
-    keep(
-        options.result,
-        {"what": __doc__.splitlines()[0], "parts": {**earlier, name: part}},
-    )
+    parts = {**earlier.get("parts", {}), name: part}
+    keep(options.result, {**earlier, "what": __doc__.splitlines()[0], "parts": parts})
     print(
         f"{part['kills_that_hit']} kills in {part['rounds']} rounds, {part['minutes']} min; differences: "
         f"{', '.join(part['differences']) or 'none'}; lost: {'; '.join(part['lost']) or 'nothing'}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import logging
 import os
 import shutil
 import subprocess
@@ -65,6 +66,16 @@ def benchmark(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.pop(0)
+
+
+@pytest.fixture(autouse=True)
+def messages_are_heard() -> None:
+    """Messages of the package reach ``caplog``, whatever a command that an earlier test ran in this process has left:
+    while it runs they go to its console alone, and libraries set loggers up."""
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "heretic_ds":
+            logger.disabled, logger.propagate = False, True
+            logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A run that ends well says what it found, and nothing else: no library's warning."""
+"""A run that ends well says what it found, and nothing else: no library's warning, on one rank or on several."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -47,3 +49,19 @@ def test_one_rank(tmp_path: Path) -> None:
     """In a home that does not exist, too: libraries say where else they put their caches."""
     own = {"HOME": str(tmp_path / "nowhere"), "XDG_CACHE_HOME": "/proc/nowhere", "HF_HOME": "/proc/nowhere"}
     quiet([sys.executable, "-m", "heretic_ds", *SMALL], tmp_path, own)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "placed",
+    [
+        ("capture=zero3", "evaluate=tensor_parallel"),
+        pytest.param(("capture=fsdp", "evaluate=fsdp"), marks=pytest.mark.thorough),
+        pytest.param(("capture=pipeline", "evaluate=pipeline"), marks=pytest.mark.thorough),
+        pytest.param(("capture=replicated", "evaluate=replicated"), marks=pytest.mark.thorough),
+    ],
+    ids=lambda placed: placed[1],
+)
+def test_two_ranks(placed: tuple[str, ...], tmp_path: Path) -> None:
+    quiet([str(ROOT / "launch" / "run.sh"), "-n", "2", *SMALL, *placed], tmp_path, {"DS_ACCELERATOR": "cpu"})

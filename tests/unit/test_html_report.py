@@ -317,7 +317,6 @@ def stand_in(folder: Path, html: bool = True) -> Any:
 def test_a_page_that_fails_is_one_warning(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("heretic_ds"), "propagate", True)
     write_report(stand_in(folder))
     assert "In an oven." in (folder / "report.html").read_text()
 
