@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from heretic_ds.checkpoint.packed import PackedInfo, Unpacking
 from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import AGAIN, reading
@@ -27,10 +28,14 @@ _SHORT_BYTES = 64 * 2**10
 
 
 class TensorFiles:
-    """The tensors of a checkpoint by name, with shapes known and contents on disk."""
+    """The tensors of a checkpoint by name, with shapes known and contents on disk.
+
+    Packed ones are read as if they were not: their headers say so, see :mod:`heretic_ds.checkpoint.packed`.
+    """
 
     def __init__(self, folder: Path, headers: Mapping[str, TensorInfo]) -> None:
-        """`headers` as :func:`heretic_ds.checkpoint.source.read_headers` gives them, already checked."""
+        """`headers` as :func:`heretic_ds.checkpoint.source.read_headers` gives them, already checked, or
+        :func:`heretic_ds.checkpoint.packed.unpacked_headers`."""
         if not headers:
             raise UserError(
                 f"{folder} has no safetensors weights, of which each rank could read its part; convert the model "
@@ -43,10 +48,13 @@ class TensorFiles:
         self.shapes = {name: info.shape for name, info in headers.items()}
         self._folder, self._headers = folder, headers
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._unpacking = Unpacking(self._read_box)
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, in its dtype, on the host."""
-        whole = torch.empty(self.shapes[name], dtype=STORED_DTYPES[self._headers[name].dtype])
+        """One whole tensor, in its dtype, on the host; a packed one in float32, which holds it exactly."""
+        info = self._headers[name]
+        dtype = torch.float32 if isinstance(info, PackedInfo) else STORED_DTYPES[info.dtype]
+        whole = torch.empty(self.shapes[name], dtype=dtype)
         self.read_into(name, whole)
         return whole
 
@@ -55,6 +63,9 @@ class TensorFiles:
         info = self._headers[name]
         shape, target = (info.shape, target) if info.shape else ((1,), target.reshape(1))
         wanted = range(start, shape[dim] if stop is None else stop)
+        if isinstance(info, PackedInfo):
+            self._unpacking.read_into(info, target, dim, wanted)
+            return
         with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], shape, dim, wanted, target)
 
@@ -62,9 +73,21 @@ class TensorFiles:
         """Copy numbers of one tensor, as one row from its number ``start`` on, to the row ``target``, as
         :meth:`read_into` does."""
         info = self._headers[name]
+        if isinstance(info, PackedInfo):
+            self._unpacking.read_numbers_into(info, target, start)
+            return
         wanted = range(start, start + len(target))
         with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], (math.prod(info.shape),), 0, wanted, target)
+
+    def _read_box(self, info: TensorInfo, width: int, rows: range, columns: range, into: Tensor) -> None:
+        """Copy a box of one tensor's bytes, taken as rows of ``width``, to ``into``, which is uint8 on the host."""
+        offset, shape = info.begin + rows.start * width, (len(rows), width)
+        with self._opened(info) as file:
+            if len(columns) == width:
+                self._copy(file, offset, torch.uint8, shape, 0, range(len(rows)), into)
+            else:
+                self._copy(file, offset, torch.uint8, shape, 1, columns, into)
 
     def _opened(self, info: TensorInfo) -> IO[bytes]:
         path = self._folder / info.file

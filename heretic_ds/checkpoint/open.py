@@ -14,17 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from heretic_ds.checkpoint import Checkpoint, TensorFiles, parameters_on_meta
+from heretic_ds.checkpoint import Checkpoint, TensorFiles, fill, parameters_on_meta
 from heretic_ds.checkpoint.fitness import (
     choose_device,
     dtype_candidates,
@@ -35,7 +32,15 @@ from heretic_ds.checkpoint.fitness import (
     own_dtype,
     some_names,
 )
-from heretic_ds.checkpoint.plausible import check_config, check_headers, quantization_of
+from heretic_ds.checkpoint.packed import METHODS, unpacked_headers
+from heretic_ds.checkpoint.plausible import (
+    AUTO_CLASSES,
+    NEWER,
+    check_headers,
+    load_config,
+    quantization_of,
+    refuse_quantised,
+)
 from heretic_ds.checkpoint.source import (
     CONFIG_NAME,
     ModelSource,
@@ -44,7 +49,7 @@ from heretic_ds.checkpoint.source import (
     read_headers,
     resolve_source,
 )
-from heretic_ds.checkpoint.tokens import TRUST_HINT, greedy_generation_config, load_processor, load_tokenizer
+from heretic_ds.checkpoint.tokens import greedy_generation_config, load_processor, load_tokenizer
 from heretic_ds.errors import UnfitDtype, UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.memory import release_memory
@@ -52,9 +57,7 @@ from heretic_ds.memory import release_memory
 log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
-_OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
-_OTHER = "choose another model or a newer transformers"
+_DEQUANTISED = "%s is quantised with %s: its weights are dequantised, and so will its edited copy be"
 _SAFEST = "; set another model.dtype (float32 is the safest) or model.device."
 
 
@@ -85,13 +88,18 @@ class OpenedModel:
     source: ModelSource
     config: PreTrainedConfig
     headers: Mapping[str, TensorInfo]
-    """What the weight files hold, by tensor name."""
+    """What the weight files hold, by tensor name; packed weights as if they were not."""
     tokenizer: PreTrainedTokenizerBase
     processor: Any | None
     """Processor of a vision-language wrapper; None for text models."""
     device: torch.device
     quantization: str | None
     """Method by which the checkpoint is quantised; the model in memory never is."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether parts of the weights can be read by themselves."""
+        return bool(self.headers) and (self.quantization is None or self.quantization in METHODS)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
@@ -102,16 +110,17 @@ class OpenedModel:
     def skeleton(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model without memory for its weights, which are on the meta device; its buffers have their numbers."""
         attention = self.choice.attn_implementation
-        advice = "set another model.attn_implementation" if attention else _OTHER
+        advice = "set another model.attn_implementation" if attention else NEWER
         with reading(self.source.folder / CONFIG_NAME, advice, "describes no model here"), parameters_on_meta():
             config = copy.deepcopy(self.config)  # engines write their choices into it
+            _forget_packing(config)
             model = _auto_class(config).from_config(config, dtype=dtype or self.dtypes[0], **self.choice.options)
         return self.ready(model)
 
     def checked_skeleton(self) -> PreTrainedModel:
         """:meth:`skeleton`, with which the headers of the weights were compared. Raises UserError."""
         model = self.skeleton()
-        if self.quantization is None:
+        if self.in_parts:
             check_headers(model, self.headers, self.choice.path)
         return model
 
@@ -155,9 +164,9 @@ class OpenedModel:
         model = self.skeleton(dtype)
         return model, Checkpoint.of(model, TensorFiles(self.source.folder, self.headers), dtype)
 
-    def refuse_quantised(self, phase: str) -> None:
-        """Refuse a checkpoint whose parts mean nothing by themselves. Raises UserError."""
-        refuse_quantised(self.choice.path, self.quantization, phase)
+    def refuse_quantised(self, phase: str, unpacks: bool = True) -> None:
+        """Refuse a checkpoint whose parts mean nothing by themselves, or any quantised one. Raises UserError."""
+        refuse_quantised(self.choice.path, self.quantization, phase, unpacks)
 
     def too_large(self, dtype: torch.dtype, error: Exception) -> UserError:
         """What to say where the device has no memory for the whole model."""
@@ -210,21 +219,12 @@ def open_model(choice: ModelChoice) -> OpenedModel:
         choice=choice,
         source=source,
         config=load_config(choice, source, raw, headers),
-        headers=headers,
+        headers=unpacked_headers(raw, headers, source.folder),
         device=device,
         tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
         processor=load_processor(source.folder, choice.trust_remote_code),
         quantization=quantization_of(raw),
     )
-
-
-def refuse_quantised(path: str, method: str | None, phase: str) -> None:
-    """Refuse files that are quantised by some ``method``: their parts mean nothing by themselves. Raises UserError."""
-    if method is not None:
-        raise UserError(
-            f"model.path={path} is quantised with {method}, and its parts cannot be read "
-            f"by themselves; use the unquantised original, or set {phase}=replicated"
-        )
 
 
 def load_weights(opened: OpenedModel) -> LoadedModel:
@@ -236,7 +236,8 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     path, own = opened.choice.path, own_dtype(opened.config, opened.headers)
 
     def load(dtype: torch.dtype) -> PreTrainedModel:
-        model = _load_weights(opened, dtype)
+        packed = opened.quantization is not None and opened.in_parts
+        model = _unpack_weights(opened, dtype) if packed else _load_weights(opened, dtype)
         tensor = first_non_finite(model)
         if tensor is not None and dtype in (own, torch.float32, torch.float64):
             raise UserError(
@@ -250,39 +251,10 @@ def load_weights(opened: OpenedModel) -> LoadedModel:
     return opened.loaded(opened.ready(opened.in_some_dtype(load)))
 
 
-def load_config(
-    choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any], headers: Mapping[str, TensorInfo]
-) -> PreTrainedConfig:
-    """The model's configuration, checked to be that of a causal language model that transformers knows, and to fit the
-    headers of its weights."""
-    check_config(raw, source.folder / CONFIG_NAME, headers, choice.trust_remote_code)
-    kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
-    if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
-        raise UserError(
-            f"model.path={choice.path}: its config.json has model_type={kind!r}, an architecture that "
-            "this version of transformers does not know; choose another model or a newer transformers."
-        )
-    if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
-        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
-    with reading(source.folder / CONFIG_NAME, _OTHER, "is not usable"):
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
-    architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
-    known = any(type(config) in auto._model_mapping for auto in _AUTO_CLASSES)
-    if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
-        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
-    causal = known or "AutoModelForCausalLM" in own_code
-    if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
-        raise UserError(
-            f"model.path={choice.path} is a {architecture} ({kind}); expected a causal language model, "
-            "which continues text."
-        )
-    return config
-
-
 def _auto_class(config: PreTrainedConfig) -> Any:
     """The auto class that builds the checkpoint's own architecture: no tower of a wrapper is dropped."""
     wanted = (config.architectures or ["none stated"])[0]
-    candidates = [auto for auto in _AUTO_CLASSES if type(config) in auto._model_mapping]
+    candidates = [auto for auto in AUTO_CLASSES if type(config) in auto._model_mapping]
     for auto in candidates:
         built = auto._model_mapping[type(config)]
         if wanted in [getattr(cls, "__name__", "") for cls in (built if isinstance(built, tuple) else (built,))]:
@@ -317,6 +289,17 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def _unpack_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Weights in `dtype` on the model's device, of a packed checkpoint, as every placement reads its part of it."""
+    log.warning(_DEQUANTISED, opened.choice.path, opened.quantization)
+    model, checkpoint = opened.empty_model(dtype)
+    try:
+        fill(model, checkpoint, {}, opened.device)
+    except torch.OutOfMemoryError as error:
+        raise opened.too_large(dtype, error) from error
+    return model
+
+
 def _dequantised(path: str, method: str | None) -> dict[str, Any]:
     """Loading options under which transformers turns a quantised checkpoint into plain tensors."""
     if method is None:
@@ -326,7 +309,7 @@ def _dequantised(path: str, method: str | None) -> dict[str, Any]:
         raise UserError(
             f"model.path={path} is quantised with {method}, which cannot be edited; use the unquantised original."
         )
-    log.warning("%s is quantised with %s: its weights are dequantised, and so will its edited copy be", path, method)
+    log.warning(_DEQUANTISED, path, method)
     try:
         return {"quantization_config": known[method](dequantize=True)}
     except ImportError as error:
@@ -340,6 +323,11 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         quantizer.remove_quantization_config(model)
     # Undoing the conversions of this loading would write tensors under the quantised names.
     model._weight_conversions = None  # type: ignore[assignment]
-    for part in (model.config, model.config.get_text_config()):
+    _forget_packing(model.config)
+
+
+def _forget_packing(config: PreTrainedConfig) -> None:
+    """Let a configuration be that of a model that is not quantised."""
+    for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from heretic_ds.checkpoint.fitness import own_dtype
-from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, load_config
-from heretic_ds.checkpoint.plausible import quantization_of
+from heretic_ds.checkpoint.open import ModelChoice, OpenedModel
+from heretic_ds.checkpoint.packed import unpacked_headers
+from heretic_ds.checkpoint.plausible import load_config, quantization_of
 from heretic_ds.checkpoint.source import outline_source, read_config
 
 
@@ -58,7 +59,7 @@ def outline_model(choice: ModelChoice, device: torch.device) -> Outline:
         choice=choice,
         source=source,
         config=load_config(choice, source, raw, headers),
-        headers=headers,
+        headers=unpacked_headers(raw, headers, source.folder),
         tokenizer=nobody,
         processor=None,
         device=device,

@@ -9,16 +9,28 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from heretic_ds.checkpoint.conversions import find_sources
 from heretic_ds.checkpoint.fitness import some_names
-from heretic_ds.checkpoint.source import TensorInfo
+from heretic_ds.checkpoint.packed import METHODS
+from heretic_ds.checkpoint.source import CONFIG_NAME, ModelSource, TensorInfo
+from heretic_ds.checkpoint.tokens import TRUST_HINT
 from heretic_ds.errors import UserError
-from heretic_ds.foreign.reading import check_shape
+from heretic_ds.foreign.reading import check_shape, reading
 from heretic_ds.foreign.text import in_one_line
+
+if TYPE_CHECKING:
+    from heretic_ds.checkpoint.open import ModelChoice
 
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _WIDTHS = ("hidden_size", "n_embd", "d_model")
@@ -43,7 +55,39 @@ _KINDS: dict[str, Any] = {
     "dtype": (str, dict),
     "torch_dtype": (str, dict),
 }
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
+NEWER = "choose another model or a newer transformers"
+_OTHER_HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _ADVICE = "download or copy the model again"
+
+
+def load_config(
+    choice: ModelChoice, source: ModelSource, raw: Mapping[str, Any], headers: Mapping[str, TensorInfo]
+) -> PreTrainedConfig:
+    """The model's configuration, checked to be that of a causal language model that transformers knows, and to fit the
+    headers of its weights."""
+    check_config(raw, source.folder / CONFIG_NAME, headers, choice.trust_remote_code)
+    kind, own_code = raw.get("model_type"), raw.get("auto_map") or {}
+    if kind not in CONFIG_MAPPING and "AutoConfig" not in own_code:
+        raise UserError(
+            f"model.path={choice.path}: its config.json has model_type={kind!r}, an architecture that "
+            "this version of transformers does not know; choose another model or a newer transformers."
+        )
+    if kind not in CONFIG_MAPPING and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
+    with reading(source.folder / CONFIG_NAME, NEWER, "is not usable"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=choice.trust_remote_code)
+    architecture = (raw.get("architectures") or ["of no stated architecture"])[0]
+    known = any(type(config) in auto._model_mapping for auto in AUTO_CLASSES)
+    if not known and "AutoModelForCausalLM" in own_code and not choice.trust_remote_code:
+        raise UserError(f"model.path={choice.path} cannot be loaded: {TRUST_HINT}.")
+    causal = known or "AutoModelForCausalLM" in own_code
+    if not causal or config.is_encoder_decoder or any(head in architecture for head in _OTHER_HEADS):
+        raise UserError(
+            f"model.path={choice.path} is a {architecture} ({kind}); expected a causal language model, "
+            "which continues text."
+        )
+    return config
 
 
 def check_config(
@@ -110,6 +154,20 @@ def quantization_of(raw: Mapping[str, Any]) -> str | None:
         if part.get("quantization_config"):
             return str(part["quantization_config"].get("quant_method", "unnamed"))
     return None
+
+
+def refuse_quantised(path: str, method: str | None, phase: str, unpacks: bool = True) -> None:
+    """Refuse files that are quantised by some ``method``: their parts mean nothing by themselves.
+
+    Those that are read here as if they were not are refused where not ``unpacks`` alone. Raises UserError.
+    """
+    if method is None or (unpacks and method in METHODS):
+        return
+    own = "and its parts cannot be read by themselves"
+    why = f"of which {phase} edits no weights" if method in METHODS else own
+    raise UserError(
+        f"model.path={path} is quantised with {method}, {why}; use the unquantised original, or set {phase}=replicated"
+    )
 
 
 def check_headers(skeleton: PreTrainedModel, headers: Mapping[str, TensorInfo], path: str) -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 from heretic_ds.checkpoint import TensorFiles
 from heretic_ds.checkpoint.conversions import unused_tensors
 from heretic_ds.checkpoint.open import LoadedModel
-from heretic_ds.checkpoint.source import CONFIG_NAME, STORED_DTYPES, WEIGHT_FILES, TensorInfo, read_headers
+from heretic_ds.checkpoint.packed import METHODS, unpacked_headers
+from heretic_ds.checkpoint.source import (
+    CONFIG_NAME,
+    STORED_DTYPES,
+    WEIGHT_FILES,
+    TensorInfo,
+    read_config,
+    read_headers,
+)
 from heretic_ds.export.tensor_file import TensorForm, write_tensors
 from heretic_ds.foreign.reading import read_json, reading
 
@@ -27,10 +35,13 @@ _RECOMPUTED = "rotary_emb.inv_freq"
 
 
 def carried_tensors(loaded: LoadedModel) -> dict[str, TensorInfo]:
-    """What of the original's files is no part of the model, by name; of quantised files nothing can be told."""
-    if loaded.quantization is not None or not (loaded.source / CONFIG_NAME).is_file():
+    """What of the original's files is no part of the model, by name; packed tensors as if they were not. Of files that
+    are quantised otherwise nothing can be told."""
+    told = loaded.quantization is None or loaded.quantization in METHODS
+    if not told or not (loaded.source / CONFIG_NAME).is_file():
         return {}
-    headers = read_headers(loaded.source, allow_pickle=True)  # those of pickled files are empty
+    found = read_headers(loaded.source, allow_pickle=True)  # those of pickled files are empty
+    headers = unpacked_headers(read_config(loaded.source), found, loaded.source)
     unused = unused_tensors(loaded.model, {name: info.shape for name, info in headers.items()})
     return {name: headers[name] for name in sorted(unused) if not name.endswith(_RECOMPUTED)}
 
@@ -69,9 +80,10 @@ def add_carried(loaded: LoadedModel, folder: Path, max_shard_size: str) -> None:
 
 def copied(tensors: TensorFiles, name: str, form: TensorForm) -> Iterator[Tensor]:
     """Some numbers of a tensor at a time, in the dtype they are to have, in memory that the next overwrite."""
-    count = math.prod(form.shape)
-    buffer = torch.empty(min(count, _AT_ONCE), dtype=form.dtype)
-    for start in range(0, count, _AT_ONCE):
+    count, row = math.prod(form.shape), form.shape[-1] if form.shape else 1
+    at_once = max(1, _AT_ONCE // max(row, 1)) * max(row, 1)  # whole rows, of which packed ones are read best
+    buffer = torch.empty(min(count, at_once), dtype=form.dtype)
+    for start in range(0, count, at_once):
         part = buffer[: count - start]
         tensors.read_numbers_into(name, part, start)
         yield part

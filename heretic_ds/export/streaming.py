@@ -99,10 +99,11 @@ class EditedFiles:
         """The model without its weights, as the card and the manifest describe it, and its weight files.
 
         Weights are cast to ``dtype``, in which the edit was verified, as loading would. Files are the original's, or
-        as large as ``max_shard_size`` allows. Raises UserError for checkpoints that are quantised or not safetensors.
+        as large as ``max_shard_size`` allows; packed weights are unpacked. Raises UserError for checkpoints that are
+        quantised otherwise, or not safetensors.
         """
-        if opened.quantization is not None or not opened.headers:
-            kind = "quantised" if opened.quantization is not None else "pickled"
+        if not opened.in_parts:
+            kind = "quantised" if opened.headers else "pickled"
             raise UserError(f"{opened.source.name} is {kind}, and can only be written whole; set evaluate=replicated")
         skeleton, checkpoint = opened.empty_model(dtype)
         edits, kept = plan_edits(checkpoint, anatomy, ablation, edit), _kept_dtypes(checkpoint, dtype)

@@ -190,7 +190,7 @@ def load_whole(job: Job) -> LoadedModel:
     if not job.settings.load.share or world.size == 1:
         return world.agree(lambda: load_weights(opened), "reading the weights")
     machine = world.machine()
-    if machine.most == 1 or opened.quantization is not None or not opened.headers:
+    if machine.most == 1 or not opened.in_parts:
         why = "there is one rank on each machine" if machine.most == 1 else "weights are quantised or not safetensors"
         log.info("load.share=true does nothing: %s", why)
         return world.agree(lambda: load_weights(opened), "reading the weights")

@@ -25,9 +25,10 @@ class Replicated(Placement):
         """All weights on each rank, which transformers reads: on a CPU with a copy of experts that it puts together,
         on another device with some blocks at a time. Ranks that share the reading need neither."""
         here = min(resources.ranks, resources.machine.devices_per_node)
-        shared = facts.shares_files and here > 1 and facts.quantization is None
+        shared = facts.shares_files and here > 1 and facts.in_parts
         merging = READ_BUFFER
-        if facts.merges_experts and not shared:
+        unpacked = facts.quantization is not None and facts.in_parts  # read by parts, whoever does
+        if facts.merges_experts and not shared and not unpacked:
             merging += math.ceil(MERGING * facts.weights) if resources.on_cpu else BLOCKS_MERGED * max(facts.blocks)
         use = Use(
             held=facts.weights,

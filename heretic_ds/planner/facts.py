@@ -8,6 +8,7 @@ from typing import Any
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import OpenedModel
+from heretic_ds.checkpoint.packed import METHODS, stored_bytes
 from heretic_ds.placements.costs import Facts, Work
 from heretic_ds.settings import AUTO, Settings
 
@@ -30,6 +31,7 @@ def facts_of(
         dtype=dtype,
         work=work_of(settings, lengths),
         quantization=opened.quantization,
+        stored=stored_bytes(opened.headers) if opened.quantization in METHODS else 0,
         shares_files=settings.load.share,
         here=opened.device,
         merges_experts=any(writer.experts is not None for writer in anatomy.writers) and _apart(opened.headers),

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint.open import refuse_quantised
+from heretic_ds.checkpoint.packed import METHODS
+from heretic_ds.checkpoint.plausible import refuse_quantised
 from heretic_ds.errors import UserError
 
 T = TypeVar("T")
@@ -63,7 +64,9 @@ class Facts:
     dtype: torch.dtype
     work: Work
     quantization: str | None = None
-    """Method by which the files are quantised, whose parts mean nothing by themselves."""
+    """Method by which the files are quantised; but for :data:`METHODS` their parts mean nothing by themselves."""
+    stored: int = 0
+    """Bytes of the weights as they lie in files, where they are packed; 0: as many as in memory."""
     merges_experts: bool = False
     """Whether the files hold each expert by itself, so that transformers puts them together while it loads."""
     shares_files: bool = False
@@ -92,9 +95,14 @@ class Facts:
         known: T = found
         return known
 
-    def refuse_quantised(self, phase: str) -> None:
-        """Refuse files whose parts mean nothing by themselves. Raises UserError."""
-        refuse_quantised(self.name, self.quantization, phase)
+    @property
+    def in_parts(self) -> bool:
+        """Whether parts of the files can be read by themselves, as far as quantisation goes."""
+        return self.quantization is None or self.quantization in METHODS
+
+    def refuse_quantised(self, phase: str, unpacks: bool = True) -> None:
+        """Refuse files whose parts mean nothing by themselves, or any that are quantised. Raises UserError."""
+        refuse_quantised(self.name, self.quantization, phase, unpacks)
 
     @_Known
     def config(self) -> Any:

@@ -27,7 +27,8 @@ def of_phase(facts: Facts, resources: Resources, phase: str, use: Use) -> dict[s
     """Loading, and the whole capture or one trial."""
     machine, work = resources.machine, facts.work
     here, part = min(resources.ranks, machine.devices_per_node), facts.weights * use.read_parts
-    seconds = {"load": part * here / machine.disk_bandwidth + part / machine.host_bandwidth}
+    read = (facts.stored or facts.weights) * use.read_parts
+    seconds = {"load": read * here / machine.disk_bandwidth + part / machine.host_bandwidth}
     if phase == "capture":
         rows = math.ceil(work.train_prompts / use.replicas)
         seconds["capture"] = _passes(facts, resources, phase, use, rows, work.prompt_tokens)

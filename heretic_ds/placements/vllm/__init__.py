@@ -80,7 +80,7 @@ class Vllm(Placement):
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """Weights split over a replica, and what is set aside for keys and values. Time is reckoned as for passes whose
         operations are launched one by one: what vLLM's kernels save was measured on CPUs alone."""
-        facts.refuse_quantised(self.phase)
+        facts.refuse_quantised(self.phase, unpacks=False)
         degree = self.options.degree or 1
         if degree > resources.machine.devices_per_node:
             raise UserError(f"a replica of {degree} ranks lies on several computers")
@@ -111,7 +111,7 @@ class Vllm(Placement):
         """Refuse, before any weight is read, what vLLM does not serve, and an environment without a fitting one."""
         options, opened = self.options, job.opened
         degree = job.world.degree(options.degree or 1, f"{self.phase}.degree")
-        opened.refuse_quantised(self.phase)
+        opened.refuse_quantised(self.phase, unpacks=False)
         if degree > 1 and options.tensor_parallel not in (None, degree):
             raise UserError(
                 f"evaluate.tensor_parallel is {options.tensor_parallel}, but evaluate.degree={degree} gives a model "
