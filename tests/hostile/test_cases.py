@@ -7,12 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.hostile.cases_model import config_cases, template_cases, tokenizer_cases, weight_cases
+from tests.hostile.cases_packed import packed_cases
 from tests.hostile.cases_run import path_cases, prompt_cases, run_folder_cases
 from tests.hostile.harness import Case, Ended
 
 CASES = [
     *config_cases(),
     *weight_cases(),
+    *packed_cases(),
     *tokenizer_cases(),
     *template_cases(),
     *prompt_cases(),

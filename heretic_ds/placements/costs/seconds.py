@@ -19,6 +19,9 @@ OPERATIONS_AN_EXPERT = 6
 """The same for one expert that has tokens, where experts are looped over."""
 SHARE_OF_PEAK = {"cuda": 0.6, "cpu": 1.0}
 """Part of a device's rates that matrix products reach: those of a GPU are stated, those of a CPU measured."""
+UNPACKED_A_SECOND = 2e8
+"""Numbers that one thread of a CPU makes of codes and scales (``benchmarks/packed_loading.py``); a GPU's way there is
+longer than what it does with them."""
 SHARE_COMPUTED = 0.5
 """About what is left of a trial's pass over prompts where it begins with the first edited block."""
 
@@ -29,6 +32,8 @@ def of_phase(facts: Facts, resources: Resources, phase: str, use: Use) -> dict[s
     here, part = min(resources.ranks, machine.devices_per_node), facts.weights * use.read_parts
     read = (facts.stored or facts.weights) * use.read_parts
     seconds = {"load": read * here / machine.disk_bandwidth + part / machine.host_bandwidth}
+    if facts.stored and resources.on_cpu:
+        seconds["load"] += part / facts.dtype.itemsize / UNPACKED_A_SECOND
     if phase == "capture":
         rows = math.ceil(work.train_prompts / use.replicas)
         seconds["capture"] = _passes(facts, resources, phase, use, rows, work.prompt_tokens)
