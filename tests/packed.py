@@ -76,7 +76,7 @@ def packed_mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.float().transpose(1, 2).unflatten(-1, (-1, 32))
     exponents = (groups.abs().amax(-1) / 6).clamp_min(2.0**-100).log2().ceil().int()
     scaled = torch.ldexp(groups, -exponents[..., None])
-    codes = torch.bucketize(scaled.abs(), (numbers[1:] + numbers[:-1]) / 2) + 8 * (scaled < 0)
+    codes = torch.bucketize(scaled.abs().contiguous(), (numbers[1:] + numbers[:-1]) / 2) + 8 * (scaled < 0)
     return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8), (exponents + 127).to(torch.uint8)
 
 

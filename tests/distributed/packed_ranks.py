@@ -22,13 +22,17 @@ def measure(
     """
     job, rows = job_for(world, folder, dtype=dtype), prompts()
     setattr(job.settings, phase, target(placement, **options))
+    job.settings.load.share = True
     read, codes = TensorFiles._read_box, [0]
 
     def counting(self: TensorFiles, info: Any, width: int, height: Any, columns: Any, into: Any) -> None:
         codes[0] += into.numel() if info.dtype != "F32" else 0
         read(self, info, width, height, columns, into)
 
-    with mock.patch.object(TensorFiles, "_read_box", counting):
+    with (
+        mock.patch.object(TensorFiles, "_read_box", counting),
+        mock.patch("heretic_ds.checkpoint.sharing._SMALL_BYTES", 1),
+    ):
         engine: Any = build_engine(job, phase)
     with contextlib.closing(engine):
         found = {"means": engine.capture(rows), "answers": engine.generate(rows, [None]), "codes": codes[0]}

@@ -64,7 +64,8 @@ def test_ranks_say_what_one_says_of_the_dequantised(ranks, saved, family, placem
         assert error_L.max() < 1e-5
         assert found.get("kl") == same.get("kl") and found.get("edited") == same.get("edited") == one.get("edited")
         assert phase == "capture" or (one["kl"] > 1e-3 and abs(found["kl"] - one["kl"]) <= 1e-6 + 1e-4 * one["kl"])
-        assert 0 < found["codes"] < 0.8 * alone and same["codes"] == one["codes"] == 0
+        checked = placement not in ("fsdp", "zero3", "replicated")  # against the unsplit model, which is read once more
+        assert 0 < found["codes"] < (0.7 + checked) * alone and same["codes"] == one["codes"] == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.thorough)])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -23,7 +26,12 @@ from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.errors import UserError
 from heretic_ds.export.checkpoint import export_model
 from heretic_ds.export.streaming import EditedFiles
+from heretic_ds.placements.costs import Resources
+from heretic_ds.placements.fsdp import Fsdp
 from heretic_ds.placements.tensor_parallel.sharding import expert_shards
+from heretic_ds.placements.vllm import Vllm
+from heretic_ds.planner import facts_of, machine_of
+from heretic_ds.settings import conf_dir
 from tests import packed
 from tests.unit.test_streaming import random_ablation, tensors_of
 
@@ -264,6 +272,43 @@ def test_a_plan_knows_the_size_in_memory_and_in_files(saved, family) -> None:
     Checkpoint.of(model, TensorFiles(saved(family), headers), torch.bfloat16)
     there = sum(tensor.nbytes for tensor in load_file(saved(family) / "model.safetensors").values())
     assert stored_bytes(headers) == there < sum(p.nbytes for p in model.parameters())
+
+
+_SERVING = {
+    "llama": ("replicated.Replicated", "tensor_parallel.TensorParallel", "fsdp.Fsdp", "pipeline.Pipeline"),
+    "qwen3_moe": ("expert_parallel.ExpertParallel", "zero3.Zero3"),
+    "gpt_oss": ("tensor_pipeline.TensorPipeline", "fsdp.Fsdp"),
+}
+
+
+@pytest.mark.parametrize("family", _SERVING)
+def test_a_packed_checkpoint_is_planned_as_the_dequantised_but_for_reading(
+    saved, tmp_path, compose_settings, family
+) -> None:
+    there, settings = saved(family), compose_settings()
+    facts = []
+    for folder in (there, packed.save_dequantised(there, tmp_path)):
+        outline = outline_model(ModelChoice(str(folder)), CPU)
+        facts.append(facts_of(outline, find_anatomy(outline.skeleton()), settings))
+    assert facts[0].weights == facts[1].weights and facts[1].stored == 0 < facts[0].stored < facts[0].weights
+    slow_disk = replace(machine_of(OmegaConf.load(conf_dir() / "hardware" / "h100x8.yaml")), disk_bandwidth=1e3)
+    for name in _SERVING[family]:
+        kind = get_class(f"heretic_ds.placements.{name}")
+        phase = "capture" if "zero3" in name else "evaluate"
+        costs = [
+            kind(phase, kind.Options()).cost(each, Resources(slow_disk, 4 if "tensor_pipe" in name else 2))
+            for each in facts
+        ]
+        assert costs[0].bytes == costs[1].bytes and costs[0].host == costs[1].host
+        assert costs[0].seconds["load"] < costs[1].seconds["load"]
+    with pytest.raises(
+        UserError, match=r"quantised with .*, of which evaluate edits no weights; .* evaluate=replicated"
+    ):
+        Vllm("evaluate", Vllm.Options()).cost(facts[0], Resources(slow_disk, 2))
+    with pytest.raises(UserError, match="compressed-tensors, and its parts cannot be read by themselves"):
+        Fsdp("evaluate", Fsdp.Options()).cost(
+            replace(facts[0], quantization="compressed-tensors"), Resources(slow_disk, 2)
+        )
 
 
 @pytest.mark.parametrize("family", packed.PACKED)
