@@ -215,7 +215,7 @@ def open_model(choice: ModelChoice) -> OpenedModel:
     device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)
-    return OpenedModel(
+    opened = OpenedModel(
         choice=choice,
         source=source,
         config=load_config(choice, source, raw, headers),
@@ -225,6 +225,9 @@ def open_model(choice: ModelChoice) -> OpenedModel:
         processor=load_processor(source.folder, choice.trust_remote_code),
         quantization=quantization_of(raw),
     )
+    if opened.quantization is not None and opened.in_parts:
+        log.warning(_DEQUANTISED, choice.path, opened.quantization)
+    return opened
 
 
 def load_weights(opened: OpenedModel) -> LoadedModel:
@@ -291,7 +294,6 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _unpack_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Weights in `dtype` on the model's device, of a packed checkpoint, as every placement reads its part of it."""
-    log.warning(_DEQUANTISED, opened.choice.path, opened.quantization)
     model, checkpoint = opened.empty_model(dtype)
     try:
         fill(model, checkpoint, {}, opened.device)

@@ -163,10 +163,14 @@ def refuse_quantised(path: str, method: str | None, phase: str, unpacks: bool = 
     """
     if method is None or (unpacks and method in METHODS):
         return
-    own = "and its parts cannot be read by themselves"
-    why = f"of which {phase} edits no weights" if method in METHODS else own
+    if method in METHODS:
+        raise UserError(
+            f"model.path={path} is quantised with {method}, of which this {phase} reads no weights; "
+            f"use the unquantised original, or set {phase}=replicated"
+        )
     raise UserError(
-        f"model.path={path} is quantised with {method}, {why}; use the unquantised original, or set {phase}=replicated"
+        f"model.path={path} is quantised with {method}, and its parts cannot be read by themselves; "
+        f"use the unquantised original, or set {phase}=replicated"
     )
 
 

@@ -302,7 +302,7 @@ def test_a_packed_checkpoint_is_planned_as_the_dequantised_but_for_reading(
         assert costs[0].bytes == costs[1].bytes and costs[0].host == costs[1].host
         assert costs[0].seconds["load"] < costs[1].seconds["load"]
     with pytest.raises(
-        UserError, match=r"quantised with .*, of which evaluate edits no weights; .* evaluate=replicated"
+        UserError, match=r"quantised with .*, of which this evaluate reads no weights; .* evaluate=replicated"
     ):
         Vllm("evaluate", Vllm.Options()).cost(facts[0], Resources(slow_disk, 2))
     with pytest.raises(UserError, match="compressed-tensors, and its parts cannot be read by themselves"):
