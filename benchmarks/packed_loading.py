@@ -206,7 +206,7 @@ def main() -> int:
                 given = [str(Path(folder) / checkpoint), placement, str(options.rounds)]
                 found = summed_up(from_ranks(__file__, ranks, given, MARK, seconds=900))
                 models[kind]["rows"].append({"checkpoint": checkpoint, "placement": placement, "ranks": ranks, **found})
-    keep(options.result, {"models": models, "rounds": options.rounds, "threads_a_rank": 1})
+                keep(options.result, {"models": models, "rounds": options.rounds, "threads_a_rank": 1})
     print(table(models))
     return 0
 
