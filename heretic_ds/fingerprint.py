@@ -21,6 +21,7 @@ _SCORE_SETTINGS = (
     "model.path",
     "model.revision",
     "model.dtype",
+    "model.quantization",
     "prompts",
     "direction",
     "ablation.rank",
@@ -35,7 +36,7 @@ _SCORE_SETTINGS = (
 )
 """Settings on which a trial's edit or scores depend. The rest may change from run to run in one folder."""
 
-LATER = {"direction.method": "mean_difference", "direction.groups": 9, "ablation.rank": 1}
+LATER = {"model.quantization": "none", "direction.method": "mean_difference", "direction.groups": 9, "ablation.rank": 1}
 """Settings that came after the first run folders, and the values that change nothing: only others count."""
 
 

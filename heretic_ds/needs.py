@@ -50,3 +50,11 @@ def check_deepspeed(what: str) -> None:
     """Raise UserError where DeepSpeed, which ``what`` is done by, is not installed. Does not import it."""
     if importlib.util.find_spec(_DEEPSPEED) is None:
         raise UserError(f'{what} needs DeepSpeed, which is not installed here: pip install "{DEEPSPEED}"')
+
+
+def check_bitsandbytes(what: str) -> None:
+    """Raise UserError where bitsandbytes, or accelerate, by which transformers loads it, is not installed. Imports
+    neither."""
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'{what} needs {package}, which is not installed here: pip install "heretic-ds[bnb]"')

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from heretic_ds.anatomy.model import Anatomy, Writer
+from heretic_ds.anatomy.packing import is_packed
 from heretic_ds.anatomy.tables import (
     DECODERS,
     FUSED_READERS,
@@ -201,7 +202,7 @@ def _writer(
     module, full = block.get_submodule(path), f"{block_path}.{path}"
     parameter = row.fused or "weight"
     bias = f"{row.fused}_bias" if row.fused else "bias"
-    shape = tuple(getattr(module, parameter).shape)
+    shape = _shape(module, parameter)
     memory = _memory_layout(module, row, full)
     spans = shape[memory.index("D")] if len(shape) == len(memory) else None
     if spans != width:
@@ -223,6 +224,13 @@ def _writer(
         inner_norm=f"{block_path}.{norms[0]}" if len(norms) > 1 else None,
         path=f"{row.path}.{row.fused}" if row.fused else row.path,
     )
+
+
+def _shape(module: Any, parameter: str) -> tuple[int, ...]:
+    """Of a weight; of one that is packed in few bits, that of the matrix they stand for."""
+    if is_packed(module):
+        return module.out_features, module.in_features
+    return tuple(getattr(module, parameter).shape)
 
 
 def _memory_layout(module: nn.Module, row: WriterRow, full: str) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from heretic_ds.anatomy.packing import is_packed, unpacked
 from heretic_ds.anatomy.tables import Component
+from heretic_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,22 @@ class Writer:
     def weight_DK(self, model: nn.Module) -> Tensor:
         """The weight as a view with the stream at -2 and the writer's input at -1: [D, K], or [E, D, K].
 
-        The view shares the parameter's memory and is outside autograd: writing into it edits the model.
+        The view shares the parameter's memory and is outside autograd: writing into it edits the model. Raises
+        UserError where the weight is packed in few bits, of which there is no such view.
         """
+        if is_packed(model.get_submodule(self.module)):
+            raise UserError(
+                f"{self.module} holds its weight in few bits (bitsandbytes), which cannot be edited in place; edit its "
+                "outputs, or load the model without quantisation"
+            )
         weight = model.get_parameter(self.weight).detach()
         return weight.transpose(-1, -2) if self.layout in ("KD", "EKD") else weight
+
+    def numbers_DK(self, model: nn.Module) -> Tensor:
+        """The weight to read and not to write: the view that :meth:`weight_DK` gives, or, where it is packed in few
+        bits, the matrix that these stand for, in memory of its own."""
+        module = model.get_submodule(self.module)
+        return unpacked(module) if is_packed(module) else self.weight_DK(model)
 
     def norm_gain(self, model: nn.Module) -> Tensor | None:
         """Gain γ [D], float32, with which the writer's output enters the stream; None where no norm follows.

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from heretic_ds.checkpoint.bnb.stored import PackedMatrix, matrix_of, unpacked_headers
 from heretic_ds.checkpoint.packed import PackedInfo, Unpacking
 from heretic_ds.checkpoint.source import STORED_DTYPES, TensorInfo
 from heretic_ds.errors import UserError
@@ -27,6 +28,11 @@ _SHORT_BYTES = 64 * 2**10
 """Pieces below this size are read with what lies between them: a system call costs more than copying that much."""
 
 
+def as_if_not_packed(folder: Path, headers: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """Headers of files in which bitsandbytes has packed matrices as they would be if it had not. Raises UserError."""
+    return unpacked_headers(headers, folder, TensorFiles(folder, headers).stored) if headers else headers
+
+
 class TensorFiles:
     """The tensors of a checkpoint by name, with shapes known and contents on disk.
 
@@ -35,7 +41,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path, headers: Mapping[str, TensorInfo]) -> None:
         """`headers` as :func:`heretic_ds.checkpoint.source.read_headers` gives them, already checked, or
-        :func:`heretic_ds.checkpoint.packed.unpacked_headers`."""
+        :func:`heretic_ds.checkpoint.packed.unpacked_headers`, or :func:`as_if_not_packed`."""
         if not headers:
             raise UserError(
                 f"{folder} has no safetensors weights, of which each rank could read its part; convert the model "
@@ -49,6 +55,8 @@ class TensorFiles:
         self._folder, self._headers = folder, headers
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._unpacking = Unpacking(self._read_box)
+        self._unpacked: tuple[PackedMatrix, Tensor] | None = None
+        """The packed matrix that was read last."""
 
     def read(self, name: str) -> Tensor:
         """One whole tensor, in its dtype, on the host; a packed one in float32, which holds it exactly."""
@@ -66,6 +74,9 @@ class TensorFiles:
         if isinstance(info, PackedInfo):
             self._unpacking.read_into(info, target, dim, wanted)
             return
+        if isinstance(info, PackedMatrix):
+            target.copy_(self._matrix(info).narrow(dim, wanted.start, len(wanted)))
+            return
         with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], shape, dim, wanted, target)
 
@@ -77,6 +88,9 @@ class TensorFiles:
             self._unpacking.read_numbers_into(info, target, start)
             return
         wanted = range(start, start + len(target))
+        if isinstance(info, PackedMatrix):
+            target.copy_(self._matrix(info).view(-1)[start : wanted.stop])
+            return
         with self._opened(info) as file:
             self._copy(file, info.begin, STORED_DTYPES[info.dtype], (math.prod(info.shape),), 0, wanted, target)
 
@@ -88,6 +102,21 @@ class TensorFiles:
                 self._copy(file, offset, torch.uint8, shape, 0, range(len(rows)), into)
             else:
                 self._copy(file, offset, torch.uint8, shape, 1, columns, into)
+
+    def stored(self, info: TensorInfo) -> Tensor:
+        """One whole tensor as it lies in a file."""
+        whole = torch.empty(info.shape, dtype=STORED_DTYPES[info.dtype])
+        shape, target = (info.shape, whole) if info.shape else ((1,), whole.reshape(1))
+        with self._opened(info) as file:
+            self._copy(file, info.begin, whole.dtype, shape, 0, range(shape[0]), target)
+        return whole
+
+    def _matrix(self, info: PackedMatrix) -> Tensor:
+        if self._unpacked is None or self._unpacked[0] is not info:
+            self._unpacked = None  # before another takes its memory
+            with reading(self._folder / info.file):
+                self._unpacked = (info, matrix_of(info, self.stored).contiguous())
+        return self._unpacked[1]
 
     def _opened(self, info: TensorInfo) -> IO[bytes]:
         path = self._folder / info.file

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils.quantization_config import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from heretic_ds.checkpoint import Checkpoint, TensorFiles, fill, parameters_on_meta
+from heretic_ds.checkpoint import Checkpoint, TensorFiles, as_if_not_packed, bnb, fill, parameters_on_meta
 from heretic_ds.checkpoint.fitness import (
     choose_device,
     dtype_candidates,
@@ -72,6 +72,7 @@ class ModelChoice:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     attn_implementation: str | None = None
+    quantization: str = bnb.NONE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -212,6 +213,7 @@ def open_model(choice: ModelChoice) -> OpenedModel:
     source = resolve_source(choice.path, choice.revision, choice.allow_pickle)
     raw = read_config(source.folder)
     headers = read_headers(source.folder, choice.allow_pickle)
+    method = bnb.check_packing(choice.path, choice.quantization, raw, quantization_of(raw), bool(headers))
     device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)
@@ -219,11 +221,13 @@ def open_model(choice: ModelChoice) -> OpenedModel:
         choice=choice,
         source=source,
         config=load_config(choice, source, raw, headers),
-        headers=unpacked_headers(raw, headers, source.folder),
+        headers=as_if_not_packed(source.folder, headers)
+        if method == bnb.METHOD
+        else unpacked_headers(raw, headers, source.folder),
         device=device,
         tokenizer=load_tokenizer(source.folder, choice.trust_remote_code),
         processor=load_processor(source.folder, choice.trust_remote_code),
-        quantization=quantization_of(raw),
+        quantization=method,
     )
     if opened.quantization is not None and opened.in_parts:
         log.warning(_DEQUANTISED, choice.path, opened.quantization)
@@ -268,7 +272,8 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Weights in `dtype` on the model's device; UserError where some are missing, for those would be left random."""
     choice, source, config, device = opened.choice, opened.source, opened.config, opened.device
-    options = choice.options | _dequantised(choice.path, opened.quantization)
+    packing = bnb.loading_options(choice.quantization, opened.quantization, dtype, device, opened.skeleton)
+    options = choice.options | (_dequantised(choice.path, opened.quantization) if packing is None else packing)
     if device.type != "cpu" and importlib.util.find_spec("accelerate"):
         options["device_map"] = {"": device}  # straight to the device, without a second copy in host memory
     options["use_safetensors"] = None if choice.allow_pickle else True
@@ -287,7 +292,9 @@ def _load_weights(opened: OpenedModel, dtype: torch.dtype) -> PreTrainedModel:
         )
     if info["unexpected_keys"]:
         log.warning("not used by %s: %s", type(model).__name__, some_names(info["unexpected_keys"]))
-    if opened.quantization is not None:
+    if packing is not None:
+        bnb.settle(model, choice.path, choice.quantization, dtype)
+    if opened.quantization is not None and choice.quantization == bnb.NONE:
         _forget_quantization(model)
     return model
 

@@ -71,6 +71,7 @@ HERETIC_OPTIONS = {
     "print-responses": "scoring.print_answers={}",
     "trust-remote-code": "model.trust_remote_code={}",
     "dtypes": "model.dtype={}",
+    "quantization": "model.quantization={}",
     "device-map": "evaluate={}",
     "orthogonalize-direction": "direction.orthogonalize={}",
     "winsorization-quantile": "direction.winsorize_quantile={}",

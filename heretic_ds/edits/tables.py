@@ -115,7 +115,7 @@ class WriterTables:
         self._gain_D = None if gain_D is None else gain_D.double().cpu()
         directions_LRD = ablation.directions_LRD[1:]  # the entry 0 is used by no block
         self._basis_LRD = directions_LRD if self._gain_D is None else self._gain_D * directions_LRD
-        self.norms_D = row_norms(writer.weight_DK(model), ablation.row_norm, reduce)
+        self.norms_D = row_norms(writer.numbers_DK(model), ablation.row_norm, reduce)
         """n: [D], or [E, D] for experts."""
         made = kept and ablation.row_norm == "full"
         self._overlaps_QD = self._overlaps(self._basis_LRD.flatten(0, 1)) if made else None
@@ -127,7 +127,7 @@ class WriterTables:
 
     def _overlaps(self, basis_QD: Tensor) -> Tensor:
         """q ŴŴᵀ for directions q: [Q, D], or [E, Q, D]."""
-        basis_QD, weight_DK = basis_QD.to(self.norms_D), self._writer.weight_DK(self._model)
+        basis_QD, weight_DK = basis_QD.to(self.norms_D), self._writer.numbers_DK(self._model)
         if weight_DK.dim() == 2:
             return row_overlaps(weight_DK, self.norms_D, basis_QD, self._reduce)
         table_EQD = self.norms_D.new_empty(len(weight_DK), *basis_QD.shape)

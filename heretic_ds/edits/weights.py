@@ -36,11 +36,15 @@ class WeightEditor:
         self._present = ()
         for writer in self._writers:
             if writer.weight in self._edited:
-                writer.weight_DK(self._model).copy_(self._originals[writer.weight])
+                self._restore(writer)
                 self._edited.discard(writer.weight)
             if edit is not None and (strength := edit.strength(writer.component, writer.block)) != 0.0:
                 self._edit(writer, edit, strength)
         self._present = (edit,)
+
+    def _restore(self, writer: Writer) -> None:
+        """Bring an edited writer back."""
+        writer.weight_DK(self._model).copy_(self._originals[writer.weight])
 
     def _edit(self, writer: Writer, edit: Edit, strength: float) -> None:
         if self._ablation is None:

@@ -29,7 +29,7 @@ PREFIX = "base_model.model."
 
 def resident_writer(model: nn.Module, writer: Writer) -> tuple[Tensor, Tensor | None]:
     """A writer's weight in memory, and the gain of the norms behind it."""
-    return writer.weight_DK(model), writer.norm_gain(model)
+    return writer.numbers_DK(model), writer.norm_gain(model)
 
 
 def stored_writer(checkpoint: Checkpoint, writer: Writer) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from heretic_ds.ablation import Edit
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.checkpoint.source import CARD_NAME, LICENCE_FILES, is_hub_id
 from heretic_ds.errors import UserError
@@ -72,6 +73,8 @@ class CardFacts:
     """Whether more of it is better."""
     form: str = "model"
     """What the folder holds: `model`, `adapter`, or `both`."""
+    quantization: str = "none"
+    """How weights were held while the edit was searched and scored, as ``model.quantization`` says."""
     adapter: AdapterFacts | None = None
     """Of the adapter, where there is one."""
     final: Mapping[str, Any] | None = None
@@ -98,6 +101,8 @@ def model_card(loaded: LoadedModel, facts: CardFacts, today: date | None = None)
         str(_TEMPLATE),
         loaded=loaded,
         facts=facts,
+        packed=bnb.in_words(facts.quantization),
+        packed_finally=bnb.in_words((facts.final or {}).get("quantization", bnb.NONE)),
         title=title,
         final_rows=list(final_rows(facts.final)) if facts.final else [],
         number_text=number_text,

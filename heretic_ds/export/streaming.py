@@ -23,7 +23,7 @@ from torch import Tensor
 
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.checkpoint import Checkpoint, TensorFiles
+from heretic_ds.checkpoint import Checkpoint, TensorFiles, bnb
 from heretic_ds.checkpoint.conversions import Assembled
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
@@ -102,7 +102,7 @@ class EditedFiles:
         as large as ``max_shard_size`` allows; packed weights are unpacked. Raises UserError for checkpoints that are
         quantised otherwise, or not safetensors.
         """
-        if not opened.in_parts:
+        if not (opened.in_parts or (opened.headers and opened.quantization == bnb.METHOD)):
             kind = "quantised" if opened.headers else "pickled"
             raise UserError(f"{opened.source.name} is {kind}, and can only be written whole; set evaluate=replicated")
         skeleton, checkpoint = opened.empty_model(dtype)

@@ -15,6 +15,7 @@ _LOGGERS: dict[str, str | None] = {
     "datasets": "DATASETS_VERBOSITY",
     "lm_eval": "LMEVAL_LOG_LEVEL",
     "matplotlib": None,
+    "bitsandbytes": None,
 }
 """Names of libraries' loggers, each with the variable by which a user asks for what they say, where there is one."""
 

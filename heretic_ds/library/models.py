@@ -125,12 +125,16 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a hub id or a folder: whole, finite, in eval mode, quantised ones dequantised.
 
-    Arguments are the settings ``model.*`` of the command. Raises UserError for what is wrong with them.
+    With ``quantization`` of ``bnb_4bit`` or ``bnb_8bit`` its weights are packed by bitsandbytes: :func:`capture`,
+    :func:`ablated` and :func:`score` take such a model, :func:`apply` does not. Arguments are the settings ``model.*``
+    of the command. Raises UserError for what is wrong with them.
     """
-    loaded = load_weights(open_model(ModelChoice(path, revision, dtype, device, trust_remote_code)))
+    choice = ModelChoice(path, revision, dtype, device, trust_remote_code, quantization=quantization)
+    loaded = load_weights(open_model(choice))
     return loaded.model, loaded.tokenizer
 
 
@@ -220,9 +224,13 @@ def apply(model: PreTrainedModel, edit: ModelEdit) -> Callable[[], None]:
     """Edit the model's weights, in place; ``save_pretrained`` then writes the edited model.
 
     What is returned brings them back, bit for bit: until it is dropped it holds a copy on the host. Raises UserError
-    for directions of another model.
+    for directions of another model, and for one whose weights bitsandbytes has packed.
     """
-    editor = WeightEditor(model, _anatomy(model, edit))
+    anatomy = _anatomy(model, edit)
+    for writer in anatomy.writers:
+        if edit.edit.strength(writer.component, writer.block):
+            writer.weight_DK(model)  # refuses what is packed, before anything is edited
+    editor = WeightEditor(model, anatomy)
     editor.prepare(edit.ablation)
     editor.set_edit(edit.edit)
     return partial(editor.set_edit, None)

@@ -44,7 +44,11 @@ __all__ = [
 
 def placements_of(settings: Settings) -> dict[str, Placement]:
     """The placement of each phase, with checked options. Raises UserError."""
-    return {phase: _placement(phase, getattr(settings, phase)) for phase in PHASES}
+    placements = {phase: _placement(phase, getattr(settings, phase)) for phase in PHASES}
+    for placement in placements.values():
+        if obstacle := placement.obstacle_to_packing(settings.model.quantization):
+            raise UserError(obstacle)
+    return placements
 
 
 def build_engine(job: Job, phase: str) -> Any:

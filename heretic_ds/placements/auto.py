@@ -21,6 +21,7 @@ class Auto(Placement):
     """
 
     name, phases = "auto", frozenset({"capture", "evaluate"})
+    packs = True
 
     def build(self, job: Job) -> NoReturn:
         """Nothing can lie this way: a choice has to be made before."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit
 from heretic_ds.anatomy import Anatomy
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import LoadedModel, load_weights
 from heretic_ds.checkpoint.sharing import read_part
 from heretic_ds.edits.weights import WeightEditor
@@ -134,6 +135,8 @@ class Placement(ABC):
     """Whether the model lies in the ranks' own processes, where any question can be put to it."""
     burden: ClassVar[int] = 10
     """How much can go wrong with it: of two that take about the same time the planner takes the lower."""
+    packs: ClassVar[bool] = False
+    """Whether weights may be packed in few bits, as ``model.quantization`` says."""
     graphs: ClassVar[bool] = False
     """Whether steps of decoding may be captured as CUDA graphs: no rank waits for another within them."""
 
@@ -152,6 +155,15 @@ class Placement(ABC):
             raise UserError(
                 f"{phase}.degree is {options.degree}, but a {self.name} model lies on one rank; leave it null"
             )
+
+    def obstacle_to_packing(self, quantization: str) -> str | None:
+        """Why weights cannot be held as ``model.quantization`` says; None where they can."""
+        if self.packs or quantization == bnb.NONE:
+            return None
+        return (
+            f"model.quantization={quantization} packs whole matrices, of which {self.phase}={self.name} holds parts or "
+            f"copies of its own; set {self.phase}=replicated, or model.quantization={bnb.NONE}"
+        )
 
     def layout(self, ranks: int) -> tuple[type[Placement], Options]:
         """All that decides how the model lies, the degree as a number: phases share an engine where it is equal."""
@@ -190,7 +202,7 @@ def load_whole(job: Job) -> LoadedModel:
     if not job.settings.load.share or world.size == 1:
         return world.agree(lambda: load_weights(opened), "reading the weights")
     machine = world.machine()
-    if machine.most == 1 or not opened.in_parts:
+    if machine.most == 1 or not opened.in_parts or opened.choice.quantization != bnb.NONE:
         why = "there is one rank on each machine" if machine.most == 1 else "weights are quantised or not safetensors"
         log.info("load.share=true does nothing: %s", why)
         return world.agree(lambda: load_weights(opened), "reading the weights")

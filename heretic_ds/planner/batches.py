@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from heretic_ds.checkpoint import bnb
 from heretic_ds.errors import UserError
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.foreign.reading import check_shape, read_json
@@ -107,7 +108,7 @@ def _circumstances(job: Job, engine: Engine, layout: tuple[type[Placement], Plac
         "placement": [layout[0].name, asdict(layout[1])],
         "versions": package_versions(("deepspeed",)),
         "model": _shapes(job),
-        "dtype": str(engine.dtype),
+        "dtype": f"{engine.dtype} {bnb.in_words(settings.model.quantization)}".strip(),
         "answers": [generation.max_new_tokens, generation.prefill_reuse, generation.cuda_graphs],
         "trials_per_pass": str(settings.search.trials_per_pass),
         "row_norm": settings.ablation.row_norm,

@@ -137,6 +137,8 @@ def _candidate(facts: Facts, resources: Resources, placement: Placement, options
         return Candidate(placement.phase, placement.name, options, cost, fits, why, placement, seconds)
 
     cost, short = None, None
+    if obstacle := placement.obstacle_to_packing(facts.packing):
+        return made(None, obstacle)
     batches = [facts.work.batch] if facts.work.batch else BATCHES
     try:
         for rows in batches:
@@ -234,7 +236,7 @@ def _smallest(
 def _is_short(facts: Facts, machine: Machine, count: int) -> bool:
     """Whether the weights alone are more than so many devices hold: all rest there while answers are given."""
     everywhere = count / machine.devices_per_node * machine.host_memory if machine.device == "cpu" else math.inf
-    return facts.weights > min(count * machine.device_memory, everywhere)
+    return facts.held > min(count * machine.device_memory, everywhere)
 
 
 def _sentence(
@@ -247,7 +249,7 @@ def _sentence(
 ) -> str:
     """The choice and its reason, which is the user's for the phases that are ``given``."""
     machine, devices = resources.machine, _counted(resources)
-    size = f"{facts.name} ({facts.weights / 2**30:.1f} GiB of weights)"
+    size = f"{facts.name} ({facts.held / 2**30:.1f} GiB of weights)"
     evaluate, capture = chosen.get("evaluate"), chosen.get("capture")
     if evaluate is None or capture is None:
         advice = f"{smallest} such devices would" if smallest else f"{MOST_NODES} such computers do not, either"

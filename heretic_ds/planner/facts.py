@@ -32,6 +32,7 @@ def facts_of(
         work=work_of(settings, lengths),
         quantization=opened.quantization,
         stored=stored_bytes(opened.headers) if opened.quantization in METHODS else 0,
+        packing=opened.choice.quantization,
         shares_files=settings.load.share,
         here=opened.device,
         merges_experts=any(writer.experts is not None for writer in anatomy.writers) and _apart(opened.headers),

@@ -21,6 +21,7 @@ from heretic_ds.ablation import Ablation, Edit, ResidualMeans, winsorize
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits
+from heretic_ds.edits.packed import editor_of
 from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
@@ -60,7 +61,7 @@ class Runner:
         """The model where it lies whole in this process, so that it can be written or talked to; else None."""
         self._comm, self._options = comm, options
         self._ends = end_tokens(model, tokenizer)
-        self._editor = editor or WeightEditor(model, anatomy)
+        self._editor = editor or editor_of(model, anatomy)
         self._outputs: OutputEdits | None = None
         edits = traits.edits
         found = "this placement edits weights alone" if edits is None else edits.obstacle(model, anatomy)
@@ -101,8 +102,8 @@ class Runner:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights as loaded."""
-        return next(self.model.parameters()).dtype
+        """Of the weights as loaded, those that are packed in few bits left out."""
+        return next(weight.dtype for weight in self.model.parameters() if weight.is_floating_point())
 
     @torch.inference_mode()
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:

@@ -77,6 +77,10 @@ class ModelSettings:
     """Whether weights that are there as pickled ``.bin`` files alone are read, by PyTorch's restricted unpickler."""
     attn_implementation: Optional[str] = None
     """Attention implementation passed to transformers (``eager``, ``sdpa``, ...); null leaves its choice."""
+    quantization: str = within("none", choices=("none", "bnb_4bit", "bnb_8bit"))
+    """How weights are held in memory while directions are captured and edits are searched: ``bnb_4bit`` and
+    ``bnb_8bit`` pack them by bitsandbytes, under ``capture=replicated evaluate=replicated`` alone. The edited model is
+    made from the original's own files. ``none``: as they are; what is quantised in the files is dequantised."""
 
 
 @dataclass

@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from heretic_ds.checkpoint import bnb
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.fingerprint import final_fingerprint
 from heretic_ds.job import Job
@@ -41,6 +42,7 @@ def begun(job: Job) -> dict[str, Any]:
         "machine": describe_machine(),
         "devices": job.world.gather(describe_device(job.opened.device)),
         "dtype": str(job.opened.dtypes[0]).removeprefix("torch."),
+        "quantization": settings.model.quantization,
         "batch_sizes": {},
         "response_prefix": None,
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},
@@ -53,8 +55,13 @@ def begun(job: Job) -> dict[str, Any]:
         "verified": None,
         "final": None,
         "timings": dict.fromkeys(("load", "capture", "search", "verify", "export"), 0.0),
-        "versions": package_versions(_PACKAGES),
+        "versions": package_versions((*_PACKAGES, *bnb.packages(settings.model.quantization))),
     }
+
+
+def held_in_words(job: Job, dtype: str) -> str:
+    """In what weights are held in memory: ``bfloat16``, or ``bfloat16, weights in 4 bits by bitsandbytes``."""
+    return ", ".join(filter(None, (dtype, bnb.in_words(job.settings.model.quantization))))
 
 
 def _described(job: Job, scorer: Scorer | DistributionScorer) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from heretic_ds.export.checkpoint import Beside, export_adapter, export_model
 from heretic_ds.export.gguf import convert_to_gguf
 from heretic_ds.export.manifest import build_manifest, public_model_name
 from heretic_ds.export.reproduce import how_written
-from heretic_ds.export.streaming import EditedFiles
 from heretic_ds.export.target import MANIFEST_NAME
 from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.foreign.reading import read_json
@@ -42,6 +41,7 @@ from heretic_ds.stages.facts import model_title
 from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.sharing.adapting import verified_adapter
+from heretic_ds.stages.sharing.packing import from_files, how_edited, what_to_write
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def report_front(run: Run) -> None:
 
 
 def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
-    """Score an edit (None: the original) on really edited weights, which stay edited."""
+    """Score an edit (None: the original) on really edited weights, which stay edited; where weights are packed in few
+    bits, on edited outputs."""
     with run.timed("verify"):
         if edit is None:
             run.engine.restore()
@@ -109,9 +110,9 @@ def verify_trial(run: Run, objective: Objective, record: TrialRecord) -> TrialSc
     """:func:`verify` the edit of a trial, and show its scores beside those of the search."""
     scores = verify(run, objective, record.edit)
     log.info(
-        "trial %d: %s at KL %.3g in the search, %s at KL %.3g on edited weights",
+        "trial %d: %s at KL %.3g in the search, %s at KL %.3g %s",
         record.index, score_in_words(float(record.refusals or 0.0), run.scorer), record.kl,
-        score_in_words(scores.refusals, run.scorer), scores.kl,
+        score_in_words(scores.refusals, run.scorer), scores.kl, how_edited(run),
     )  # fmt: skip
     return scores
 
@@ -130,7 +131,8 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
         if kl <= max_kl or wanted is not None:
             run.results["selected"] = record.index
             return record
-        log.warning("trial %d exceeds export.max_kl=%g on edited weights; trying the next", record.index, max_kl)
+        told = "trial %d exceeds export.max_kl=%g %s; trying the next"
+        log.warning(told, record.index, max_kl, how_edited(run))
     run.engine.restore()
     run.results["verified"], run.results["examples"] = None, []
     run.results.pop("agreement", None)
@@ -144,20 +146,13 @@ def select_and_verify(run: Run, objective: Objective) -> TrialRecord:
 def export_edited(run: Run, edit: Edit, trial: int | None, folder: Path | None = None) -> Exported:
     """Write the edited model that the engine holds, with its card and manifest; skipped where it is there already.
 
-    A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else all ranks edit
-    the checkpoint's files.
+    A model that lies whole on rank 0 is written by it, with the very numbers that were verified; else, and where its
+    weights were packed in few bits, all ranks edit the checkpoint's files.
     """
     with run.timed("export") as work:
-        target, world, job, form = folder or export_dir(run.settings), run.world, run.job, run.settings.export.format
+        target, world, form = folder or export_dir(run.settings), run.world, run.settings.export.format
         adapter = None if form == "model" else verified_adapter(run, edit)
-        loaded, weights = run.engine.whole, None
-        if loaded is None and form == "adapter":
-            loaded = job.opened.loaded(job.opened.skeleton(run.engine.dtype), run.engine.dtype)
-        elif loaded is None:
-            dtype = run.engine.dtype
-            size = run.settings.export.max_shard_size
-            plan = partial(EditedFiles.plan, job.opened, job.anatomy, run.ablation, edit, dtype, size)
-            loaded, weights = world.agree(plan)
+        loaded, weights = what_to_write(run, edit)
         exported = Exported(target, _card_facts(run, edit, trial), run.engine.dtype)
         described = world.decide(partial(_describe, run, loaded, exported))
         if described is None:
@@ -203,8 +198,9 @@ def _describe(run: Run, loaded: LoadedModel, exported: Exported) -> tuple[str, d
     ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
     manifest |= {"direction_method": settings.direction.method, "rank": run.ablation.rank}
     chosen = settings.export
-    from_files = run.engine.whole is None
-    manifest["how"] = how_written(run.job.opened.device, from_files, chosen.max_shard_size, chosen.adapter_rank)
+    device = run.job.opened.device
+    manifest["how"] = how_written(device, from_files(run), chosen.max_shard_size, chosen.adapter_rank)
+    manifest["searched_in"] = settings.model.quantization
     if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
@@ -240,6 +236,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None) -> CardFacts:
         scorer=run.scorer,
         maximize=run.job.scorers[0].direction == MAXIMIZE,
         form=settings.export.format,
+        quantization=settings.model.quantization,
         adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )
 

@@ -16,6 +16,7 @@ from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import show_agreement, verify, verify_trial
 from heretic_ds.stages.opening import RESULTS_NAME, Run, run_dir
+from heretic_ds.stages.sharing.packing import how_edited
 from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def verify_named(run: Run, objective: Objective, edit: Edit, record: TrialRecord
     refuse_idle(run, edit)
     if record is None:
         scores = verify(run, objective, edit)
-        log.info("on edited weights: %s at KL %.3g", score_in_words(scores.refusals, run.scorer), scores.kl)
+        log.info("%s: %s at KL %.3g", how_edited(run), score_in_words(scores.refusals, run.scorer), scores.kl)
     else:
         verify_trial(run, objective, record)
         run.results["trials"] = [record.to_dict()]

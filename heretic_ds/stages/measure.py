@@ -172,6 +172,8 @@ def direction_fingerprint(run: Run) -> str:
         "rows": [run.job.prompts(f"{kind}.train").rows for kind in ("target", "baseline")],
         "direction": [direction.orthogonalize, direction.winsorize_quantile],
     }
+    if settings.model.quantization != "none":
+        facts["quantization"] = settings.model.quantization
     if direction.method != "mean_difference":  # whose digests are those of earlier versions
         facts["method"] = [direction.method, direction.groups, rank]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -47,7 +47,7 @@ from heretic_ds.run_folder import RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.facts import begun, in_lines, request
+from heretic_ds.stages.facts import begun, held_in_words, in_lines, request
 from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements, tell_of_nothing_to_share
 from heretic_ds.stages.start import show_start, start_facts
 from heretic_ds.world import World
@@ -154,7 +154,7 @@ class Run:
             with self.timed("load") as work:
                 self._engine, self._layout = build_engine(self.job, phase), layouts[phase]
             self.results["dtype"] = dtype_name(self._engine.dtype)  # the first of several may not have run
-            log.info("loaded in %s: %s", self.results["dtype"], took(work))
+            log.info("loaded in %s: %s", held_in_words(self.job, self.results["dtype"]), took(work))
             for name, layout in layouts.items():
                 if layout == self._layout:
                     self.results["world"][name]["degree"] = self._engine.degree

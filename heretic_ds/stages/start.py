@@ -23,7 +23,7 @@ from heretic_ds.progress import GREETED
 from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.console import is_live, say
 from heretic_ds.settings import AUTO_TEST, PromptSource
-from heretic_ds.stages.facts import model_title
+from heretic_ds.stages.facts import held_in_words, model_title
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def start_facts(job: Job, folder: Path) -> dict[str, str]:
     facts = {
         "version": f"heretic-ds {__version__}",
         "model": f"{model_title(job)}: {size}{job.anatomy.summary()}",
-        "dtype": f"{dtypes[0]} (model.dtype={settings.model.dtype}{other})",
+        "dtype": held_in_words(job, f"{dtypes[0]} (model.dtype={settings.model.dtype}{other})"),
         "device": _devices(job.world.gather(_device(opened.device))),
         "run": f"{folder}, task={settings.task.name}",
     }

@@ -28,6 +28,7 @@ from heretic_ds.stages.measure import find_response_prefix, fixed_directions
 from heretic_ds.stages.opening import Run, earlier_outcome, export_dir, may_replace, opened
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.search import continue_search
+from heretic_ds.stages.sharing.packing import how_edited
 from heretic_ds.stages.sharing.rescoring import final_scores
 from heretic_ds.terminal.asking import asker_at
 from heretic_ds.terminal.chat import COMMANDS, Edited, chat
@@ -69,7 +70,8 @@ def menu(run: Run, objective: Objective, search: Search | None) -> tuple[float, 
         overwrite = run.settings.export.overwrite or own or wanted.resolve() in saved
         target = check_export_target(wanted, overwrite, source=run.job.opened.source.folder)
         scores = verify(run, objective, by_index(index).edit)
-        log.info("trial %d on edited weights: %g %s, KL %.3g", index, scores.refusals, run.scorer, scores.kl)
+        told = "trial %d %s: %g %s, KL %.3g"
+        log.info(told, index, how_edited(run), scores.refusals, run.scorer, scores.kl)
         run.results["selected"], run.results["final"] = index, None
         run.results.pop("finished", None)
         saved.pop(target, None)  # the last one of a folder, and of all, comes last

@@ -16,6 +16,7 @@ from heretic_ds.search.journal import About
 from heretic_ds.settings import Settings
 from heretic_ds.settings.scoring import MAXIMIZE
 from heretic_ds.stages.facts import model_title, parameters
+from heretic_ds.stages.sharing.packing import how_edited
 from heretic_ds.tracking import has_dashboard, make_tracker
 from heretic_ds.tracking.base import RunFacts, Tracker
 from heretic_ds.world import World
@@ -159,7 +160,7 @@ class Following:
         verified = results["verified"]
         if verified is not None and results["selected"] is not None:
             lines.append(
-                f"Trial {results['selected']} was chosen; on really edited weights it has {verified['refusals']:g} "
+                f"Trial {results['selected']} was chosen; {how_edited(run)} it has {verified['refusals']:g} "
                 f"{_code(scorer)} at a KL divergence of {verified['kl']:.3g}."
             )
         return "\n\n".join([*lines, f"    {results['command']}"])

@@ -120,6 +120,7 @@ def test_the_pipeline_gets_checked_settings(pipeline: Callable[[Run], None], arg
         ),
         (["m", "--n-trials=50"], "heretic-ds m search.trials=50"),
         (["--n_trials", "50"], "heretic-ds MODEL search.trials=50"),
+        (["m", "--quantization", "bnb_4bit"], "heretic-ds m model.quantization=bnb_4bit"),
         (
             ["m", "--trust-remote-code", "--system-prompt", "be brief"],
             "trust_remote_code=true 'prompts.system=be brief'",

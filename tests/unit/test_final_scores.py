@@ -208,6 +208,7 @@ def test_a_run_ends_well_where_such_answers_cannot_be_had_of_the_original(
     laid_out = nullcontext(SimpleNamespace(batch_sizes={}))
     monkeypatch.setattr(rescoring, "_asked", lambda run: {})
     monkeypatch.setattr(rescoring, "_with_longer_answers", lambda job: job)
+    monkeypatch.setattr(rescoring, "_unpacked_where_it_fits", lambda job: job)
     monkeypatch.setattr(rescoring, "_prompts", lambda job: {})
     monkeypatch.setattr(rescoring, "measure_original", lambda *given: SimpleNamespace(scores={}))
     monkeypatch.setattr(rescoring, "_laid_out", refuse if at_fault == "original" else lambda *given: laid_out)

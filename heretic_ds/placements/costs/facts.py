@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy, Writer
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.packed import METHODS
 from heretic_ds.checkpoint.plausible import refuse_quantised
 from heretic_ds.errors import UserError
@@ -67,6 +69,8 @@ class Facts:
     """Method by which the files are quantised; but for :data:`METHODS` their parts mean nothing by themselves."""
     stored: int = 0
     """Bytes of the weights as they lie in files, where they are packed; 0: as many as in memory."""
+    packing: str = bnb.NONE
+    """How weights are packed in memory, as ``model.quantization`` says."""
     merges_experts: bool = False
     """Whether the files hold each expert by itself, so that transformers puts them together while it loads."""
     shares_files: bool = False
@@ -118,6 +122,18 @@ class Facts:
     def weights(self) -> int:
         """Bytes of the whole model."""
         return sum(self.sizes.values())
+
+    @_Known
+    def packed(self) -> Mapping[str, int]:
+        """Bytes by name of the weights that are packed in few bits, before they are."""
+        names = bnb.packed_names(self.model, self.packing, self.here)
+        return {name: self.sizes[f"{name}.weight"] for name in names}
+
+    @_Known
+    def held(self) -> int:
+        """Bytes of the whole model as it is held in memory."""
+        packed = sum(self.packed.values())
+        return self.weights - packed + math.ceil(packed * bnb.share_held(self.packing) / self.dtype.itemsize)
 
     @_Known
     def blocks(self) -> tuple[int, ...]:

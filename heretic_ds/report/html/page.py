@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from heretic_ds.checkpoint import bnb
 from heretic_ds.export.final import number_text as number_text_of_final
 from heretic_ds.export.final import range_text
 from heretic_ds.foreign.text import printable
@@ -64,6 +65,7 @@ def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> 
         results=facts.results,
         title=title,
         counts=scorer == REFUSALS,
+        packed=bnb.in_words(facts.results.get("quantization", bnb.NONE)),
         front=figures.front(facts),
         history=figures.history(facts),
         profiles=figures.profiles(facts),

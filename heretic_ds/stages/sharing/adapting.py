@@ -9,10 +9,11 @@ from functools import partial
 from heretic_ds.ablation import Edit
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.adapters import Adapter, make_adapter, worn
-from heretic_ds.export.adapter import resident_writer, stored_writer
+from heretic_ds.export.adapter import stored_writer
 from heretic_ds.export.card import AdapterFacts
 from heretic_ds.report.tables import score_in_words
 from heretic_ds.stages.opening import Run
+from heretic_ds.stages.sharing.packing import reader_of_writers
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def _resident(run: Run, edit: Edit, whole: LoadedModel) -> Adapter:
     if objective is None:
         raise RuntimeError("no stage has measured the original")
     engine.restore()
-    read = partial(resident_writer, whole.model)
+    read = run.world.agree(lambda: reader_of_writers(run, whole))
     rank = run.settings.export.adapter_rank
     adapter = run.world.agree(
         lambda: make_adapter(run.job.anatomy, run.ablation, edit, read, rank), "making the adapter"

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from heretic_ds.checkpoint import bnb
 from heretic_ds.errors import UserError
 from heretic_ds.export.adapter import holds_export
 from heretic_ds.export.target import MANIFEST_NAME
@@ -113,6 +114,7 @@ def _asked(settings: Settings, path: str) -> dict[str, Any]:
         "model": path,
         "revision": settings.model.revision,
         "dtype": settings.model.dtype,
+        **({} if settings.model.quantization == bnb.NONE else {"quantization": settings.model.quantization}),
         "export": model,
         "files": identities(folder) if folder.is_dir() else None,
         "tasks_digest": include and _digest(path_of(include, "benchmark.include")),

@@ -12,7 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heretic_ds.anatomy import find_anatomy
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.edits.adapters import Adapter, worn
 from heretic_ds.errors import UserError
@@ -22,6 +25,7 @@ from heretic_ds.export.target import MANIFEST_NAME, scratch_folder
 from heretic_ds.fingerprint import final_fingerprint
 from heretic_ds.foreign.reading import read_json
 from heretic_ds.job import Job
+from heretic_ds.memory import free_on_host
 from heretic_ds.placements import Evaluating, build_engine, placements_of
 from heretic_ds.prompts import KINDS, PARTS, TEST, ChatFormat, PromptSet, overlaps, room_for_answers
 from heretic_ds.report.final import final_table
@@ -40,6 +44,9 @@ from heretic_ds.verifying.final import (
 from heretic_ds.verifying.intervals import Bootstrap
 
 log = logging.getLogger(__name__)
+
+_ROOM = 1.5
+"""Memory that a model takes while it is scored, in multiples of its weights."""
 
 
 def final_scores(run: Run, *exported: Exported) -> None:
@@ -70,7 +77,7 @@ def final_scores(run: Run, *exported: Exported) -> None:
 def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None:
     """Measure the original once, then each export; what is found goes into its card and manifest."""
     verify, world = run.settings.verify, run.world
-    original_job = _with_longer_answers(run.job)
+    original_job = _unpacked_where_it_fits(_with_longer_answers(run.job))
     question = Question(
         original_job.scorers,
         original_job.text_of,
@@ -88,7 +95,8 @@ def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None
     for each in exported:
         edited = _measured(run, original_job, each, question, original, sizes)
         scores = side_by_side(original.scores, edited, bootstrap)
-        more = {"form": each.facts.form, "asked": dict(asked)}
+        held = original_job.settings.model.quantization
+        more = {"form": each.facts.form, "quantization": held, "asked": dict(asked)}
         final = final_results(scores, _parts(run.job), question, bootstrap, more)
         world.decide(partial(describe_anew, run, each, final))
 
@@ -148,6 +156,27 @@ def _with_longer_answers(job: Job) -> Job:
     generation = replace(job.settings.generation, max_new_tokens=longest)
     texts = {name: job.texts[name] for name in chosen}
     return replace(job, settings=replace(job.settings, generation=generation), texts=texts)
+
+
+def _unpacked_where_it_fits(job: Job) -> Job:
+    """The same job on weights that are not packed in few bits, as exports are not, where each rank has room for them;
+    else both models are scored as the search did. All ranks ask."""
+    quantization, opened, world = job.settings.model.quantization, job.opened, job.world
+    if quantization == bnb.NONE:
+        return job
+    numbers = sum(parameter.numel() for parameter in opened.skeleton().parameters())
+    needed, on_host = _ROOM * numbers * opened.dtypes[0].itemsize, opened.device.type == "cpu"
+    sharers = world.machine().most if on_host and world.size > 1 else 1
+    free = free_on_host() if on_host else torch.cuda.mem_get_info(opened.device)[0]
+    if not all(world.gather(needed * sharers <= free)):
+        log.warning(
+            "final scores are taken with %s, of both models, as in the search: there is no room for weights that are "
+            "not packed", bnb.in_words(quantization),
+        )  # fmt: skip
+        return job
+    model = replace(job.settings.model, quantization=bnb.NONE)
+    choice = replace(opened.choice, quantization=bnb.NONE)
+    return replace(job, settings=replace(job.settings, model=model), opened=replace(opened, choice=choice))
 
 
 @contextmanager
