@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from heretic_ds.stages.sharing import rescoring
 from tests.bnb import PACKED, needs_bnb, save_packed
 from tests.e2e.conftest import Heretic, Material, outcome_of, read_results
 from tests.e2e.test_fixed_edit import EDIT
@@ -112,6 +113,18 @@ def test_files_that_are_packed_already(quantization: str, material: Material, he
     other = next(name for name in PACKED if name != quantization)
     refused = heretic(*material.words(*usual, f"model.quantization={other}", "run.dir=other"))
     assert refused.status == 2 and f"set model.quantization={quantization} or none" in refused.err
+
+
+def test_final_scores_are_of_packed_models_where_others_do_not_fit(
+    material: Material, heretic: Heretic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rescoring, "free_on_host", lambda: 0)
+    words = ("task=export", "model.dtype=float32", "scoring.markers=[e]", "model.quantization=bnb_4bit", *EDIT)
+    usual = ("run.dir=run", "export.dir=edited", "verify.final=true", "verify.resamples=100")
+    said = ran(heretic, *material.words(material.model("llama", width=64), *words, *usual))
+    assert "there is no room for weights that are not packed" in said
+    assert json.loads(Path("edited/heretic_ds.json").read_text())["final"]["quantization"] == "bnb_4bit"
+    assert "Both were read with weights in 4 bits by bitsandbytes." in Path("edited/README.md").read_text()
 
 
 def test_what_is_refused(material: Material, heretic: Heretic) -> None:

@@ -148,6 +148,9 @@ def settle(model: PreTrainedModel, path: str, quantization: str, dtype: torch.dt
             # On CPUs with AVX512-BF16 a first forward would pack weights anew, round their scales to bfloat16 and
             # compute in that, whatever the dtype.
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if quantization != NONE and parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()  # one that lies in a mapped file keeps all of that in memory
     give_back_memory()  # between what stays, the C library keeps as much as came and went: several times as much
 
 
