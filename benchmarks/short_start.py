@@ -1,23 +1,27 @@
 """How long a run takes before its first trial, and what with, beside its whole search.
 
-Needs: nothing but the package for the demo model and for a small one with experts, whose weights are random; and the
-folder of a real model (``python -m heretic_ds.demo.real_model`` makes it) for ``--real``. Minutes on a CPU, half an
-hour and more with a real model.
+Needs: the planted models of ``planted_models.py``, which are trained once, but for the demo; and the folder of a real
+model (``python -m heretic_ds.demo.real_model`` makes it) for ``--real``. A minute a run on a CPU, half an hour and more
+with a real model.
 Leaves: ``benchmarks/results/short_start.json``, or the file that ``--result`` names; other cases in it stay.
 
-    python benchmarks/short_start.py [--cases demo experts] [--real .models/SmolLM2-135M-Instruct] [--trials 40]
+    python benchmarks/short_start.py [--cases demo deep experts] [--real .models/SmolLM2-135M-Instruct] [--trials 40]
 
-Each case is run twice, in new run folders: first with an empty cache folder, then with what the first run has measured
-of model and machine. The start begins with the process, so that it counts imports. What is told by part is inclusive:
-``capture: batch size`` is a part of ``capture``. The processor's seconds are what a busy machine changes less.
+Each case is run twice, as the command does it, in new run folders: first with an empty cache folder, then with what the
+first run has measured of model and machine. The run is ended after its search. The start begins with the process, so
+that it counts imports, whose modules are compiled before, as an installation leaves them. ``imports`` is what importing
+took, in whatever part. What is told by part is inclusive: ``capture: batch size`` is a part of ``capture``. The
+processor's seconds are what a busy machine changes less. Another checkout of the package is measured where
+``PYTHONPATH`` names it.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib.machinery
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -29,14 +33,15 @@ from pathlib import Path
 from typing import Any
 
 from figures import keep
+from time_to_front import words_of
 
 RESULT = Path(__file__).resolve().parent / "results" / "short_start.json"
 MOST = 0.08
 """Share of a whole run of 40 trials that may pass before its first."""
 RUN_TRIALS = 40
-STAGES = ("opening", "loading", "response prefix", "capture", "the original's scores")
-"""Parts of the start but for imports, which take as long whatever model and search follow."""
 COMMON = ("run.interactive=false", "export.max_kl=1000")
+CASES = ("demo", "deep", "experts")
+CLOCKS = ("", "_processor")
 
 
 class Clock:
@@ -61,51 +66,78 @@ class Clock:
             self.processor[name] += time.process_time() - began[1]
 
 
-def watched(words: Sequence[str]) -> dict[str, Any]:
-    """One run in this process, whose start and search are timed."""
+class Imports:
+    """Seconds, by clock and of the processor, that modules took to be imported, with those that they import."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(CLOCKS, 0.0)
+        loader: Any = importlib.machinery.SourceFileLoader
+        inner, depth = loader.exec_module, [0]
+
+        def exec_module(own: Any, module: Any) -> None:
+            began, depth[0] = (time.monotonic(), time.process_time()), depth[0] + 1
+            try:
+                inner(own, module)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    ended = time.monotonic(), time.process_time()
+                    for clock, start, end in zip(CLOCKS, began, ended, strict=True):
+                        self.seconds[clock] += end - start
+
+        loader.exec_module = exec_module
+
+
+def watch(file: Path, words: Sequence[str]) -> None:
+    """One run in this process, whose start and search are timed; what is found goes to a file."""
+    imports = Imports()
     import psutil
 
     born = psutil.Process().create_time()
-    from heretic_ds import progress
+    from heretic_ds import cli, progress
+    from heretic_ds.cli import command
 
-    clock, work, at = Clock(), progress.work, dict[str, float]()
+    clock, work, dispatch = Clock(), progress.work, command._dispatch
 
     @contextmanager
     def timed(what: str, *more: Any, **named: Any) -> Iterator[Any]:
         with clock.part(what), work(what, *more, **named) as made:
             yield made
 
-    progress.work = timed  # type: ignore[assignment]
-    from heretic_ds import pipeline
-    from heretic_ds.cli import compose
-    from heretic_ds.stages import search
+    def now() -> dict[str, float]:
+        return {"": time.time() - born, "_processor": time.process_time()}
 
-    continue_search = search.continue_search
+    def dispatched(settings: Any) -> Any:
+        from heretic_ds.world import World  # which settings have imported
 
-    def searched(run: Any, *rest: Any) -> None:
-        at["first trial"], at["processor"] = time.time() - born, time.process_time()
-        at.update({f"part {name}": seconds for name, seconds in clock.seconds.items()})
-        before = dict(clock.processor)
-        continue_search(run, *rest)
-        at["searched"] = time.time() - born
-        parts = {name: round(clock_seconds, 2) for name, clock_seconds in at.items() if name.startswith("part ")}
-        told.update(
-            before_first_trial=round(at["first trial"], 2),
-            before_first_trial_processor=round(at["processor"], 2),
-            parts={name.removeprefix("part "): seconds for name, seconds in parts.items()},
-            parts_processor={name: round(seconds, 2) for name, seconds in before.items()},
-            search=round(at["searched"] - at["first trial"], 2),
-            search_processor=round(time.process_time() - at["processor"], 2),
-            trials=len(run.records),
-            batch_sizes=dict(run.engine.batch_sizes),
-        )
+        join = World.join
 
-    told: dict[str, Any] = {}
-    search.continue_search = searched
-    settings = compose(words)
-    told["start_up"] = round(time.time() - born, 2)
-    pipeline.run(settings)
-    return told
+        def joined() -> Any:
+            from heretic_ds.stages import search  # which the pipeline has imported
+
+            continue_search = search.continue_search
+
+            def searched(run: Any, *rest: Any) -> None:
+                told = {f"before_first_trial{name}": seconds for name, seconds in now().items()}
+                told |= {f"imports{name}": seconds for name, seconds in imports.seconds.items()}
+                parts = {"parts": dict(clock.seconds), "parts_processor": dict(clock.processor)}
+                began = now()
+                continue_search(run, *rest)
+                told |= {f"search{name}": seconds - began[name] for name, seconds in now().items()}
+                rounded = {name: round(seconds, 2) for name, seconds in told.items()}
+                parts = {name: {part: round(each, 2) for part, each in of.items()} for name, of in parts.items()}
+                more = {"trials": len(run.records), "batch_sizes": dict(run.engine.batch_sizes)}
+                file.write_text(json.dumps({**rounded, **parts, **more}))
+                raise SystemExit(0)
+
+            search.continue_search = searched
+            return join()
+
+        World.join = joined  # type: ignore[method-assign]
+        return dispatch(settings)
+
+    progress.work, command._dispatch = timed, dispatched  # type: ignore[assignment]
+    cli.main(words)
 
 
 def started(words: Sequence[str], cache: Path) -> dict[str, Any]:
@@ -115,47 +147,18 @@ def started(words: Sequence[str], cache: Path) -> dict[str, Any]:
         command = [sys.executable, __file__, "--watch", str(result), *words, f"run.dir={folder}/run", *COMMON]
         subprocess.run(command, check=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)}, stdout=sys.stderr)
         told: dict[str, Any] = json.loads(result.read_text())
-    search = {clock: told[f"search{clock}"] / told["trials"] * RUN_TRIALS for clock in ("", "_processor")}
-    stages = sum(told["parts_processor"].get(part, 0.0) for part in STAGES)
-    shares = {f"share{clock}": told[f"before_first_trial{clock}"] for clock in search}
-    shares = {name: before / (before + search[name.removeprefix("share")]) for name, before in shares.items()}
-    shares["share_of_stages_processor"] = stages / (stages + search["_processor"])
-    return told | {name: round(share, 4) for name, share in shares.items()}
-
-
-def with_experts(folder: Path) -> list[str]:
-    """A Qwen3 MoE of random weights that speaks the demo model's words, whose answers never end."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from heretic_ds.demo import demo_model_dir
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(demo_model_dir())
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, moe_intermediate_size=64, head_dim=32,
-        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=2,
-        max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)
-            if name.startswith("lm_head"):
-                parameter[tokenizer.eos_token_id] = 0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    letters = random.Random(0).sample("qzxjvkw", 3)  # some answers hold one of them, some do not
-    marked = f"scoring.markers=[{','.join(letters)}]"
-    return [str(folder), "prompts=demo", "model.dtype=float32", "generation.max_new_tokens=40", marked]
+    for clock in CLOCKS:
+        search = told[f"search{clock}"] / told["trials"] * RUN_TRIALS
+        before, imports = told[f"before_first_trial{clock}"], told[f"imports{clock}"]
+        told[f"share{clock}"] = round(before / (before + search), 4)
+        told[f"share_but_imports{clock}"] = round((before - imports) / (before - imports + search), 4)
+    return told
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="*", choices=("demo", "experts"), default=["demo", "experts"])
-    parser.add_argument("--real", type=Path, help="folder of a real model, the third case")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--real", type=Path, help="folder of a real model, one more case")
     parser.add_argument("--trials", type=int, default=RUN_TRIALS, help="trials of each run; a search of 40 is reckoned")
     parser.add_argument("--runs", nargs="+", choices=("first", "again"), default=["first", "again"])
     parser.add_argument("--name", default="now", help="what these figures are called in the result")
@@ -163,19 +166,20 @@ def main() -> int:
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(options.result.read_text()) if options.result.exists() else {}
     cases: dict[str, Any] = found.get("cases", {})
+    import heretic_ds
+
+    compileall.compile_dir(Path(heretic_ds.__file__).parent, quiet=1)
     with tempfile.TemporaryDirectory() as place:
-        words = {"demo": ["experiment=demo"]}
-        if "experts" in options.cases:
-            words["experts"] = with_experts(Path(place) / "experts")
+        words = {name: words_of(name) for name in options.cases}
         if options.real is not None:
-            words["real"] = ["experiment=demo_real", f"model.path={options.real}", "generation.batch_size=0"]
-        for name in [*options.cases, *(["real"] if options.real is not None else [])]:
+            words["real"] = [*words_of("real"), f"model.path={options.real}", "generation.batch_size=0"]
+        for name in words:
             cache, trials = Path(place) / f"cache-{name}", f"search.trials={options.trials}"
             for run in options.runs:
                 told = started([*words[name], trials], cache)
                 cases.setdefault(name, {}).setdefault(options.name, {})[run] = told
-                print(f"{name}, {run} run: {told['before_first_trial']} s before the first trial, {told['share']:.1%}",
-                      flush=True)  # fmt: skip
+                shares = f"{told['share_processor']:.1%}, but for imports {told['share_but_imports_processor']:.1%}"
+                print(f"{name}, {run} run: {told['before_first_trial']} s before the first trial, {shares}", flush=True)
             keep(options.result, {
                 "what": "seconds before the first trial, and their share of a run of 40 trials up to its last",
                 "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -187,6 +191,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--watch"]:
-        Path(sys.argv[2]).write_text(json.dumps(watched(sys.argv[3:])))
+        watch(Path(sys.argv[2]), sys.argv[3:])
     else:
         sys.exit(main())

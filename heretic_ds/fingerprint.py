@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.settings import Settings
@@ -122,12 +122,11 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
 
 def _given(settings: Settings, keys: Sequence[str]) -> dict[str, Any]:
     """The values of settings, and of all that groups hold, by key."""
-    tree: Any = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
     flat: dict[str, Any] = {}
     for key in keys:
-        value = OmegaConf.select(tree, key)
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
+        value: Any = attrgetter(key)(settings)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
         if key == "scoring.scorers":
             value = [_what_scores(each) for each in value]
         _flatten(key, value, flat)

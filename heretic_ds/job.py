@@ -75,10 +75,12 @@ class Job:
             world.decide(lambda: _check(scorers), "opening the scorers")
             texts |= {f"scoring.{name}": prompts.texts for name, prompts in own.asked.items()}
         choice = ModelChoice(**asdict(settings.model))
-        # One rank downloads what all will read; a machine with a cache of its own downloads as it opens the model.
         opening = "downloading the model" if local is None else "opening the model"
-        world.decide(lambda: open_model(choice) and None, opening)
-        opened = world.agree(lambda: open_model(choice), "opening the model")
+        if world.size > 1:
+            # One downloads what all will read; a machine with a cache of its own downloads as it opens the model.
+            world.decide(lambda: open_model(choice) and None, opening)
+            opening = "opening the model"
+        opened = world.agree(lambda: open_model(choice), opening)
         anatomy = world.agree(lambda: find_anatomy(opened.checked_skeleton()))
         chat = world.agree(lambda: ChatFormat(opened.tokenizer, settings.prompts))
         known_D = world.agree(lambda: _known_direction(settings.direction.compare, anatomy.width))

@@ -112,8 +112,9 @@ def to_settings(config: DictConfig) -> Settings:
             "the configuration does not start from the schema; --config-name has to name a file like config"
         )
     validate(settings)
-    from heretic_ds.placements import placements_of  # their classes import torch
-    from heretic_ds.stages.placing import described_machine
+    with _imports("heretic_ds.stages.placing"):
+        from heretic_ds.placements import placements_of  # their classes import torch
+        from heretic_ds.stages.placing import described_machine
 
     placements_of(settings)
     described_machine(settings)
@@ -219,10 +220,29 @@ def _dispatch_here(settings: Settings) -> Objective | None:
 
 def _dispatch(settings: Settings) -> Objective | None:
     """Runs the task. Torch and transformers are imported here and not earlier."""
-    from heretic_ds import pipeline
+    with _imports("heretic_ds.pipeline"):
+        from heretic_ds import pipeline
 
     atexit.register(gc.freeze)  # else Python looks through all of these modules once more at its end: a silent second
     return pipeline.run(settings)
+
+
+@contextmanager
+def _imports(module: str) -> Iterator[None]:
+    """Import a module that brings thousands of others, while Python collects no garbage.
+
+    All that these make stays: to look through it again and again, as it grows, takes a sixth of the imports' time, and
+    later collections would look through it as well. Nothing is done where the module is there already.
+    """
+    if module in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def sweep_job(config: DictConfig, dispatch: Callable[[Settings], Objective | None]) -> Objective | None:

@@ -6,16 +6,16 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.geometry.measures import LayerGeometry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TARGET, BASELINE, DIRECTION, OTHER = "#d9600a", "#1f5fa8", "#2a7f3f", "#7a4fa3"
 """Colours of the two kinds of prompts, of what is between them, and of a fourth curve."""
@@ -77,6 +77,8 @@ def geometry_table(layers: Sequence[LayerGeometry], width: int) -> Table:
 
 def draw_layers(path: Path, layers: Sequence[LayerGeometry], model: str) -> None:
     """Write a PNG with four curves over the layers: norms, cosines, separability, silhouette and accuracy."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure((9, 6), f"Residuals of {_plain(model)}, by layer")
     grid = figure.subplots(2, 2, sharex=True)
 
@@ -146,6 +148,9 @@ def draw_projections(path: Path, projections: Sequence[dict[str, Any]], method: 
 
 
 def _figure(size: tuple[float, float], title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")

@@ -6,14 +6,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.report.tables import REFUSALS
 from heretic_ds.search.trials import TrialRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GREY, _BLUE, _ORANGE = "#9aa0a6", "#1f5fa8", "#d9600a"
 _NEAR = 2.0
@@ -52,6 +52,9 @@ def plot_front(
         facts: what else is to be seen.
         selected: index of the exported trial, if any.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when a search has ended, not while it waits to begin
+    from matplotlib.figure import Figure
+
     points = {
         record.index: (max(record.kl, 0.0), record.refusals)
         for record in records

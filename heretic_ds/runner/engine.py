@@ -29,7 +29,7 @@ from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.decode import Decoder, end_tokens, shrinking
 from heretic_ds.runner.rows import Row, Stop, answering, first_cut, rows_of
-from heretic_ds.runner.sizing import PROBE_TOKENS, Batches
+from heretic_ds.runner.sizing import FITTING_TOKENS, PROBE_TOKENS, Batches
 from heretic_ds.runner.taps import TakeResiduals, tapped, to_rank_0
 from heretic_ds.runner.traits import RunnerOptions, Traits
 from heretic_ds.scoring.base import Decided, ReadLogits
@@ -224,8 +224,14 @@ class Runner:
             self._decoder.without_slots("memory ran out in a trial step")
         elif self._comm.any_partner(not self._decoder.moves_rows) and self._decoder.moves_rows:
             self._decoder.without_slots("a trial step gave other logits on another rank")
-        stop, most = Stop(self._ends, PROBE_TOKENS), self.max_edits_per_pass
-        self._batches.find(rows_of(prompts), "generate", lambda rows: self._answer(rows, stop), most)
+        timed, fitted = Stop(self._ends, PROBE_TOKENS), Stop((), FITTING_TOKENS)
+        self._batches.find(
+            rows_of(prompts),
+            "generate",
+            lambda rows: self._answer(rows, timed),
+            self.max_edits_per_pass,
+            fitting=lambda rows: self._answer(rows, fitted),
+        )
 
     def _answer(self, rows: Sequence[Row], stop: Stop, most: int | None = None) -> None:
         """Decode until all rows are done, at most so many at a time where rows move; all of a sample at once."""

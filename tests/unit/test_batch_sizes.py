@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.runner.comm import ALONE, Comm
 from heretic_ds.runner.rows import Row
 from heretic_ds.runner.sizing import Batches, sizes
+from heretic_ds.runner.sizing.ladder import Ladder
 from heretic_ds.runner.sizing.measure import WorkingMemory, measure_batch_size
 
 
@@ -32,7 +34,10 @@ class Machine:
 
 def test_the_batch_with_the_best_throughput_is_found() -> None:
     assert Machine(lambda n: 0.1 + 0.01 * n).best() == 64  # every row more is worth it
-    assert Machine(lambda n: 0.01 * n).best() == 1  # none is
+    assert Machine(lambda n: 0.01 * n).best() == 4  # none is, nor costs anything
+    assert Machine(lambda n: 0.01 * n * n).best() == 1  # each costs more
+    assert Machine(lambda n: 0.02 + 0.01 * n + (0.1 * (n - 2) if n > 2 else 0)).best() == 2
+    assert [Machine(lambda n: 0.1 + 0.01 * n).best(most) for most in (1, 2, 3, 5)] == [1, 2, 3, 5]
     assert Machine(lambda n: 0.1 + 0.01 * n + (0.2 * (n - 24) if n > 24 else 0)).best() == 24  # no power of two
     assert Machine(lambda n: 0.1 + 0.01 * n).best(41) == 41
 
@@ -42,9 +47,29 @@ def test_sizes_that_can_gain_nothing_are_not_tried() -> None:
     clear = Machine(lambda n: 0.001 + 0.1 * n)
     assert clear.best(512) in (1, 4) and max(clear.runs) <= 16
     nearly = Machine(lambda n: 0.03 + 0.1 * n)
-    assert nearly.best(512) == 16 and max(nearly.runs) == 16
+    assert nearly.best(512) in (4, 16) and max(nearly.runs) == 16
     spilling = Machine(lambda n: 1 + 0.1 * n + (n > 20) * n)
-    assert spilling.best(512) in (16, 24) and sorted(set(spilling.runs)) == [1, 4, 16, 24, 32, 64]
+    assert spilling.best(512) in (16, 24) and spilling.runs == [1, 4, 16, 64, 64, 32, 32, 24, 24]
+
+
+def test_fewer_rows_than_the_first_are_tried_where_more_are_no_gain() -> None:
+    ladder = Ladder(64, first=16)
+    sizes = []
+    while (size := ladder.next) is not None:
+        sizes.append(size)
+        ladder.note(size, size, 1.0 * max(size, 4) ** 2)
+    assert sizes == [16, 64, 64, 4, 1, 8, 8, 6, 6] and ladder.best == 4
+    full = Ladder(64, first=16)
+    for size, seconds in ((16, math.inf), (4, 1.0), (1, 1.0), (8, 1.5), (12, math.inf)):
+        assert full.next == size
+        full.note(size, size, seconds)
+    assert full.next is None and full.best == 8
+
+
+def test_what_was_run_before_needs_no_first_run() -> None:
+    machine = Machine(lambda n: 1.0 + 0.01 * n)
+    measure_batch_size(machine.run, 64, clock=lambda: machine.now, warm=True)
+    assert machine.runs == [4, 16, 64]
 
 
 def test_a_disturbed_run_does_not_count() -> None:
@@ -59,8 +84,8 @@ def test_runs_that_take_long_are_few() -> None:
 
 
 def test_a_size_that_gains_nothing_is_tried_once_more() -> None:
-    machine = Machine(lambda n: 1.0 + 0.01 * n + 9 * (machine.runs.count(n) == 1 and n in (4, 64)))
-    assert machine.best() == 64 and [machine.runs.count(size) for size in (4, 16, 64)] == [2, 1, 2]
+    machine = Machine(lambda n: 1.0 + 0.01 * n + 9 * (machine.runs.count(n) == 1 and n in (16, 64)))
+    assert machine.best() == 64 and [machine.runs.count(size) for size in (4, 16, 64)] == [1, 2, 2]
 
 
 def test_what_does_not_fit_is_not_tried_with_more() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import heretic_ds
 from heretic_ds import __version__, cli
+from heretic_ds.cli.command import _imports
 from heretic_ds.cli.errors import setting_types
 from heretic_ds.cli.help import EXAMPLES, GROUPS, HERETIC_OPTIONS, OFTEN_CHANGED
 from heretic_ds.conf_files import choices
@@ -420,3 +422,18 @@ def test_cfg_prints_the_configuration_of_the_job(run_command: RunCommand, tmp_pa
     assert "search:\n  strategy: direct\n  trials: 3\n" in ended.stdout
     assert "hydra" not in ended.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_garbage_is_collected_while_many_modules_are_imported() -> None:
+    """And what they made is not looked through again; whatever happens, collecting goes on afterwards."""
+    before = gc.get_freeze_count()
+    with _imports("json"):  # which is there
+        assert gc.isenabled() and gc.get_freeze_count() == before
+    with pytest.raises(ImportError), _imports("not.there"):
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() == before
+    with _imports("not.there"):
+        pass
+    assert gc.isenabled() and gc.get_freeze_count() > before
+    gc.unfreeze()

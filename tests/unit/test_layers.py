@@ -58,6 +58,9 @@ COMPOSED = {"tensor_pipeline": {"tensor_parallel", "pipeline"}}
 SEALED = ("deepspeed", "vllm")
 """Libraries that only placements import."""
 
+LATE = ("datasets", "matplotlib")
+"""Libraries that no module imports before it uses them: a run waits for whatever is imported before its first trial."""
+
 
 def imports(file: Path) -> Iterator[str]:
     """Every module that a file imports at run time, by its full name."""
@@ -78,6 +81,15 @@ def imports(file: Path) -> Iterator[str]:
                 path = PACKAGE.parent / Path(*node.module.split("."), alias.name)
                 is_module = path.is_dir() or path.with_suffix(".py").exists()
                 yield f"{node.module}.{alias.name}" if is_module else node.module
+
+
+def at_once(file: Path) -> Iterator[str]:
+    """Every module that is imported as soon as a file is."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
 
 
 def files() -> list[tuple[str, Path]]:
@@ -101,6 +113,9 @@ def offences(name: str, file: Path) -> Iterator[str]:
     if room not in rank:
         yield f"{name}: {room} is in no layer"
         return
+    for module in at_once(file):
+        if any(within(module, library) for library in LATE):
+            yield f"{name} imports {module} before it is used"
     for module in imports(file):
         if any(within(module, other) for other in FORBIDDEN.get(room, ())):
             yield f"{name} must not import {module}"
@@ -131,8 +146,10 @@ def test_offences_are_noticed(tmp_path: Path) -> None:
         "if TYPE_CHECKING:\n    from heretic_ds.job import Job\n"
         "def late():\n    from heretic_ds.pipeline import run\n    import deepspeed.comm\n"
         "from heretic_ds.job import Job\n"
+        "from matplotlib.figure import Figure\n"
     )
     assert list(offences("runner.wrong", file)) == [
+        "runner.wrong imports matplotlib.figure before it is used",
         "runner.wrong must not import heretic_ds.job",
         "runner.wrong imports heretic_ds.job from a higher layer",
         "runner.wrong imports heretic_ds.pipeline from a higher layer",

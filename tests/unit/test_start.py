@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from heretic_ds import progress
+from heretic_ds.checkpoint.open import open_model
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.stages.start import start_facts
@@ -96,3 +97,29 @@ def test_a_screened_search_refuses_scorers_that_it_cannot_go_by_before_anything_
         settings.scoring.scorers, settings.search.strategy = [first], "screened"
         with pytest.raises(UserError, match="screened needs a first scorer of answers that is minimised"):
             Job.check(settings, World())
+
+
+@pytest.mark.parametrize(("ranks", "times"), [(1, 1), (2, 2)])
+def test_a_model_is_opened_once(ranks: int, times: int, checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the one rank there is; the first of several does so before the others."""
+    opened = []
+
+    def counted(choice: Any) -> Any:
+        opened.append(choice.path)
+        return open_model(choice)
+
+    class Alone(World):
+        """Several ranks, of which this is the only one to be heard."""
+
+        def decide(self, make: Any, what: str | None = None) -> Any:
+            return make()
+
+        agree = decide
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value]
+
+    monkeypatch.setattr("heretic_ds.job.open_model", counted)
+    monkeypatch.setattr("tests.unit.test_start.World", lambda: Alone(0, ranks))
+    checked("orange")
+    assert opened == ["orange"] * times

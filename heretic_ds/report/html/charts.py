@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
@@ -40,6 +39,8 @@ class Axis:
 
 def linear(values: Iterable[float], label: str = "", whole: bool = False, room: float = 0.04) -> Axis:
     """An axis for these numbers, with some room at its ends; ``whole``: ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator  # a third of a second, when all is done
+
     known = list(values) or [0.0, 1.0]
     low, high = min(known), max(known)
     pad = room * (high - low) or max(abs(high), 1.0) * 0.1

@@ -2,6 +2,6 @@
 
 from heretic_ds.runner.sizing.batches import Batches
 from heretic_ds.runner.sizing.measure import SAFE_SHARE
-from heretic_ds.runner.sizing.sizes import PHASES, PROBE_TOKENS
+from heretic_ds.runner.sizing.sizes import FITTING_TOKENS, PHASES, PROBE_TOKENS
 
-__all__ = ["PHASES", "PROBE_TOKENS", "SAFE_SHARE", "Batches"]
+__all__ = ["FITTING_TOKENS", "PHASES", "PROBE_TOKENS", "SAFE_SHARE", "Batches"]

@@ -17,14 +17,15 @@ _REFINED = 2
 class Ladder:
     """Sizes up to ``most``: four times as many rows as long as that is a gain, then some between.
 
-    A size that is no gain is tried once more: something else may have disturbed it.
+    A size that is no gain is tried once more: something else may have disturbed it. The first size is ``first``; where
+    memory does not hold it, or more rows than that are no gain, fewer are tried.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, first: int = 1) -> None:
         self.most = most
         """The largest size that is tried; it may be set lower at any time."""
-        self.best = 1
-        """The size with the highest rate so far."""
+        self.best = 0
+        """The size with the highest rate so far; 0 before memory has held any."""
         self._rate = 0.0
         """Of the best."""
         self._last: tuple[float, float] | None = None
@@ -33,6 +34,8 @@ class Ladder:
         """A size that was no gain when it was tried for the first time."""
         self._above: int | None = None
         """The least size above the best that was no gain."""
+        self._below = first
+        """The largest size below those that were tried; 0 where fewer rows are known to be no gain."""
         self._refined = 0
         self._clear = False
 
@@ -41,27 +44,34 @@ class Ladder:
         """The size to try next; None where it is clear which one is best."""
         if self._doubted is not None:
             return self._doubted
-        if self._last is None:
-            return 1
-        if self._clear or (self.best > 1 and self.most < _WORTH_TRYING * self.best) or self.best >= self.most:
-            return None
-        if self._above is None:
+        if not self.best:
+            return min(self._below, self.most) or None
+        ended = self._clear or self.best >= self.most or (self.best > 1 and self.most < _WORTH_TRYING * self.best)
+        if self._above is None and not ended:
             return min(_STEP * self.best, self.most)
+        if self._below or ended or self._above is None:
+            return self._below or None
         between = min(2 * self.best, (self.best + self._above) // 2)
         return between if self._refined < _REFINED and self.best < between <= self.most else None
 
     def note(self, size: int, amount: float, seconds: float) -> None:
         """Take how long a size took for an amount of work; infinitely long where memory did not hold it."""
         again, self._doubted = size == self._doubted, None
-        if amount / seconds > _GAIN * self._rate:
-            self._refined += self._above is not None
-            self._clear = self._above is None and self._gains_little(size, amount, seconds)
-            self.best, self._rate, self._last = size, amount / seconds, (amount, seconds)
-        elif amount / seconds and not again:
+        gain, fewer = amount / seconds > _GAIN * self._rate, size < self.best
+        if not (gain or fewer or again) and amount / seconds:
             self._doubted = size
+            return
+        if self._above is not None and self.best and not fewer:
+            self._refined += 1
+        if gain:
+            self._clear = self._above is None and self._gains_little(size, amount, seconds)
+            self._above = self.best if fewer else self._above
+            self._below = 0 if self.best and not fewer else size // _STEP
+            self.best, self._rate, self._last = size, amount / seconds, (amount, seconds)
+        elif fewer:
+            self._below = 0
         else:
-            self._refined += self._above is not None
-            self._above, self._last = size, self._last or (amount, seconds)
+            self._above, self._below = size, self._below if self.best else size // _STEP
 
     def _gains_little(self, size: int, amount: float, seconds: float) -> bool:
         """Whether no larger size can be worth it, if more rows go on to cost as much each as they did from the size

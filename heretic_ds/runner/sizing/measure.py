@@ -19,6 +19,8 @@ SHORTEST = 1e-6
 """Seconds that any pass takes at least."""
 _FEW = 4
 """Rows of the larger of two batches from whose memory that of others is told."""
+_FIRST = 4
+"""Rows of the first batch that is timed: that fewer are faster is rare, and seen where more are no gain."""
 _MOST_RUNS, _LONG_ENOUGH = 2, 0.03
 """Runs by which a batch size is measured, and undisturbed seconds after which there have been enough."""
 
@@ -68,12 +70,14 @@ def measure_batch_size(
     comm: Comm = ALONE,
     clock: Callable[[], float] = time.perf_counter,
     amount: Callable[[int], float] = float,
+    warm: bool = False,
 ) -> int:
     """Rows per batch with the best measured throughput, up to ``most``; 0 where memory does not hold one row.
 
     ``run(n)`` does a sample of the phase's work on n rows, which comes to ``amount(n)``, and says whether memory held
     it. On a CPU ``clock`` is the processor's, since other programs' work should not count. All ranks come to one size:
     that of the slowest, which memory held on each. Which sizes are tried says :class:`Ladder`.
+    Unless such samples were run before (``warm``), a first one pays for what is set up lazily.
     """
 
     def seconds(size: int) -> float:
@@ -90,9 +94,9 @@ def measure_batch_size(
             found.append(seconds(size))
         return min(found)
 
-    if math.isinf(seconds(1)):  # also: first calls pay for what is set up lazily
+    if not warm and math.isinf(seconds(1)):
         return 0
-    ladder, work = Ladder(most), comm.least(amount(1))
+    ladder = Ladder(most, _FIRST)
     while (size := ladder.next) is not None:
         work = comm.least(amount(size))
         ladder.note(size, work, best_of_some(size))

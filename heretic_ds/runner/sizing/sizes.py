@@ -28,6 +28,10 @@ MOST_ROWS = 512
 """Largest batch that is tried."""
 PROBE_TOKENS = 8
 """Answer tokens per row while the batch size for generation is measured."""
+FITTING_TOKENS = 2
+"""The same while the memory that rows take is measured: one more than a pass over the prompts gives."""
+Work = Callable[[Sequence[Row]], Any]
+"""What is done with the rows of a batch."""
 _SHARE_COMPUTED = 0.5
 """About how much of a pass over prompts is left where it starts from what is known."""
 
@@ -79,13 +83,19 @@ class Sizes:
         """In the batches that were measured on passes of prompts."""
 
     def find(
-        self, rows: Sequence[Row], phase: str, work: Callable[[Sequence[Row]], Any], trials: int = 1, like: str = ""
+        self,
+        rows: Sequence[Row],
+        phase: str,
+        work: Work,
+        trials: int = 1,
+        like: str = "",
+        fitting: Work | None = None,
     ) -> None:
         """Settle the rows per batch of a phase where that is open; ``work`` does a sample of it on some rows.
 
-        A sample of answers has :data:`PROBE_TOKENS` tokens. Batches may hold rows of so many ``trials``. Where passes
-        of the phase are ``like`` those of one that was measured on them, batches get as many tokens. Raises UserError
-        where even one row does not fit.
+        A sample of answers has :data:`PROBE_TOKENS` tokens; ``fitting`` does one of :data:`FITTING_TOKENS`, from which
+        memory is told. Batches may hold rows of so many ``trials``. Where passes of the phase are ``like`` those of one
+        that was measured on them, batches get as many tokens. Raises UserError where even one row does not fit.
         """
         if phase in self.rows:
             return
@@ -94,7 +104,7 @@ class Sizes:
             prompts = [prompt for prompt in prompts for _ in range(trials)]
         self._rest()
         with progress.work("batch size"):
-            most, memory = self._most_rows(phase, prompts, work)
+            most, memory = self._most_rows(phase, prompts, fitting or work)
             computed = self._as_computed(phase, prompts) if on_cpu else prompts
             known = self._tokens.get(like)
             if known is None:
@@ -114,7 +124,7 @@ class Sizes:
         prompts: Sequence[Sequence[int]],
         most: int,
         phase: str,
-        work: Callable[[Sequence[Row]], Any],
+        work: Work,
         memory: WorkingMemory | None,
     ) -> None:
         """Settle the rows per batch of a phase by measuring on samples."""
@@ -130,7 +140,7 @@ class Sizes:
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
             return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in prompts[:count])
 
-        size = measure_batch_size(run, most, self._comm, self._clock, tokens)
+        size = measure_batch_size(run, most, self._comm, self._clock, tokens, warm=self._cautious)
         if not size:
             raise too_large(phase)
         self._settle(phase, size, memory, tokens(size) / max(fastest[size], SHORTEST))
@@ -154,7 +164,7 @@ class Sizes:
         while True:
             left = int(self._comm.least(len(rows) - start))  # fewer where another rank's batch did not fit
             size = min(1 if first else ladder.next or 0, left)
-            if size <= (ladder.best if found else 0):
+            if size <= ladder.best:
                 break
             batch, probing = rows[start : start + size], self._cautious and not first and len(peaks) < 2
             timed = self._timed(batch, phase, work, probing)
@@ -173,10 +183,10 @@ class Sizes:
             for result in timed.results:
                 start += size
                 yield batch, result
+        best = max(1, ladder.best)
         if found:
-            self._tokens[phase] = found[ladder.best][0]
-        best = min(ladder.best, ladder.most)
-        self._settle(phase, best, memory, found[ladder.best][1] if found else None)
+            self._tokens[phase] = found[best][0]
+        self._settle(phase, min(best, ladder.most), memory, found[best][1] if found else None)
 
     def _timed(self, batch: Sequence[Row], phase: str, work: Callable[[Sequence[Row]], T], probing: bool) -> _Timed[T]:
         """Run ``work`` on a batch once, and see how long the slowest rank takes, and what memory this one does."""
@@ -206,15 +216,13 @@ class Sizes:
             share *= min(1.0, PROBE_TOKENS / self._max_new_tokens)
         return [row[-max(1, round(share * len(row))) :] for row in prompts]
 
-    def _most_rows(
-        self, phase: str, prompts: Sequence[Sequence[int]], work: Callable[[Sequence[Row]], Any]
-    ) -> tuple[int, WorkingMemory | None]:
+    def _most_rows(self, phase: str, prompts: Sequence[Sequence[int]], work: Work) -> tuple[int, WorkingMemory | None]:
         """Rows of the largest batch that is tried, and what batches take; ``prompts`` are the longest first."""
         most, memory = min(len(prompts), MOST_ROWS), None
         if not self._cautious:
             return most, None
         # As long as they will be when the last tokens of their answers are decoded.
-        added = max(0, self._max_new_tokens - PROBE_TOKENS) if phase == "generate" else 0
+        added = max(0, self._max_new_tokens - FITTING_TOKENS) if phase == "generate" else 0
         rows = [Row([*prompt, *([prompt[-1]] * added)]) for prompt in prompts[:most]]
 
         def run(count: int) -> None:
