@@ -357,10 +357,13 @@ def part_of(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     while not enough():
         folder = place / f"round{rounds}"
         for aim in AIMS:
-            if not enough():
-                kills.append(kill_once(folder, aim, options.ranks, words, alone, numbers))
-                kills[-1].round = rounds
-                print(f"kill {len(kills)}: {asdict(kills[-1])}", flush=True)
+            if enough():
+                break
+            kills.append(kill_once(folder, aim, options.ranks, words, alone, numbers))
+            kills[-1].round = rounds
+            print(f"kill {len(kills)}: {asdict(kills[-1])}", flush=True)
+            if kills[-1].signal == "none":  # it came to its end, and nothing is left to be killed
+                break
         Command(folder, options.ranks, words).finish()
         found = alone.differences(folder)
         different += [f"round {rounds}: {name}" for name in found]
