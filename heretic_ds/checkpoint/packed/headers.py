@@ -61,7 +61,9 @@ def unpacked_headers(
     not fit what they belong to.
     """
     parts = (raw, raw.get("text_config") or {})
-    stated = next((part["quantization_config"] for part in parts if part.get("quantization_config")), {})
+    stated: Mapping[str, Any] = next(
+        (part["quantization_config"] for part in parts if part.get("quantization_config")), {}
+    )
     method = stated.get("quant_method")
     if method == "mxfp4":
         return _mxfp4(headers, folder)
