@@ -8,13 +8,14 @@ models are random, some 350 MB each in bfloat16, and made anew in a temporary fo
 thread a rank; its files are in the page cache. Leaves ``benchmarks/results/packed_loading.json`` and prints a table.
 
 ``transformers`` is its own loading that dequantises, by one process. Scores are the KL divergence of one edit on
-prompts of the demo; the column says how far they are from those of one rank on the dequantised checkpoint.
+prompts of the demo, in bfloat16. With ``--only`` other rows stay as an earlier run left them in the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,9 @@ MARK = "packed loading figures: "
 ROWS = [
     # checkpoint, placement, ranks
     ("plain", "replicated", 1),
+    ("plain", "tensor_parallel", 2),
+    ("plain", "fsdp", 2),
+    ("plain", "pipeline", 2),
     ("packed", "transformers", 1),
     ("packed", "replicated", 1),
     ("packed", "tensor_parallel", 2),
@@ -169,19 +173,23 @@ def summed_up(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def _place(row: dict[str, Any]) -> int:
+    return ROWS.index((row["checkpoint"], row["placement"], row["ranks"]))
+
+
 def table(models: dict[str, Any]) -> str:
     """The figures as Markdown, of the rank that takes most."""
     lines = [
-        "| model | files | placement | ranks | weights a rank MB | peak a rank MB | seconds | KL apart |",
+        "| model | files | placement | ranks | weights a rank MB | peak a rank MB | seconds | KL |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind, model in models.items():
         for row in model["rows"]:
-            apart = "-" if row["kl"] is None else f"{row['kl'] - model['rows'][0]['kl']:.1g}"
+            kl = "-" if row["kl"] is None else f"{row['kl']:.10f}"
             held, peak = (max(row[f"{key}_bytes_a_rank"]) / 1e6 for key in ("held", "peak"))
             lines.append(
                 f"| {kind} | {row['checkpoint']}, {model['file_bytes'][row['checkpoint']] / 1e6:.0f} MB | "
-                f"{row['placement']} | {row['ranks']} | {held:.0f} | {peak:.0f} | {row['seconds']:.2f} | {apart} |"
+                f"{row['placement']} | {row['ranks']} | {held:.0f} | {peak:.0f} | {row['seconds']:.2f} | {kl} |"
             )
     return "\n".join(lines)
 
@@ -194,18 +202,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="rows that hold this text, beside the first of each model")
+    parser.add_argument("--only", default="", help="rows that fit this regular expression")
     options = parser.parse_args()
     models: dict[str, Any] = {}
+    if options.only and options.result.exists():
+        models = json.loads(options.result.read_text(encoding="utf-8"))["models"]
     for kind in ("fp8", "mxfp4"):
         with tempfile.TemporaryDirectory(prefix="packed_loading_") as folder:
-            models[kind] = {"file_bytes": make_models(Path(folder), kind), "rows": []}
-            for number, (checkpoint, placement, ranks) in enumerate(ROWS):
-                if number and options.only not in f"{kind} {placement}":
+            model = models.setdefault(kind, {"rows": []})
+            model["file_bytes"] = make_models(Path(folder), kind)
+            for checkpoint, placement, ranks in ROWS:
+                if not re.search(options.only, f"{kind} {checkpoint} {placement} {ranks}"):
                     continue
                 given = [str(Path(folder) / checkpoint), placement, str(options.rounds)]
                 found = summed_up(from_ranks(__file__, ranks, given, MARK, seconds=900))
-                models[kind]["rows"].append({"checkpoint": checkpoint, "placement": placement, "ranks": ranks, **found})
+                row = {"checkpoint": checkpoint, "placement": placement, "ranks": ranks, **found}
+                others = [each for each in model["rows"] if _place(each) != _place(row)]
+                model["rows"] = sorted([*others, row], key=_place)
                 keep(options.result, {"models": models, "rounds": options.rounds, "threads_a_rank": 1})
     print(table(models))
     return 0
