@@ -311,27 +311,32 @@ def test_a_packed_checkpoint_is_planned_as_the_dequantised_but_for_reading(
         )
 
 
+def _add_head(folder: Path, plain: Path) -> tuple[str, ...]:
+    """Give a packed checkpoint and its dequantised copy a head that predicts further tokens; returns its tensors."""
+    norm, weight = torch.randn(32).bfloat16(), torch.randn(32, 48)
+    codes, scales = packed.packed_fp8(weight, packed.BLOCK)
+    whole = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
+    in_fp8 = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    head = {"mtp.proj.weight": codes, "mtp.proj.weight_scale_inv": scales} if in_fp8 else {"mtp.proj.weight": whole}
+    packed.rewrite(folder, lambda found: found.update({"mtp.norm.weight": norm, **head}))
+    packed.rewrite(plain, lambda found: found.update({"mtp.norm.weight": norm, "mtp.proj.weight": whole}))
+    return "mtp.norm.weight", "mtp.proj.weight"
+
+
 @pytest.mark.parametrize("family", packed.PACKED)
 def test_files_are_edited_unpacked(saved, tmp_path, family) -> None:
     """As those of the checkpoint that transformers dequantises; what is no part of the model comes along."""
-    folder, extra = tmp_path / "packed", {"mtp.norm.weight": torch.randn(32).bfloat16()}
+    folder = tmp_path / "packed"
     packed.save(family, folder)
     plain = packed.save_dequantised(folder, tmp_path / "plain")
-    for place in (folder, plain):
-        packed.rewrite(place, lambda found: found.update(extra))
-    if packed.PACKED[family] == "fp8":  # a head that predicts further tokens is packed, too
-        codes, scales = packed.packed_fp8(torch.randn(32, 48), packed.BLOCK)
-        more = {"mtp.proj.weight": codes, "mtp.proj.weight_scale_inv": scales}
-        packed.rewrite(folder, lambda found: found.update(more))
-        whole = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
-        packed.rewrite(plain, lambda found: found.update({"mtp.proj.weight": whole}))
+    extra = _add_head(folder, plain)
     written = {}
     for place in (folder, plain):
         model = opened(place)
         anatomy = find_anatomy(model.skeleton())
         described, weights = EditedFiles.plan(model, anatomy, random_ablation(anatomy, "full"), EDIT, torch.bfloat16)
         result = export_model(described, tmp_path / "out" / place.name, "card", {"schema": 1}, weights=weights)
-        assert "mtp.norm.weight" in result.carried
+        assert result.carried == extra
         written[place.name] = tensors_of(result.folder)
     assert written["packed"].keys() == written["plain"].keys()
     assert all(torch.equal(tensor, written["plain"][name]) for name, tensor in written["packed"].items())
@@ -341,9 +346,11 @@ def test_files_are_edited_unpacked(saved, tmp_path, family) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_a_model_in_memory_is_exported_unpacked(saved, tmp_path, family) -> None:
-    loaded = load_weights(opened(saved(family)))
-    export_model(loaded, tmp_path / "out", "card", {"schema": 1})
-    assert tensors_of(tmp_path / "out").keys() == opened(saved(family)).headers.keys()
-    again = load_weights(opened(tmp_path / "out")).model.state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in loaded.model.state_dict().items())
+def test_a_model_in_memory_is_exported_unpacked(tmp_path, family) -> None:
+    folder = packed.save(family, tmp_path / "packed")
+    plain = packed.save_dequantised(folder, tmp_path / "plain")
+    extra = _add_head(folder, plain)
+    result = export_model(load_weights(opened(folder)), tmp_path / "out", "card", {"schema": 1})
+    written, expected = tensors_of(tmp_path / "out"), tensors_of(plain)
+    assert written.keys() == expected.keys() == opened(folder).headers.keys() and result.carried == extra
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
