@@ -25,7 +25,7 @@ def ran(heretic: Heretic, *words: str) -> str:
     return " ".join(said.split())
 
 
-@pytest.mark.parametrize("quantization", PACKED)
+@pytest.mark.parametrize("quantization", ["bnb_4bit", pytest.param("bnb_8bit", marks=pytest.mark.thorough)])
 def test_a_run_resumes_and_exports_from_the_original_files(
     quantization: str, material: Material, heretic: Heretic
 ) -> None:
@@ -64,7 +64,7 @@ def test_a_run_resumes_and_exports_from_the_original_files(
     assert other.status == 2 and "model.quantization was" in other.err
 
 
-@pytest.mark.parametrize("form", ["none", "pre", "full"])
+@pytest.mark.parametrize("form", ["none", pytest.param("pre", marks=pytest.mark.thorough), "full"])
 def test_an_export_is_that_of_the_same_edit_without_packing(form: str, material: Material, heretic: Heretic) -> None:
     """Given the same directions: the numbers come from the same files. Bit for bit, but for ``full``, whose products of
     matrices depend on where in memory these lie."""

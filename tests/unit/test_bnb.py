@@ -118,7 +118,9 @@ def test_residuals_are_those_of_a_model_that_transformers_packs(quantization: st
 
 @needs_bnb
 @pytest.mark.parametrize("row_norm", ["none", "pre", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(each, marks=pytest.mark.thorough) for each in FAMILIES[1:])]
+)
 def test_edits_of_packed_outputs_are_those_of_the_matrices(family: str, row_norm: str, folder: Path) -> None:
     """One edit worn by the model, and several in one pass, beside really edited weights."""
     packed = loaded(folder, family, "bnb_4bit")
