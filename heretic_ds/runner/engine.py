@@ -230,6 +230,7 @@ class Runner:
             "generate",
             lambda rows: self._answer(rows, timed),
             self.max_edits_per_pass,
+            "capture",
             fitting=lambda rows: self._answer(rows, fitted),
         )
 

@@ -254,6 +254,37 @@ def test_passes_like_those_that_were_measured_get_batches_of_as_many_tokens(monk
     assert batches.sizes["kl"] == 7
 
 
+def test_answers_are_measured_only_where_passes_of_as_many_tokens_were_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has one token of each row; on an accelerator it is nothing like a pass over prompts."""
+    for device, rows, sizes_run, best in (
+        ("cpu", 90, [2], 90),
+        ("cpu", 300, [2, 4, 16, 64, 256], 256),
+        ("cuda", 90, [1, 4, 16, 64, 90], 90),
+    ):
+        batches, work = batches_on(device), Clocked(monkeypatch)
+        monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: run(2) or WorkingMemory(100.0, 100.0))
+        list(batches.over(numbered(90), "capture", work))
+        assert batches.sizes["capture"] * 4 == 256
+        work.ran.clear()
+        batches.find([Row([5] * 4)] * rows, "generate", work, like="capture", fitting=work)
+        assert batches.sizes["generate"] == best and sorted(set(work.ran)) == sizes_run
+
+
+def test_memory_is_told_by_a_sample_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have the length that they have when their answers end."""
+    seen: list[tuple[str, list[int]]] = []
+    monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: run(2))
+    batches = batches_on("cpu")
+    batches.find(
+        rows_of_lengths(5, 3),
+        "generate",
+        lambda rows: seen.append(("timed", [len(row.prompt) for row in rows])),
+        fitting=lambda rows: seen.append(("fitted", [len(row.prompt) for row in rows])),
+    )
+    assert seen[0] == ("fitted", [5 + 16 - sizes.FITTING_TOKENS, 3 + 16 - sizes.FITTING_TOKENS])
+    assert {name for name, _ in seen[1:]} == {"timed"}
+
+
 def test_a_size_for_now_is_not_kept() -> None:
     batches = batches_on("cpu")
     with pytest.raises(KeyError), batches.for_now("generate", 8):

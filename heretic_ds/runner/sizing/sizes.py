@@ -95,7 +95,9 @@ class Sizes:
 
         A sample of answers has :data:`PROBE_TOKENS` tokens; ``fitting`` does one of :data:`FITTING_TOKENS`, from which
         memory is told. Batches may hold rows of so many ``trials``. Where passes of the phase are ``like`` those of one
-        that was measured on them, batches get as many tokens. Raises UserError where even one row does not fit.
+        that was measured on them, batches get as many tokens. For answers on a CPU that means all rows at once, if
+        these are no more: a step has a token of each. Else they are measured, since steps have their own costs.
+        Raises UserError where even one row does not fit.
         """
         if phase in self.rows:
             return
@@ -107,8 +109,10 @@ class Sizes:
             most, memory = self._most_rows(phase, prompts, fitting or work)
             computed = self._as_computed(phase, prompts) if on_cpu else prompts
             known = self._tokens.get(like)
-            if known is None:
+            if known is None or (phase == "generate" and not (on_cpu and most <= known)):
                 self._measure(computed, most, phase, work, memory)
+            elif phase == "generate":
+                self._settle(phase, most, memory)
             else:
                 alike = round(known * len(computed) / sum(map(len, computed)))
                 self._settle(phase, max(1, min(int(self._comm.least(alike)), most)), memory)
@@ -116,7 +120,8 @@ class Sizes:
     def _settle(self, phase: str, rows: int, memory: WorkingMemory | None, rate: float | None = None) -> None:
         """Take a batch size, and say what it came to."""
         self.rows[phase], self.bytes[phase] = rows, 0 if memory is None else memory.of(rows)
-        told = "as many tokens as for residuals" if rate is None else f"{rate:,.0f} tokens/s"
+        alike = "no more tokens a step than" if phase == "generate" else "as many tokens as"
+        told = f"{alike} for residuals" if rate is None else f"{rate:,.0f} tokens/s"
         log.info("batch size for %s: %d rows (%s)", PHASES[phase], rows, told)
 
     def _measure(
@@ -140,7 +145,7 @@ class Sizes:
         def tokens(count: int) -> float:  # rows that come later are shorter: their number is no measure of the work
             return sum(len(row) + (PROBE_TOKENS if phase == "generate" else 0) for row in prompts[:count])
 
-        size = measure_batch_size(run, most, self._comm, self._clock, tokens, warm=self._cautious)
+        size = measure_batch_size(run, most, self._comm, self._clock, tokens, self._cautious)
         if not size:
             raise too_large(phase)
         self._settle(phase, size, memory, tokens(size) / max(fastest[size], SHORTEST))
