@@ -169,9 +169,9 @@ def test_batches_may_hold_rows_of_as_many_trials_as_a_pass(monkeypatch):
     """Whatever was asked for first: the original model's answers and distributions, before any trial."""
     engine, trials, find = engine_for(families.build("llama"), batch_size=0), {}, Batches.find
 
-    def noted(batches, rows, phase, work, count=1, like=""):
+    def noted(batches, rows, phase, work, count=1, *more, **named):
         trials[phase] = count
-        find(batches, rows, phase, work, count, like)
+        find(batches, rows, phase, work, count, *more, **named)
 
     monkeypatch.setattr(Batches, "find", noted)
     engine.prepare(ablation_for(engine))
@@ -307,9 +307,14 @@ def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(mo
     monkeypatch.setattr("heretic_ds.runner.sizing.sizes.measure_batch_size", measure_batch_size)
     options = RunnerOptions(64, prefill_reuse=True)
     engine = Runner(model := families.build("llama"), find_anatomy(model), families.tokenizer(), options)
-    for phase in ("kl", "generate"):
-        engine._batches.find(rows_of(prompts()), phase, lambda batch: asked.append([len(row) for row in batch]))
-    assert asked == [[11, 9], [6, 4, 3], [11 + 56, 9 + 56], [1, 1, 1]]  # 8 tokens of an answer are decoded in either
+
+    def work(batch):
+        asked.append([len(row) for row in batch])
+
+    engine._batches.find(rows_of(prompts()), "kl", work)
+    engine._batches.find(rows_of(prompts()), "generate", work, fitting=work)
+    # Of an answer 2 tokens are decoded for the memory and 8 for the speed.
+    assert asked == [[11, 9], [6, 4, 3], [11 + 62, 9 + 62], [1, 1, 1]]
     assert measured == [3, 3] and engine.batch_sizes == {"kl": 3, "generate": 3}
     assert engine.batch_bytes == {"kl": 300, "generate": 300}
 

@@ -120,6 +120,6 @@ def test_a_model_is_opened_once(ranks: int, times: int, checked: Any, monkeypatc
             return [value]
 
     monkeypatch.setattr("heretic_ds.job.open_model", counted)
-    monkeypatch.setattr("tests.unit.test_start.World", lambda: Alone(0, ranks))
+    monkeypatch.setitem(globals(), "World", lambda: Alone(0, ranks))
     checked("orange")
     assert opened == ["orange"] * times
