@@ -108,9 +108,9 @@ class Job:
         """Refuse prompts that leave no room for an answer in the model's context; leave them out of test prompts that
         nobody named. Test prompts are looked at where final scores are taken."""
         final = self.settings.verify.final and self.settings.task.name in ("abliterate", "export")
-        for name in list(self.texts):
-            if name in TESTS and not final:
-                continue
+        names = [name for name in self.texts if final or name not in TESTS]
+        self.chat.prepare([text for name in names for text in self.texts[name]])
+        for name in names:
             if name in TESTS and getattr(self.settings.prompts, name.partition(".")[0]).test.source == AUTO_TEST:
                 self._leave_out_long(name)
             else:

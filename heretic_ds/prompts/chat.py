@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from heretic_ds.errors import UserError
+from heretic_ds.foreign import limits
 from heretic_ds.foreign.limits import TooMuch, in_child
 from heretic_ds.foreign.reading import MEBIBYTE, path_of, read_text, reason
 from heretic_ds.settings import AUTO, PromptSettings, ThinkingMarker
@@ -20,8 +22,10 @@ log = logging.getLogger(__name__)
 
 _PROBE = "Which vegetables grow in the shade?"
 _TEMPLATE_LIMIT = MEBIBYTE
-_AT_ONCE = 250
-"""Conversations that one process renders."""
+_AT_ONCE = 1000
+"""Conversations that one process renders: to copy this one takes as long as many of them."""
+_IN_TIME = 250
+"""Conversations for which it has the time that a process is given."""
 _ROOM = 100_000
 """Characters that a template may add to a conversation, or ten times the conversation's own where that is more."""
 
@@ -171,7 +175,8 @@ class ChatFormat:
         for start in range(0, len(new), _AT_ONCE):
             part = new[start : start + _AT_ONCE]
             try:
-                texts = in_child(partial(self._render_all, [by_key[key] for key in part], answering))
+                seconds = limits.SECONDS * math.ceil(len(part) / _IN_TIME)
+                texts = in_child(partial(self._render_all, [by_key[key] for key in part], answering), seconds)
             except Exception as error:  # whatever a program raises
                 raise TemplateFailed(_unusable(reason(error))) from error
             self._rendered.update(zip(part, texts, strict=True))
