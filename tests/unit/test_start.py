@@ -14,6 +14,7 @@ import pytest
 from heretic_ds import progress
 from heretic_ds.checkpoint.open import open_model
 from heretic_ds.errors import UserError
+from heretic_ds.foreign import limits
 from heretic_ds.job import Job
 from heretic_ds.stages.start import start_facts
 from heretic_ds.world import World
@@ -123,3 +124,22 @@ def test_a_model_is_opened_once(ranks: int, times: int, checked: Any, monkeypatc
     monkeypatch.setitem(globals(), "World", lambda: Alone(0, ranks))
     checked("orange")
     assert opened == ["orange"] * times
+
+
+def test_all_prompts_are_rendered_in_one_process(checked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To copy this one takes as long as to render many; it is given time for each of them."""
+    asked: list[int | None] = []
+
+    def counted(work: Any, seconds: int | None = None) -> Any:
+        asked.append(seconds)
+        return limits.in_child(work, seconds)
+
+    monkeypatch.setattr("heretic_ds.prompts.chat.in_child", counted)
+    job = checked("orange")
+    job.texts |= {f"{kind}.train": [f"Sow {kind} plums."] for kind in ("target", "baseline")}
+    asked.clear()
+    job.check_lengths()
+    assert asked == [limits.SECONDS]
+    asked.clear()
+    job.chat.prepare([f"Sow plum {number}." for number in range(1001)])
+    assert asked == [4 * limits.SECONDS, limits.SECONDS]
