@@ -72,7 +72,8 @@ def fingerprint(settings: Settings, **more: Any) -> dict[str, Any]:
         if flat[key] == default or (key == "direction.groups" and settings.direction.method != "median_of_means"):
             del flat[key]
     screened = settings.search.strategy == SCREENED
-    flat |= {"search.strategy": settings.search.strategy, "search.candidates": screened * settings.search.candidates}
+    strategy = SCREENED if screened else DIRECT  # one that was left open is settled before a search
+    flat |= {"search.strategy": strategy, "search.candidates": screened * settings.search.candidates}
     model = path_of(settings.model.path, "model.path")
     if model.is_dir():
         flat["model.path"] = str(model.resolve())

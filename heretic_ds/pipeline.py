@@ -25,7 +25,7 @@ from heretic_ds.stages.measure import capture_directions, find_response_prefix, 
 from heretic_ds.stages.opening import already_finished, export_dir, opened, refuse_used_export_folder
 from heretic_ds.stages.planning import make_and_show_plan
 from heretic_ds.stages.reporting import write_report
-from heretic_ds.stages.search import search_edits
+from heretic_ds.stages.search import search_edits, settle_strategy
 from heretic_ds.stages.sharing.benchmarking import run_benchmarks
 from heretic_ds.stages.sharing.comparing import compare_models
 from heretic_ds.stages.sharing.rescoring import final_scores
@@ -46,7 +46,7 @@ def run(settings: Settings) -> Scores | None:
     """
     world = World.join()
     with quiet_libraries(), messages_to(console_of(world)) as console, counted_here(), StageProgress(console):
-        result = _TASKS[settings.task.name](settings, world, console)
+        result = _TASKS[settings.task.name](settle_strategy(settings, world), world, console)
     world.leave()
     return result
 

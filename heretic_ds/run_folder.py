@@ -219,6 +219,11 @@ def read_measured(folder: Path) -> dict[str, Any]:
     return _read_json(folder / _MEASURED_NAME, "remove it", _MEASURED) or {}
 
 
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """``fingerprint.json`` of a run folder; None where there is none. Raises UserError where it is no such file."""
+    return _read_json(folder / _FINGERPRINT)
+
+
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
     try:

@@ -33,6 +33,7 @@ __all__ = [
     "Scorer",
     "TokenDivergence",
     "make_scorers",
+    "may_be_screened",
     "refuse_unscreened",
 ]
 
@@ -83,9 +84,14 @@ def make_scorers(settings: ScoringSettings) -> list[AnyScorer]:
     return scorers
 
 
+def may_be_screened(first: AnyScorer) -> bool:
+    """Whether edits can be compared by what the original answered: where answers are to become fewer of a kind."""
+    return isinstance(first, Scorer) and first.direction != MAXIMIZE
+
+
 def refuse_unscreened(first: AnyScorer) -> None:
     """Raise UserError where edits cannot be compared by what the original answered: ``search.strategy=screened``."""
-    if not isinstance(first, Scorer) or first.direction == MAXIMIZE:
+    if not may_be_screened(first):
         kind = "is maximised" if isinstance(first, Scorer) else "is of distributions"
         raise UserError(
             f"search.strategy=screened needs a first scorer of answers that is minimised, and {first.name} {kind}; set "

@@ -17,10 +17,11 @@ DIRECT, SCREENED = "direct", "screened"
 class SearchSettings:
     """The multi-objective search over edits."""
 
-    strategy: str = within(DIRECT, choices=(DIRECT, SCREENED))
-    """``direct`` (every edit that is asked for is scored: a trial) or ``screened`` (many edits are compared by their KL
-    divergence and the likelihood of what the original answered, without generating; those that could be on the front
-    become trials)."""
+    strategy: str = within(AUTO, choices=(AUTO, DIRECT, SCREENED))
+    """``screened`` (many edits are compared by their KL divergence and the likelihood of what the original answered,
+    without generating; those that could be on the front become trials), ``direct`` (every edit that is asked for is
+    scored: a trial), or ``auto``: what the run folder began with, in a new one ``screened`` where the first scorer
+    counts answers that are to become fewer, else ``direct``."""
     trials: int = within(200, ge=1)
     """Number of trials in the study, those of earlier runs in the same folder included."""
     startup_trials: int = within(60, ge=0)

@@ -5,27 +5,50 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from heretic_ds.errors import UserError
 from heretic_ds.report.progress import SearchProgress
+from heretic_ds.run_folder import read_fingerprint
+from heretic_ds.scoring import make_scorers, may_be_screened
 from heretic_ds.search.loop import run_search
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.screened.candidates import Candidates
 from heretic_ds.search.screened.screening import Screening, screened_rows
 from heretic_ds.search.study import Search, refuse_nothing
 from heretic_ds.search.trials import TrialRecord
-from heretic_ds.settings import AUTO
-from heretic_ds.settings.search import SCREENED
-from heretic_ds.stages.opening import Run
+from heretic_ds.settings import AUTO, Settings
+from heretic_ds.settings.search import DIRECT, SCREENED
+from heretic_ds.stages.opening import Run, run_dir
 from heretic_ds.stages.tracking import Following, about
+from heretic_ds.world import World
 
 log = logging.getLogger(__name__)
 
 EVALUATED = ("target.eval", "baseline.eval")
+_SEARCHED = ("abliterate", "evaluate", "export", "chat", "geometry")
+"""Tasks that open the folder of a run."""
 MOST_TRIALS = 4
 """Most trials that ``search.trials_per_pass=auto`` takes together: trials of one pass do not learn from each other.
 With 8 of them fronts were up to 5 % smaller on one objective, with 4 not significantly so
 (``benchmarks/search_quality.py``)."""
+
+
+def settle_strategy(settings: Settings, world: World) -> Settings:
+    """The settings with a strategy where it was left open: that of the run folder, in a new one the faster one where
+    the first scorer lets edits be compared before they are scored. Raises UserError."""
+    if settings.search.strategy != AUTO or settings.task.name not in _SEARCHED:
+        return settings
+    strategy = world.decide(lambda: _strategy(settings))
+    return replace(settings, search=replace(settings.search, strategy=strategy))
+
+
+def _strategy(settings: Settings) -> str:
+    known = read_fingerprint(run_dir(settings))
+    if known is not None:
+        return SCREENED if known.get("search.strategy") == SCREENED else DIRECT
+    searches = settings.task.name == "abliterate"
+    return SCREENED if searches and may_be_screened(make_scorers(settings.scoring)[0]) else DIRECT
 
 
 def trials_per_pass(run: Run) -> int:

@@ -31,7 +31,7 @@ PROMISED_DEFAULTS = {
     "ablation.row_norm": "full",
     "ablation.through_norm": False,
     "ablation.direction_index": None,
-    "search.strategy": "direct",
+    "search.strategy": "auto",
     "search.trials": 200,
     "search.startup_trials": 60,
     "search.seed": 0,
