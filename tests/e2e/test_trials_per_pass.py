@@ -65,10 +65,9 @@ def test_ways_to_evaluate_trials_agree(
         answered.clear()
         outcome = heretic(
             *material.words(
-                material.model(family), f"run.dir={run}", f"search.trials={TRIALS}", f"search.startup_trials={TRIALS}",
-                f"search.seed={SEED}",
-                f"search.trials_per_pass={together}", f"generation.early_stop={early_stop}",
-                f"generation.prefill_reuse={reuse}",
+                material.model(family), f"run.dir={run}", "search.strategy=direct", f"search.trials={TRIALS}",
+                f"search.startup_trials={TRIALS}", f"search.seed={SEED}", f"search.trials_per_pass={together}",
+                f"generation.early_stop={early_stop}", f"generation.prefill_reuse={reuse}",
             )
         )  # fmt: skip
         assert outcome.status == 0, outcome.err
