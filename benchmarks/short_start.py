@@ -10,7 +10,7 @@ Leaves: ``benchmarks/results/short_start.json``, or the file that ``--result`` n
 Each case is run twice, as the command does it, in new run folders: first with an empty cache folder, then with what the
 first run has measured of model and machine. The run is ended after its search. The start begins with the process, so
 that it counts imports, whose modules are compiled before, as an installation leaves them. ``imports`` is what importing
-took, in whatever part. What is told by part is inclusive: ``capture: batch size`` is a part of ``capture``. The
+took, and is in no part. What is told by part is inclusive: ``capture: batch size`` is a part of ``capture``. The
 processor's seconds are what a busy machine changes less. Another checkout of the package is measured where
 ``PYTHONPATH`` names it.
 """
@@ -42,28 +42,8 @@ RUN_TRIALS = 40
 COMMON = ("run.interactive=false", "export.max_kl=1000")
 CASES = ("demo", "deep", "experts")
 CLOCKS = ("", "_processor")
-
-
-class Clock:
-    """Seconds, by clock and of the processor, of work in hand by what it is, and of what it is part of."""
-
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.processor: Counter[str] = Counter()
-        self._stack: list[str] = []
-
-    @contextmanager
-    def part(self, what: str) -> Iterator[None]:
-        """Work that lasts as long as the context."""
-        self._stack.append(what)
-        name = what if len(self._stack) == 1 else f"{self._stack[0]}: {what}"
-        began = time.monotonic(), time.process_time()
-        try:
-            yield
-        finally:
-            self._stack.pop()
-            self.seconds[name] += time.monotonic() - began[0]
-            self.processor[name] += time.process_time() - began[1]
+STAGES = ("opening", "loading", "response prefix", "capture", "the original's scores")
+"""Parts of the start that depend on the model: to import and to compose settings takes as long whatever follows."""
 
 
 class Imports:
@@ -88,6 +68,33 @@ class Imports:
         loader.exec_module = exec_module
 
 
+class Clock:
+    """Seconds, by clock and of the processor, of work in hand by what it is, and of what it is part of; without what
+    was imported meanwhile."""
+
+    def __init__(self, imports: Imports) -> None:
+        self.seconds = {clock: Counter[str]() for clock in CLOCKS}
+        self._imports = imports
+        self._stack: list[str] = []
+
+    def _now(self) -> tuple[float, ...]:
+        imported = self._imports.seconds
+        return time.monotonic() - imported[CLOCKS[0]], time.process_time() - imported[CLOCKS[1]]
+
+    @contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        """Work that lasts as long as the context."""
+        self._stack.append(what)
+        name = what if len(self._stack) == 1 else f"{self._stack[0]}: {what}"
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            for clock, start, end in zip(CLOCKS, began, self._now(), strict=True):
+                self.seconds[clock][name] += end - start
+
+
 def watch(file: Path, words: Sequence[str]) -> None:
     """One run in this process, whose start and search are timed; what is found goes to a file."""
     imports = Imports()
@@ -97,7 +104,7 @@ def watch(file: Path, words: Sequence[str]) -> None:
     from heretic_ds import cli, progress
     from heretic_ds.cli import command
 
-    clock, work, dispatch = Clock(), progress.work, command._dispatch
+    clock, work, dispatch = Clock(imports), progress.work, command._dispatch
 
     @contextmanager
     def timed(what: str, *more: Any, **named: Any) -> Iterator[Any]:
@@ -120,7 +127,7 @@ def watch(file: Path, words: Sequence[str]) -> None:
             def searched(run: Any, *rest: Any) -> None:
                 told = {f"before_first_trial{name}": seconds for name, seconds in now().items()}
                 told |= {f"imports{name}": seconds for name, seconds in imports.seconds.items()}
-                parts = {"parts": dict(clock.seconds), "parts_processor": dict(clock.processor)}
+                parts = {f"parts{name}": dict(clock.seconds[name]) for name in CLOCKS}
                 began = now()
                 continue_search(run, *rest)
                 told |= {f"search{name}": seconds - began[name] for name, seconds in now().items()}
@@ -150,6 +157,8 @@ def started(words: Sequence[str], cache: Path) -> dict[str, Any]:
     for clock in CLOCKS:
         search = told[f"search{clock}"] / told["trials"] * RUN_TRIALS
         before, imports = told[f"before_first_trial{clock}"], told[f"imports{clock}"]
+        stages = sum(told[f"parts{clock}"].get(part, 0.0) for part in STAGES)
+        told[f"share_of_stages{clock}"] = round(stages / (stages + search), 4)
         told[f"share{clock}"] = round(before / (before + search), 4)
         told[f"share_but_imports{clock}"] = round((before - imports) / (before - imports + search), 4)
     return told
@@ -178,8 +187,9 @@ def main() -> int:
             for run in options.runs:
                 told = started([*words[name], trials], cache)
                 cases.setdefault(name, {}).setdefault(options.name, {})[run] = told
-                shares = f"{told['share_processor']:.1%}, but for imports {told['share_but_imports_processor']:.1%}"
-                print(f"{name}, {run} run: {told['before_first_trial']} s before the first trial, {shares}", flush=True)
+                shares = [f"{told[share + '_processor']:.1%}" for share in ("share", "share_of_stages")]
+                shown = f"{told['before_first_trial_processor']} s, {shares[0]}; of its stages {shares[1]}"
+                print(f"{name}, {run} run, processor, before the first trial: {shown}", flush=True)
             keep(options.result, {
                 "what": "seconds before the first trial, and their share of a run of 40 trials up to its last",
                 "threads": os.environ.get("OMP_NUM_THREADS"),
