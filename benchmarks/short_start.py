@@ -39,7 +39,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "short_start.json"
 MOST = 0.08
 """Share of a whole run of 40 trials that may pass before its first."""
 RUN_TRIALS = 40
-COMMON = ("run.interactive=false", "export.max_kl=1000")
+COMMON = ("run.interactive=false", "export.max_kl=1000", "search.strategy=direct")
 CASES = ("demo", "deep", "experts")
 CLOCKS = ("", "_processor")
 STAGES = ("opening", "loading", "response prefix", "capture", "the original's scores")
