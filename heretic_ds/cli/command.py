@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heretic_ds.cli.errors import explain, unknown_keys
 from heretic_ds.cli.help import NO_MODEL, in_our_spelling
+from heretic_ds.cli.interrupts import interrupts_heeded, was_interrupted
 from heretic_ds.errors import RankFailed, SearchFailed, UserError
 from heretic_ds.foreign.libraries import quiet_libraries
 from heretic_ds.foreign.reading import reason
@@ -56,18 +57,17 @@ EXIT_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str]) -> int:
     """Runs the command that these words are; returns the exit status."""
     try:
-        if said := in_our_spelling(arguments):
-            raise UserError(said)
-        if arguments[:1] == ["reproduce"]:
-            from heretic_ds.stages.sharing.reproducing import reproduce
+        with interrupts_heeded():
+            if said := in_our_spelling(arguments):
+                raise UserError(said)
+            if arguments[:1] == ["reproduce"]:
+                from heretic_ds.stages.sharing.reproducing import reproduce
 
-            return 0 if reproduce(arguments[1:]) else EXIT_FAILED
-        with quiet_libraries():  # also while they are imported
-            return _run(arguments)
-    except KeyboardInterrupt:
-        return _say("heretic-ds: interrupted", EXIT_INTERRUPTED)
-    except Exception as error:
-        return report(error)
+                return 0 if reproduce(arguments[1:]) else EXIT_FAILED
+            with quiet_libraries():  # also while they are imported
+                return _run(arguments)
+    except (KeyboardInterrupt, Exception) as error:
+        return _say("heretic-ds: interrupted", EXIT_INTERRUPTED) if was_interrupted(error) else report(error)
 
 
 def report(error: BaseException) -> int:
