@@ -6,7 +6,7 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ _PROBE = "Which vegetables grow in the shade?"
 _TEMPLATE_LIMIT = MEBIBYTE
 _AT_ONCE = 1000
 """Conversations that one process renders: to copy this one takes as long as many of them."""
+_CHARACTERS = 2**24
+"""Of conversations that one process renders, whose answer has room for some ten times as many."""
 _IN_TIME = 250
 """Conversations for which it has the time that a process is given."""
 _ROOM = 100_000
@@ -172,8 +174,7 @@ class ChatFormat:
         keys = [json.dumps(messages if answering else [messages, "continued"]) for messages in conversations]
         by_key = dict(zip(keys, conversations, strict=True))
         new = [key for key in by_key if key not in self._rendered]
-        for start in range(0, len(new), _AT_ONCE):
-            part = new[start : start + _AT_ONCE]
+        for part in _parts(new):
             try:
                 seconds = limits.SECONDS * math.ceil(len(part) / _IN_TIME)
                 texts = in_child(partial(self._render_all, [by_key[key] for key in part], answering), seconds)
@@ -250,3 +251,17 @@ def _read_template(given: str) -> str:
 
 def _unusable(why: str) -> str:
     return f"the chat template cannot render a prompt ({why}); set prompts.template to one that can"
+
+
+def _parts(keys: Sequence[str]) -> Iterator[list[str]]:
+    """Conversations that are rendered together: neither too many nor too long."""
+    part: list[str] = []
+    size = 0
+    for key in keys:
+        if part and (len(part) == _AT_ONCE or size + len(key) > _CHARACTERS):
+            yield part
+            part, size = [], 0
+        part.append(key)
+        size += len(key)
+    if part:
+        yield part

@@ -47,8 +47,9 @@ def _strategy(settings: Settings) -> str:
     known = read_fingerprint(run_dir(settings))
     if known is not None:
         return SCREENED if known.get("search.strategy") == SCREENED else DIRECT
-    searches = settings.task.name == "abliterate"
-    return SCREENED if searches and may_be_screened(make_scorers(settings.scoring)[0]) else DIRECT
+    if settings.task.name == "evaluate":  # whose folder no search is in
+        return DIRECT
+    return SCREENED if may_be_screened(make_scorers(settings.scoring)[0]) else DIRECT
 
 
 def trials_per_pass(run: Run) -> int:
@@ -103,8 +104,8 @@ def _screening(run: Run, objective: Objective) -> Screening:
         refuse_nothing(objective.original.refusals)
     if not any(answers):
         raise UserError(
-            "search.strategy=screened compares edits by how likely the original's answers still are, and all that it "
-            "declines are empty; set search.strategy=direct"
+            "edits cannot be compared before they are scored (search.strategy=screened), since all answers that the "
+            "original declines with are empty; set search.strategy=direct"
         )
     return Screening(run.engine, prompts, answers, run.job.prompts("baseline.eval").rows)
 
@@ -115,6 +116,7 @@ def open_search(run: Run, objective: Objective) -> Search | None:
     together, settings = trials_per_pass(run), run.settings.search
     screened = settings.strategy == SCREENED
     if screened:
+        log.info("edits are compared before the best are scored (search.strategy=screened)")
         objective.screening = _screening(run, objective)
     screens = candidates_per_pass(run) if screened else 0
 

@@ -37,6 +37,7 @@ from heretic_ds.prompts import (
     pad_left,
     read_prompts,
 )
+from heretic_ds.prompts import chat as chat_module
 from heretic_ds.settings import PromptSettings, PromptSource, ThinkingMarker
 from tests.chat_model import (
     BOS,
@@ -621,3 +622,12 @@ def test_where_the_context_is_found(config: Any, limited: bool) -> None:
             check_lengths([[1] * 8], 1, config, NAME)
     else:
         check_lengths([[1] * 10_000], 1, config, NAME)
+
+
+def test_long_conversations_are_rendered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one process may answer with does not grow with their number."""
+    monkeypatch.setattr(chat_module, "_AT_ONCE", 3)
+    monkeypatch.setattr(chat_module, "_CHARACTERS", 10)
+    assert list(chat_module._parts(["a", "b", "c", "d"])) == [["a", "b", "c"], ["d"]]
+    assert list(chat_module._parts(["aaaaaa", "bbbbb", "c" * 20, "d"])) == [["aaaaaa"], ["bbbbb"], ["c" * 20], ["d"]]
+    assert list(chat_module._parts([])) == []

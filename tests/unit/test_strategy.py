@@ -58,3 +58,7 @@ def test_a_damaged_folder_is_one_sentence(strategy, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fingerprint\.json"):
         strategy()
     assert strategy("task=upload") == "auto"  # which opens no run's folder
+
+
+def test_a_folder_that_another_task_begins_may_be_searched_as_a_new_one(strategy) -> None:
+    assert strategy("task=geometry") == strategy("task=chat") == "screened" and strategy("task=evaluate") == "direct"
