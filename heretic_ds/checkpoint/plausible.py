@@ -149,10 +149,12 @@ def _compare(part: Mapping[str, Any], file: Path, headers: Mapping[str, TensorIn
 
 
 def quantization_of(raw: Mapping[str, Any]) -> str | None:
-    """Quantisation method of a raw configuration that was checked."""
-    for part in (raw, raw.get("text_config") or {}):
-        if part.get("quantization_config"):
-            return str(part["quantization_config"].get("quant_method", "unnamed"))
+    """Quantisation method of a raw configuration; None where it states none, or nothing that could be one, which
+    :func:`check_config` refuses."""
+    for part in (raw, raw.get("text_config")):
+        stated = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if stated and isinstance(stated, Mapping):
+            return str(stated.get("quant_method", "unnamed"))
     return None
 
 

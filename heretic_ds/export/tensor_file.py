@@ -20,7 +20,7 @@ from torch import Tensor
 
 from heretic_ds.checkpoint.source import STORED_DTYPES
 
-_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
 """The library's own, from first to last."""
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _ALIGNMENT = 8

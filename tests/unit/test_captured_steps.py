@@ -242,8 +242,8 @@ def test_no_step_is_captured_while_a_batch_size_is_measured(recorder, monkeypatc
     """Capturing would be timed, and slots of the largest size that is tried would stay."""
     engine, held, find = engine_of(families.build("llama"), batch_size=0), [], Batches.find
 
-    def noted(batches, rows, phase, *more):
-        find(batches, rows, phase, *more)
+    def noted(batches, rows, phase, *more, **known):
+        find(batches, rows, phase, *more, **known)
         held.append((phase, engine._decoder._graphs))
 
     monkeypatch.setattr(Batches, "find", noted)

@@ -419,7 +419,7 @@ def test_cfg_prints_the_configuration_of_the_job(run_command: RunCommand, tmp_pa
     ended = run_command("--cfg", "job", "m", "search.trials=3")
     assert ended.returncode == 0, ended.stderr
     assert "model:\n  path: m\n" in ended.stdout
-    assert "search:\n  strategy: direct\n  trials: 3\n" in ended.stdout
+    assert "search:\n  strategy: auto\n  trials: 3\n" in ended.stdout
     assert "hydra" not in ended.stdout
     assert list(tmp_path.iterdir()) == []
 

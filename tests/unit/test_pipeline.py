@@ -48,6 +48,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if getattr(found, "__module__", "").startswith("heretic_ds.stages."):
             monkeypatch.setattr(pipeline, name, stage(name))
     monkeypatch.setattr(pipeline, "opened", opened)
+    monkeypatch.setattr(pipeline, "settle_strategy", lambda settings, _: settings)
     monkeypatch.setattr(pipeline, "counted_here", nullcontext)
     return story
 

@@ -19,12 +19,19 @@ def forms_of(tensors):
     return {name: TensorForm(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
+def powers(*shape):
+    """Numbers of a dtype that has exponents alone."""
+    return torch.randint(-3, 4, shape).float().exp2().to(torch.float8_e8m0fnu)
+
+
 def every_dtype():
     """Tensors of every dtype, in an order of names that is not that of dtypes; two of each."""
     tensors = {}
     for i, dtype in enumerate(STORED_DTYPES.values()):
         for j in range(2):
-            tensors[f"{(7 * i) % 12:02d}.{j}"] = torch.randn(3, 5 + j).mul(10).to(dtype)
+            tensors[f"{(7 * i) % 12:02d}.{j}"] = (
+                torch.randn(3, 5 + j).mul(10).to(dtype) if dtype != torch.float8_e8m0fnu else powers(3, 5 + j)
+            )
     return tensors
 
 

@@ -160,7 +160,8 @@ def _refuse_uneven(path: str, name: str, module: Any) -> None:
     if module.weight.device.type == "cpu" and module.in_features % block:
         raise UserError(
             f"model.path={path}: {name} has {module.in_features} inputs, no multiple of its blocks of {block} numbers "
-            f"of 4 bits, which {METHOD} unpacks wrongly on a CPU; set model.device=cuda, or model.quantization={NONE}"
+            f"of 4 bits, which bitsandbytes unpacks wrongly on a CPU; set model.device=cuda, or "
+            f"model.quantization={NONE}"
         )
 
 
