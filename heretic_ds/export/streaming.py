@@ -24,7 +24,7 @@ from torch import Tensor
 from heretic_ds.ablation import Ablation, Edit, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.checkpoint import Checkpoint, TensorFiles, bnb
-from heretic_ds.checkpoint.conversions import Assembled
+from heretic_ds.checkpoint.conversions import Assembled, Piece
 from heretic_ds.checkpoint.open import LoadedModel, OpenedModel
 from heretic_ds.checkpoint.source import STORED_DTYPES, WEIGHT_FILES, TensorInfo
 from heretic_ds.errors import UserError
@@ -58,9 +58,8 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, edi
         strength = edit.strength(writer.component, writer.block)
         if strength == 0.0:
             continue
-        source, shape = checkpoint.sources[writer.weight], checkpoint.shapes[writer.weight]
-        pieces = source.pieces if isinstance(source, Assembled) else ()
-        if not pieces or not all(piece.shape[-2:] == shape[-2:] for piece in pieces):
+        pieces = stored_pieces(checkpoint, writer)
+        if not pieces:
             raise UserError(
                 f"{writer.weight} is stored in a form that cannot be edited from file to file; set evaluate=replicated"
             )
@@ -68,6 +67,13 @@ def plan_edits(checkpoint: Checkpoint, anatomy: Anatomy, ablation: Ablation, edi
         direction_RD = ablation.writer_directions(writer.block, gain_D, edit.direction_index)
         plan.update({piece.tensor: TensorEdit(writer, direction_RD, strength) for piece in pieces})
     return plan
+
+
+def stored_pieces(checkpoint: Checkpoint, writer: Writer) -> tuple[Piece, ...]:
+    """The tensors that a writer is stored as, each of whole matrices; none where these cannot be edited as they lie."""
+    source, shape = checkpoint.sources[writer.weight], checkpoint.shapes[writer.weight]
+    pieces = source.pieces if isinstance(source, Assembled) else ()
+    return pieces if all(piece.shape[-2:] == shape[-2:] for piece in pieces) else ()
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from heretic_ds.stages.sharing import rescoring
+from tests import families
 from tests.bnb import PACKED, needs_bnb, save_packed
 from tests.e2e.conftest import Heretic, Material, outcome_of, read_results
 from tests.e2e.test_fixed_edit import EDIT
+from tests.unit.test_sharded_loading import save_transposed_experts
 
 pytestmark = needs_bnb
 FEW = ("search.trials=3", "search.startup_trials=2", "model.dtype=float32")
@@ -113,6 +115,19 @@ def test_files_that_are_packed_already(quantization: str, material: Material, he
     other = next(name for name in PACKED if name != quantization)
     refused = heretic(*material.words(*usual, f"model.quantization={other}", "run.dir=other"))
     assert refused.status == 2 and f"set model.quantization={quantization} or none" in refused.err
+
+
+def test_writers_that_only_a_conversion_can_make_are_written_whole(material: Material, heretic: Heretic) -> None:
+    """Experts that lie transposed in files: no tensor of theirs can be edited as it is stored."""
+    model = material.folder / "transposed"
+    save_transposed_experts(model)
+    families.tokenizer().save_pretrained(model)
+    usual = ("task=export", "model.dtype=float32", "scoring.markers=[e]", "export.format=both", *EDIT)
+    ran(heretic, *material.words(model, *usual, "model.quantization=bnb_8bit", "run.dir=run", "export.dir=edited"))
+    recipe = json.loads(Path("edited/heretic_ds.json").read_text())
+    assert recipe["how"]["from_files"] is False and recipe["searched_in"] == "bnb_8bit"
+    again = ran(heretic, "reproduce", "edited", f"model.path={model}")  # never packed, adapter included
+    assert "files are the same, byte for byte" in again
 
 
 def test_final_scores_are_of_packed_models_where_others_do_not_fit(
