@@ -41,10 +41,9 @@ class PackedEditor(WeightEditor):
         self._edits.clear()
 
     def _restore(self, writer: Writer) -> None:
-        hook = self._hooks.pop(writer.weight, None)
-        if hook is None:
+        if not is_packed(self._model.get_submodule(writer.module)):
             super()._restore(writer)
-        else:
+        elif (hook := self._hooks.pop(writer.weight, None)) is not None:
             hook.remove()
 
     def _edit(self, writer: Writer, edit: Edit, strength: float) -> None:
@@ -52,9 +51,10 @@ class PackedEditor(WeightEditor):
         if not is_packed(module):
             super()._edit(writer, edit, strength)
             return
-        self._edited.add(writer.weight)
         with torch.inference_mode():
-            self._hooks[writer.weight] = module.register_forward_hook(self._dense(writer, edit))
+            made = self._dense(writer, edit)  # which may fail, for want of memory say; then nothing is edited
+        self._edited.add(writer.weight)
+        self._hooks[writer.weight] = module.register_forward_hook(made)
 
     def _dense(self, writer: Writer, edit: Edit) -> DenseEdit:
         """The edit of a writer's outputs, whichever row they belong to."""

@@ -19,6 +19,8 @@ from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy, is_packed, packed_modules, scales, unpacked
 from heretic_ds.checkpoint import TensorFiles, bnb
 from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_weights, open_model
+from heretic_ds.edits import packed as packed_edits
+from heretic_ds.edits.outputs import DenseEdit
 from heretic_ds.edits.packed import PackedEditor, editor_of
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
@@ -157,6 +159,30 @@ def test_edits_of_packed_outputs_are_those_of_the_matrices(family: str, row_norm
     assert logits(packed.model).equal(original)
     assert all(module.weight.data.equal(kept[name]) for name, module in packed_modules(packed.model))
     assert not any(module._forward_hooks for _, module in packed_modules(packed.model))
+
+
+@needs_bnb
+def test_an_edit_that_was_interrupted_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = loaded(folder, "llama", "bnb_4bit")
+    editor, original = editor_of(packed.model, find_anatomy(packed.model)), logits(packed.model)
+    editor.prepare(ablation(packed, "none"))
+    made: list[Any] = []
+
+    def interrupted(*given: Any) -> Any:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(DenseEdit(*given))
+        return made[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packed_edits, "DenseEdit", interrupted)
+        editor.set_edit(EDITS[0])
+    editor.set_edit(None)
+    assert logits(packed.model).equal(original)
+    editor.set_edit(EDITS[0])
+    assert not torch.allclose(logits(packed.model), original, atol=1e-2)
+    editor.set_edit(None)
+    assert logits(packed.model).equal(original)
 
 
 @needs_bnb
