@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 import heretic_ds as hd
 from heretic_ds.ablation import Ablation, Edit, Profile
 from heretic_ds.anatomy import find_anatomy, is_packed, packed_modules, scales, unpacked
-from heretic_ds.checkpoint import TensorFiles, bnb
+from heretic_ds.checkpoint import TensorFiles, as_if_not_packed, bnb
 from heretic_ds.checkpoint.open import LoadedModel, ModelChoice, load_weights, open_model
+from heretic_ds.checkpoint.source import read_headers
 from heretic_ds.edits import packed as packed_edits
 from heretic_ds.edits.outputs import DenseEdit
 from heretic_ds.edits.packed import PackedEditor, editor_of
@@ -272,6 +273,14 @@ def test_scales_that_do_not_fit_are_refused(folder: Path) -> None:
         for quantization in ("none", "bnb_4bit"):
             with pytest.raises(UserError, match=told):
                 load_weights(open_model(ModelChoice(str(stored), dtype="float32", quantization=quantization)))
+
+
+@pytest.mark.parametrize(("codes", "scales"), [((4, 8), 5), ((4, 8), 8), ((4, 8, 1), 4), ((32,), 32)])
+def test_scales_of_8_bits_that_do_not_fit_are_refused(codes: tuple[int, ...], scales: int, tmp_path: Path) -> None:
+    tensors = {"proj.weight": torch.ones(codes, dtype=torch.int8), "proj.SCB": torch.ones(scales)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"proj\.weight of shape .* scales, which do not fit .* again"):
+        as_if_not_packed(tmp_path, read_headers(tmp_path))
 
 
 @needs_bnb

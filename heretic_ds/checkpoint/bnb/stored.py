@@ -56,6 +56,11 @@ def unpacked_headers(
             beside |= {f"{name}.{key}" for key in parts}
         elif info.dtype == "I8" and name != stem and stem + _SCALES in headers:
             part = headers[stem + _SCALES]
+            if len(info.shape) != 2 or math.prod(part.shape) != info.shape[0]:  # kernels take it for granted
+                raise UserError(
+                    f"{folder / info.file}: {in_one_line(name, 120)} of shape {list(info.shape)} in 8 bits has "
+                    f"{math.prod(part.shape)} scales, which do not fit a matrix with one for each row; {AGAIN}"
+                )
             found[name] = PackedMatrix(info.shape, "F32", info.file, info.begin, info, {_SCALES: part})
             beside |= {stem + _SCALES, stem + _FORMAT}
         else:
