@@ -214,6 +214,7 @@ def open_model(choice: ModelChoice) -> OpenedModel:
     raw = read_config(source.folder)
     headers = read_headers(source.folder, choice.allow_pickle)
     method = bnb.check_packing(choice.path, choice.quantization, raw, quantization_of(raw), bool(headers))
+    bnb.check_installed(choice.path, choice.quantization, method)
     device = choose_device(choice.device)
     if device.type == "cuda":  # kernels that are no operators of PyTorch run there, and its peak of memory is asked for
         torch.cuda.set_device(device)

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.fitness import own_dtype
 from heretic_ds.checkpoint.open import ModelChoice, OpenedModel
 from heretic_ds.checkpoint.packed import unpacked_headers
 from heretic_ds.checkpoint.plausible import load_config, quantization_of
-from heretic_ds.checkpoint.source import outline_source, read_config
+from heretic_ds.checkpoint.source import has_pickled_alone, outline_source, read_config
 
 
 @dataclass
@@ -54,6 +55,8 @@ def outline_model(choice: ModelChoice, device: torch.device) -> Outline:
     """The outline of a model on a device, of this machine or of another. Raises UserError as ``open_model`` does."""
     source, headers = outline_source(choice.path, choice.revision)
     raw = read_config(source.folder)
+    known = not has_pickled_alone(source, headers)
+    method = bnb.check_packing(choice.path, choice.quantization, raw, quantization_of(raw), known)
     nobody: Any = None  # reads or writes text for it
     return Outline(
         choice=choice,
@@ -63,5 +66,5 @@ def outline_model(choice: ModelChoice, device: torch.device) -> Outline:
         tokenizer=nobody,
         processor=None,
         device=device,
-        quantization=quantization_of(raw),
+        quantization=method,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,15 @@ def outline_source(path: str, revision: str | None = None) -> tuple[ModelSource,
         folder = fetched(path, revision, patterns)
         headers = read_headers(folder) if is_whole(folder) else _headers_on_hub(path, folder.name)
     return ModelSource(folder, path, folder.name, is_hub=True), headers
+
+
+def has_pickled_alone(source: ModelSource, headers: Mapping[str, TensorInfo]) -> bool:
+    """Whether a model whose outline this is has weight files, none of them safetensors. Those of a local one may not be
+    there; on the hub, what has no headers is no safetensors."""
+    if headers or source.is_hub:
+        return not headers
+    found = [name for name in WEIGHT_FILES if (source.folder / name).is_file()]
+    return bool(found) and found[0].startswith(_PICKLED)
 
 
 def _headers_on_hub(name: str, commit: str) -> dict[str, TensorInfo]:

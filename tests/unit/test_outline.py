@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint import downloads, source
 from heretic_ds.checkpoint.open import ModelChoice, open_model
 from heretic_ds.checkpoint.outline import Outline, outline_model
+from heretic_ds.errors import UserError
 from heretic_ds.planner import facts_of
 from tests import families
 from tests.conftest import ComposeSettings
@@ -105,3 +107,27 @@ def test_of_a_hub_model_no_weights_are_fetched(bare: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(source, "get_safetensors_metadata", pickled)
     assert outline_model(ModelChoice("org/name"), CPU).headers == {}
+
+
+@pytest.mark.parametrize(("stated", "files", "told"), [
+    ({"quant_method": "fp8"}, [], "quantised with fp8 already"),
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, [], "stored in 8 bits"),
+    (None, ["pytorch_model.bin"], "pickled ones alone"),
+    (None, ["model.safetensors", "pytorch_model.bin"], None),
+    (None, [], None),
+])  # fmt: skip
+def test_a_plan_refuses_the_packing_that_a_run_refuses(
+    stated: dict[str, Any] | None, files: list[str], told: str | None, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not bitsandbytes is installed where it is made."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | ({"quantization_config": stated} if stated else {})))
+    for file in files:
+        (bare / file).write_text("version https://git-lfs.github.com/spec/v1\n")
+    choice = ModelChoice(str(bare), quantization="bnb_4bit")
+    if told is None:
+        assert outline_model(choice, CPU).choice == choice
+        return
+    with pytest.raises(UserError, match=told):
+        outline_model(choice, CPU)

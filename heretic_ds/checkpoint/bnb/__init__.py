@@ -42,20 +42,25 @@ def packages(quantization: str) -> tuple[str, ...]:
     return (METHOD,) if quantization in BITS else ()
 
 
+def check_installed(path: str, quantization: str, method: str | None) -> None:
+    """Refuse what bitsandbytes packs or has packed where it is not installed. Raises UserError."""
+    if quantization != NONE or method == METHOD:
+        what = f"model.path={path}, which is quantised with {METHOD},"
+        check_bitsandbytes(what if quantization == NONE else f"model.quantization={quantization}")
+
+
 def check_packing(
     path: str, quantization: str, raw: Mapping[str, Any], method: str | None, has_headers: bool
 ) -> str | None:
     """Refuse, before any weight is read, what cannot be packed, or be read as it is packed; else return ``method``.
 
     ``raw`` is the model's configuration, ``method`` that by which its files are quantised; ``has_headers``: whether
-    they are safetensors. Raises UserError.
+    they are safetensors. What is installed here does not count, so that a plan for another machine asks too. Raises
+    UserError.
     """
     setting = f"model.quantization={quantization}"
     if quantization not in (NONE, *BITS):
         raise UserError(f"{setting} is unknown; choose one of {', '.join((NONE, *BITS))}")
-    if quantization == NONE and method != METHOD:
-        return method
-    check_bitsandbytes(setting if quantization != NONE else f"model.path={path}, which is quantised with {METHOD},")
     if quantization == NONE:
         return method
     if method not in (None, METHOD):
