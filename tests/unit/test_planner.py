@@ -268,6 +268,20 @@ def test_described_machines_have_a_process_of_this_package_alone() -> None:
         assert cost.host["libraries"] == taken + ALLOCATOR
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_originals_are_kept_of_what_is_edited_in_place(family: str) -> None:
+    """Of packed weights none are; fused experts are never packed."""
+    plain, packed = small(family), replace(small(family), packing="bnb_8bit", _known={})
+    found = []
+    for facts in (plain, packed):
+        cost = Replicated("evaluate", Replicated.Options()).cost(facts, Resources(machine("h100x8"), 1))
+        found.append(cost.host.get("originals", 0))
+    writers = plain.anatomy.writers
+    experts = sum(plain.sizes[writer.weight] for writer in writers if writer.experts is not None)
+    assert found == [sum(plain.sizes[writer.weight] for writer in writers), experts]
+    assert (experts > 0) is (family == "mixtral") and packed.packed
+
+
 def test_work_follows_settings_and_prompts() -> None:
     """Without prompts usual numbers are assumed."""
     settings = Settings()

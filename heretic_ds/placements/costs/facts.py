@@ -168,9 +168,10 @@ class Facts:
         return int(self.config.vocab_size)
 
     @_Known
-    def writers(self) -> int:
-        """Bytes of all weights that write to the stream."""
-        return sum(self.sizes.get(writer.weight, 0) for writer in self.anatomy.writers)
+    def edited_in_place(self) -> int:
+        """Bytes of all weights that write to the stream but those that are packed, of which outputs are edited."""
+        packed = {f"{name}.weight" for name in self.packed}
+        return sum(self.sizes.get(w.weight, 0) for w in self.anatomy.writers if w.weight not in packed)
 
     @_Known
     def inner(self) -> int:

@@ -43,7 +43,7 @@ def memory(facts: Facts, resources: Resources, phase: str, use: Use) -> tuple[di
         added = {"edit tables": _tables(facts, use), "known prompts": _known_prompts(facts, use) if use.reuses else 0.0}
     apart: dict[str, float] = {}
     if phase == "evaluate":
-        apart["originals"] = 0.0 if facts.packed else facts.writers * (use.held + use.resting) / facts.weights
+        apart["originals"] = facts.edited_in_place * (use.held + use.resting) / facts.held
         apart["reference"] = math.ceil(facts.work.baseline_prompts / use.replicas) * facts.vocabulary * 4
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     running = sum(fullest.values()) + sum(added.values()) + (sum(apart.values()) if resources.on_cpu else 0.0)
