@@ -23,7 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from heretic_ds.checkpoint.conversions import find_sources
 from heretic_ds.checkpoint.fitness import some_names
 from heretic_ds.checkpoint.packed import METHODS
-from heretic_ds.checkpoint.source import CONFIG_NAME, ModelSource, TensorInfo
+from heretic_ds.checkpoint.source import CONFIG_NAME, ModelSource, TensorInfo, stated_quantization
 from heretic_ds.checkpoint.tokens import TRUST_HINT
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import check_shape, reading
@@ -151,11 +151,8 @@ def _compare(part: Mapping[str, Any], file: Path, headers: Mapping[str, TensorIn
 def quantization_of(raw: Mapping[str, Any]) -> str | None:
     """Quantisation method of a raw configuration; None where it states none, or nothing that could be one, which
     :func:`check_config` refuses."""
-    for part in (raw, raw.get("text_config")):
-        stated = part.get("quantization_config") if isinstance(part, Mapping) else None
-        if stated and isinstance(stated, Mapping):
-            return str(stated.get("quant_method", "unnamed"))
-    return None
+    stated = stated_quantization(raw)
+    return str(stated.get("quant_method", "unnamed")) if stated else None
 
 
 def refuse_quantised(path: str, method: str | None, phase: str, unpacks: bool = True) -> None:

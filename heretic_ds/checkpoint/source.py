@@ -220,6 +220,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     raise UserError(f"{folder} has no {CONFIG_NAME}; expected the folder of a Hugging Face model (model.path).")
 
 
+def stated_quantization(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a raw configuration, checked or not, states of its quantisation; empty where it states nothing."""
+    for part in (raw, raw.get("text_config")):
+        stated = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if stated and isinstance(stated, Mapping):
+            return stated
+    return {}
+
+
 def _read_index(index: Path) -> dict[str, str]:
     """The file of each tensor. All of them lie beside the index: a name cannot lead elsewhere."""
     weight_map = read_json(index).get("weight_map")

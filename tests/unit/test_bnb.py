@@ -4,6 +4,7 @@ be served."""
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from heretic_ds.placements.costs import Work
 from heretic_ds.placements.costs.facts import Facts
 from heretic_ds.prompts import pad_left
 from heretic_ds.runner.engine import Runner, RunnerOptions
+from tests import families
 from tests.bnb import PACKED, config, needs_bnb, save_packed, tiny
 
 FAMILIES = ("llama", "gpt2", "gemma3", "mixtral")
@@ -338,3 +340,16 @@ def test_weights_that_a_first_forward_packed_anew_are_read_too(folder: Path) -> 
     after = unpacked(module)
     assert torch.allclose(after, before, rtol=2**-7, atol=1e-6)
     assert module.weight.quant_state.packing_format_for_cpu and torch.equal(unpacked(module), after)
+
+
+def test_a_configuration_that_is_no_mapping_is_not_taken_for_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="text_config is"):
+        open_model(ModelChoice(str(spoilt(tmp_path, text_config=[1])), quantization="bnb_4bit"))
+
+
+def spoilt(folder: Path, **changes: object) -> Path:
+    """A tiny model with changes in its configuration."""
+    families.save("llama", folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder

@@ -19,6 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from heretic_ds.anatomy import packed_modules, scales, unpacked
 from heretic_ds.checkpoint.fitness import finite
+from heretic_ds.checkpoint.source import stated_quantization
 from heretic_ds.errors import UserError
 from heretic_ds.memory import give_back_memory
 from heretic_ds.needs import check_bitsandbytes
@@ -78,7 +79,7 @@ def check_packing(
 
 
 def _bits_stored(raw: Mapping[str, Any]) -> int:
-    part = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
+    part = stated_quantization(raw)
     return 8 if part.get("load_in_8bit") or part.get("_load_in_8bit") else 4
 
 
