@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,9 @@ os.environ.update(
 )
 for _variable in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start has to heed Ctrl-C
 
 from heretic_ds.settings import Settings  # noqa: E402
 

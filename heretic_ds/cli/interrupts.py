@@ -27,6 +27,8 @@ def interrupts_heeded() -> Iterator[None]:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             earlier(ignored)
             return
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         timer = Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()

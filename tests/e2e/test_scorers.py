@@ -127,14 +127,14 @@ def test_numbers_of_all_scorers_are_right_and_documented(heretic: Heretic, mater
 
 def test_a_first_scorer_that_is_maximised(heretic: Heretic, material: Material, tmp_path: Path) -> None:
     """The search wants it large, people see its true numbers, and the same command goes on as if never stopped."""
-    (tmp_path / "my_scorers.py").write_text(
+    (tmp_path / "maximised_scorers.py").write_text(
         "from heretic_ds.scoring import Scorer\n\n\n"
         "class Vowels(Scorer):\n"
         "    name, combine, direction = 'vowels', 'mean', 'maximize'\n\n"
         "    def each(self, prompts, answers):\n"
         "        return [sum(answer.count(letter) for letter in 'aeiou') for answer in answers]\n"
     )
-    words = material.words(material.model("llama"), "scoring.scorers=[my_scorers.Vowels]")
+    words = material.words(material.model("llama"), "scoring.scorers=[maximised_scorers.Vowels]")
     usual = [word for word in words if not word.startswith("search.trials=")]
     assert heretic(*usual, "run.dir=whole", "search.trials=6").status == 0
     whole = read_results("whole")
