@@ -57,8 +57,7 @@ class Batches:
         fitting: Work | None = None,
     ) -> None:
         """Settle the rows per batch of a phase where that is open: :meth:`Sizes.find`."""
-        if phase not in self.sizes:
-            self.measured.find(rows, phase, work, trials, like, fitting)
+        self.measured.find(rows, phase, work, trials, like, fitting)
 
     @contextmanager
     def for_now(self, phase: str, rows: int) -> Iterator[None]:
