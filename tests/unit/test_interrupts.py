@@ -34,6 +34,24 @@ def test_an_interrupt_that_a_callback_swallowed_comes_again(capfd: pytest.Captur
     assert sys.unraisablehook is before and capfd.readouterr().err == ""
 
 
+def test_a_job_in_the_background_is_interrupted_too() -> None:
+    """Where a shell had SIGINT ignored, and something else raised the interrupt that was swallowed."""
+
+    def swallowed(_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_heeded():
+            thing = Thing()
+            kept = weakref.ref(thing, swallowed)
+            del thing
+            assert kept() is None
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_other_ignored_errors_are_told_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda ignored: told.append(ignored.exc_type))
