@@ -116,3 +116,13 @@ def test_libraries_draw_no_bars_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     with counted_here():
         assert not transformers.utils.logging.is_progress_bar_enabled()
         assert os.environ.pop("HF_DATASETS_DISABLE_PROGRESS_BARS") == "1"
+
+
+def test_what_the_settings_leave_open_is_settled_before_a_task_begins(
+    told: SimpleNamespace, compose_settings: ComposeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled, given = compose_settings("task=chat", "search.strategy=direct"), list[object]()
+    monkeypatch.setattr(pipeline, "settle_strategy", lambda *_: settled)
+    monkeypatch.setitem(pipeline._TASKS, "chat", lambda settings, *_: given.append(settings))
+    pipeline.run(compose_settings("task=chat"))
+    assert given == [settled] and given[0] is settled and not told.names
