@@ -95,7 +95,7 @@ class OpenedModel:
     """Processor of a vision-language wrapper; None for text models."""
     device: torch.device
     quantization: str | None
-    """Method by which the checkpoint is quantised; the model in memory never is."""
+    """Method by which the checkpoint is quantised; in memory is packed only what ``model.quantization`` asks for."""
 
     @property
     def in_parts(self) -> bool:
@@ -201,7 +201,7 @@ class LoadedModel:
     """Commit of a hub model."""
     is_hub: bool = False
     quantization: str | None = None
-    """Method by which the checkpoint is quantised; the model in memory never is."""
+    """Method by which the checkpoint is quantised; in memory is packed only what ``model.quantization`` asks for."""
 
 
 def open_model(choice: ModelChoice) -> OpenedModel:
