@@ -2,8 +2,9 @@
 
 A candidate has a refusal likelihood s and a KL divergence k, both on a part of the prompts; a trial has in addition its
 share r of the original's refusals and its KL divergence, on all of them. The share is taken for s plus the mean
-residual r - s of the trials that are near in s; the KL for k times the trials' mean ratio. Chosen is whoever would add
-most to the area that the trials dominate (:mod:`heretic_ds.search.screened.area`). N candidates, K trials among them.
+residual r - s of the trials that are near in s; the KL for k times the trials' mean ratio. Chosen is whoever would fill
+most of what the area that the trials dominate lacks, once with heights of KL (:mod:`heretic_ds.search.screened.area`)
+and once with KL as it is, which the last few refusals decide: the sum of both parts. N candidates, K trials among them.
 """
 
 from __future__ import annotations
@@ -43,17 +44,32 @@ def pick(candidates: Sequence[Candidate], kl_target: float) -> int:
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
     share_N, kl_N = _predicted(candidates)
-    known_N2 = np.stack([share_N, height(kl_N, kl_target)], axis=1)
+    known_N2 = np.stack([share_N, kl_N], axis=1)
     for at, candidate in enumerate(candidates):
         if candidate.share is not None and candidate.scored_kl is not None:
-            known_N2[at] = candidate.share, float(height(np.array(candidate.scored_kl), kl_target))
-    most, gain_N = float(height(np.array(MOST_KL), kl_target)), free_N.astype(float)
+            known_N2[at] = candidate.share, candidate.scored_kl
+    filled_N = free_N.astype(float)
     for step in range(_HOPE):
-        hoped_N2 = np.stack([share_N - 0.01 * step, height(kl_N * 0.97**step, kl_target)], axis=1)
-        gain_N = np.where(free_N, gains(hoped_N2, known_N2[~free_N], most), -1.0)
-        if gain_N.max() > 0:
+        hoped_N2 = np.stack([share_N - 0.01 * step, kl_N * 0.97**step], axis=1)
+        filled_N = np.where(free_N, _filled(hoped_N2, known_N2[~free_N], kl_target), -1.0)
+        if filled_N.max() > 0:
             break
-    return int(gain_N.argmax())
+    return int(filled_N.argmax())
+
+
+def _filled(points_N2: np.ndarray, known_M2: np.ndarray, kl_target: float) -> np.ndarray:
+    """How much of what known points leave open each point of (share, KL) would fill, the sum of both measures."""
+
+    def heights(points_N2: np.ndarray) -> np.ndarray:
+        return np.stack([points_N2[:, 0], height(points_N2[:, 1], kl_target)], axis=1)
+
+    best_12, most_12 = np.array([[0.0, LEAST_KL]]), np.array([[1.0, MOST_KL]])
+    filled_N = np.zeros(len(points_N2))
+    for scaled in (heights, np.asarray):
+        known, most = scaled(known_M2), float(scaled(most_12)[0, 1])
+        left = gains(scaled(best_12), known, most)[0]
+        filled_N += gains(scaled(points_N2), known, most) / max(left, 1e-9)
+    return filled_N
 
 
 def _predicted(candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
