@@ -196,6 +196,13 @@ def test_what_is_picked() -> None:
         pick([Candidate(0.5, 0.1, taken=True)], 0.01)
 
 
+def test_the_last_refusals_count_more_than_a_tiny_kl_beside_most_of_them() -> None:
+    best = Candidate(0.05, 0.03, taken=True, share=0.05, scored_kl=0.03)
+    others, none_left = Candidate(0.95, 1e-6), Candidate(0.0, 0.05)
+    assert pick([best, others, none_left], 0.01) == 2
+    assert pick([best, others, none_left, Candidate(0.2, 0.002)], 0.01) == 2
+
+
 def test_a_pass_takes_different_candidates() -> None:
     pool = [Candidate(0.0, 0.05), Candidate(0.01, 0.05), Candidate(0.6, 0.011)]
     first = pick(pool, 0.01)
