@@ -81,8 +81,10 @@ def screen(
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for command in filter(None, (before, words)):
-            # Nobody answers where the cursor is, which prompt_toolkit would wait for.
-            env = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": folder, "PROMPT_TOOLKIT_NO_CPR": "1"}
+            # A stranger's machine has measured nothing yet. Nobody answers where the cursor is, which prompt_toolkit
+            # would wait for.
+            env = {"OMP_NUM_THREADS": "1", "XDG_STATE_HOME": folder, "XDG_CACHE_HOME": folder}
+            env |= {"PROMPT_TOOLKIT_NO_CPR": "1"}
             with Terminal([*HERETIC, *command], Path(folder), columns, env=env) as terminal:
                 seen, shown = 0, None
                 for pattern, pressed in keys if command is words else ():
