@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from heretic_ds.anatomy import Anatomy, find_anatomy
+from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import ModelChoice, OpenedModel, open_model
 from heretic_ds.checkpoint.source import local_folder
 from heretic_ds.errors import UserError
@@ -61,6 +63,19 @@ class Job:
     """Rows of the source that each list of prompts was chosen from."""
     own: OwnPrompts = field(default_factory=OwnPrompts)
     """What scorers are given."""
+
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """Paths of the modules whose weights are held in few bits."""
+        quantization = self.opened.choice.quantization
+        if quantization == bnb.NONE:
+            return frozenset()
+        return frozenset(bnb.packed_names(self.opened.skeleton(), quantization, self.opened.device))
+
+    @property
+    def held_as(self) -> str:
+        """How weights are held, as ``model.quantization`` says; none where that packs nothing of this model."""
+        return self.opened.choice.quantization if self.packed else bnb.NONE
 
     @classmethod
     def check(cls, settings: Settings, world: World, with_prompts: bool = True) -> Job:

@@ -61,7 +61,7 @@ def begun(job: Job) -> dict[str, Any]:
 
 def held_in_words(job: Job, dtype: str) -> str:
     """In what weights are held in memory: ``bfloat16``, or ``bfloat16, weights in 4 bits by bitsandbytes``."""
-    return ", ".join(filter(None, (dtype, bnb.in_words(job.settings.model.quantization))))
+    return ", ".join(filter(None, (dtype, bnb.in_words(job.held_as))))
 
 
 def _described(job: Job, scorer: Scorer | DistributionScorer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +27,15 @@ from heretic_ds.edits.outputs import DenseEdit
 from heretic_ds.edits.packed import PackedEditor, editor_of
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
+from heretic_ds.job import Job
 from heretic_ds.needs import check_bitsandbytes
 from heretic_ds.placements.costs import Work
 from heretic_ds.placements.costs.facts import Facts
 from heretic_ds.prompts import pad_left
 from heretic_ds.runner.engine import Runner, RunnerOptions
+from heretic_ds.settings import Settings
+from heretic_ds.stages.sharing.packing import how_edited
+from heretic_ds.world import World
 from tests import families
 from tests.bnb import PACKED, config, needs_bnb, save_packed, tiny
 
@@ -236,6 +241,19 @@ def test_on_a_cpu_blocks_that_do_not_end_with_rows_are_not_packed(folder: Path) 
     dequantised = load_weights(open_model(replace(choice, quantization="none"))).model
     for name, weight in plain.model.named_parameters():
         assert (dequantised.get_parameter(name) - weight).abs().max() < 0.2 * weight.abs().max()
+
+
+@needs_bnb
+def test_what_packs_nothing_is_said_not_to(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    nobody: Any = None
+    for width, told in ((32, "on edited weights"), (64, "on edited outputs, weights in 4 bits by bitsandbytes")):
+        path = tiny("llama", folder / f"llama-{width}", width)
+        opened = open_model(ModelChoice(str(path), dtype="float32", quantization="bnb_4bit"))
+        job = Job(Settings(), World(0, 1), opened, find_anatomy(opened.skeleton()), nobody, [])
+        run: Any = SimpleNamespace(job=job)
+        assert how_edited(run) == told and job.held_as == ("none" if width == 32 else "bnb_4bit")
+        caplog.clear()
+        assert any(packed_modules(load_weights(opened).model)) is ("packs nothing" not in caplog.text) is (width == 64)
 
 
 @needs_bnb

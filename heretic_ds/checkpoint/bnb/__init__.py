@@ -6,6 +6,7 @@ The numbers of 4 bits are NF4 in blocks of 64, whose scales are quantised themse
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ from heretic_ds.checkpoint.source import stated_quantization
 from heretic_ds.errors import UserError
 from heretic_ds.memory import give_back_memory
 from heretic_ds.needs import check_bitsandbytes
+
+log = logging.getLogger(__name__)
 
 METHOD = "bitsandbytes"
 """What configurations of files that it packed call it."""
@@ -141,7 +144,10 @@ def settle(model: PreTrainedModel, path: str, quantization: str, dtype: torch.dt
     """Make a model that was loaded with :func:`loading_options` one that computes in ``dtype`` everywhere, its weights
     packed, or, with ``quantization`` none, turned into plain matrices one at a time. Raises UserError for weights that
     are not finite."""
-    for name, module in list(packed_modules(model)):
+    found = list(packed_modules(model))
+    if quantization != NONE and not found:
+        log.warning("model.quantization=%s packs nothing of %s: no matrix of it can be", quantization, path)
+    for name, module in found:
         if not finite(scales(module)):
             raise UserError(
                 f"model.path={path}: {name}.weight holds NaN or infinite numbers; the checkpoint is damaged."

@@ -29,8 +29,11 @@ def is_packed(run: Run) -> bool:
 
 def how_edited(run: Run) -> str:
     """On what an edit is verified, after a verb: ``on edited weights``."""
-    held = bnb.in_words(run.settings.model.quantization)
-    return f"on edited outputs, {held}" if held else "on edited weights"
+    job = run.job
+    if not job.packed:
+        return "on edited weights"
+    of_outputs = any(writer.module in job.packed for writer in job.anatomy.writers)
+    return f"on edited {'outputs' if of_outputs else 'weights'}, {bnb.in_words(job.held_as)}"
 
 
 def from_files(run: Run) -> bool:

@@ -95,7 +95,7 @@ def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None
     for each in exported:
         edited = _measured(run, original_job, each, question, original, sizes)
         scores = side_by_side(original.scores, edited, bootstrap)
-        held = original_job.settings.model.quantization
+        held = original_job.held_as
         more = {"form": each.facts.form, "quantization": held, "asked": dict(asked)}
         final = final_results(scores, _parts(run.job), question, bootstrap, more)
         world.decide(partial(describe_anew, run, each, final))
@@ -162,7 +162,7 @@ def _unpacked_where_it_fits(job: Job) -> Job:
     """The same job on weights that are not packed in few bits, as exports are not, where each rank has room for them;
     else both models are scored as the search did. All ranks ask."""
     quantization, opened, world = job.settings.model.quantization, job.opened, job.world
-    if quantization == bnb.NONE:
+    if job.held_as == bnb.NONE:
         return job
     numbers = sum(parameter.numel() for parameter in opened.skeleton().parameters())
     needed, on_host = _ROOM * numbers * opened.dtypes[0].itemsize, opened.device.type == "cpu"
