@@ -202,6 +202,36 @@ def test_every_code_under_every_exponent(tmp_path) -> None:
         assert torch.equal(found.view(bits), expected.to(dtype).view(bits))
 
 
+_UNSTATED = {
+    "two_of_128_and_64": ((192, 160), (128, 128)),
+    "one_short_of_128": ((96, 160), (128, 128)),
+    "equal_ones": ((192, 160), (64, 40)),
+    "rows": ((192, 160), (1, 160)),
+    "groups_of_rows": ((192, 160), (1, 32)),
+}
+
+
+@pytest.mark.parametrize("size", [{}, {"weight_block_size": None}])
+@pytest.mark.parametrize("form", _UNSTATED)
+def test_blocks_whose_size_is_not_stated_are_of_128_or_equal(tmp_path, form, size) -> None:
+    shape, block = _UNSTATED[form]
+    codes, scales = packed.packed_fp8(torch.randn(shape, generator=torch.Generator().manual_seed(0)), block)
+    files = _files(tmp_path, size, x__weight=codes, x__weight_scale_inv=scales)
+    assert torch.equal(files.read("x.weight"), codes.float() * packed.spread(scales, block, shape))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (192,), (2, 3)])
+def test_scales_that_give_no_size_of_blocks_are_refused(tmp_path, shape) -> None:
+    """Rows with scales [D], which no library is known to write with this method, among them."""
+    codes = torch.zeros(192, 160, dtype=torch.float8_e4m3fn)
+    codes = codes[:191] if shape == (3, 2) else codes
+    with pytest.raises(UserError, match=r"blocks of 128 by 128 or equal ones, where no weight_block_size is stated"):
+        _files(tmp_path, x__weight=codes, x__weight_scale_inv=torch.ones(shape))
+    stated = {"weight_block_size": [128, 64]}
+    with pytest.raises(UserError, match=r"cannot be the scales of x.weight \[19\d, 160\] in F8_E4M3; "):
+        _files(tmp_path, stated, x__weight=codes, x__weight_scale_inv=torch.ones(1, 9))
+
+
 # --- what is damaged ------------------------------------------------------------------------------
 
 

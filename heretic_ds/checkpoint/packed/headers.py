@@ -2,7 +2,8 @@
 
 Which tensor goes with which scales, and how many numbers share one, is told by names and shapes as transformers tells
 it. Only one thing is otherwise: where blocks do not divide a matrix, the last ones are smaller, as whoever packed it
-had them. transformers refuses such a matrix, or takes all blocks for equally large if their number divides it.
+had them. transformers refuses such a matrix, or takes all blocks for equally large if their number divides it. Where
+no size is stated, blocks are of the usual size if that gives as many as there are, else equally large.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ METHODS = ("fp8", "mxfp4")
 _SCALE, _SHORT_SCALE, _UNREAD = "_scale_inv", ".scale", (".activation_scale", ".input_scale")
 """Ends of names: a tensor's scales, the same where it is a ``.weight``, and scales of what layers are given."""
 _FP8 = ("F8_E4M3", "F8_E5M2")
+_USUAL = (128, 128)
+"""Rows and columns of blocks where a configuration states none: what transformers packs in, and DeepSeek-V3."""
 _SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 """Dtypes of scales; the last holds exponents, from 127 below."""
 
@@ -125,7 +128,7 @@ def _fp8_tensor(
         shape = (*info.shape[:-1], info.shape[-1] * 2) if four_bits else info.shape
         block = _block(shape, scales.shape, stated)
     if block is None:
-        raise _unfit(folder, scales_name, scales, name, info)
+        raise _unfit(folder, scales_name, scales, name, info, sizes_left_open=fits and stated is None)
     return PackedInfo(shape, "BF16", info.file, info.begin, info, scales, block, four_bits)
 
 
@@ -133,16 +136,16 @@ def _block(shape: tuple[int, ...], scales: tuple[int, ...], stated: tuple[int, i
     """Rows and columns that have one scale, from the shapes of a tensor and its scales; None where they do not fit.
 
     ``stated`` is what the configuration says of all, from which experts may differ: there each row has scales of its
-    own.
+    own. Where it says nothing, 192 rows with two scales are blocks of 128 and 64, as they are usually made, not of 96.
     """
     rows, columns = shape[-2:]
     if math.prod(scales) == 1:
         return max(rows, 1), max(columns, 1)
     if len(scales) != len(shape) or scales[:-2] != shape[:-2] or not all(scales):
         return None
-    grid = scales[-2:]
-    if stated is not None and grid == (-(-rows // stated[0]), -(-columns // stated[1])):
-        return stated
+    grid, size = scales[-2:], stated or _USUAL
+    if grid == (-(-rows // size[0]), -(-columns // size[1])):
+        return size
     if rows % grid[0] or columns % grid[1] or (stated is not None and grid[0] != rows):
         return None
     return rows // grid[0], columns // grid[1]
@@ -168,10 +171,13 @@ def _lacking(folder: Path, name: str, info: TensorInfo, scales: str) -> UserErro
     )
 
 
-def _unfit(folder: Path, scales_name: str, scales: TensorInfo, name: str, info: TensorInfo) -> UserError:
+def _unfit(
+    folder: Path, scales_name: str, scales: TensorInfo, name: str, info: TensorInfo, sizes_left_open: bool = False
+) -> UserError:
+    tried = ", in blocks of 128 by 128 or equal ones, where no weight_block_size is stated" if sizes_left_open else ""
     return UserError(
         f"{folder / scales.file}: {in_one_line(scales_name, 120)} {list(scales.shape)} in {scales.dtype} cannot be the "
-        f"scales of {in_one_line(name, 120)} {list(info.shape)} in {info.dtype}; {AGAIN}"
+        f"scales of {in_one_line(name, 120)} {list(info.shape)} in {info.dtype}{tried}; {AGAIN}"
     )
 
 
