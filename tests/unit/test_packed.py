@@ -124,6 +124,24 @@ def test_a_part_costs_the_reading_of_a_part(saved, monkeypatch) -> None:
             assert sum(sizes) == codes + scales
 
 
+def test_a_file_is_opened_once_a_part_and_closed_whatever_happens(saved, monkeypatch) -> None:
+    files = TensorFiles(saved("gpt_oss"), opened(saved("gpt_oss")).headers)
+    name, handles, at_path = "model.layers.0.mlp.experts.gate_up_proj", [], Path.open
+    monkeypatch.setattr(Path, "open", lambda *given, **more: handles.append(at_path(*given, **more)) or handles[-1])
+    target = torch.empty(files.shapes[name])
+    files.read_into(name, target)
+    files.read_numbers_into(name, target.view(-1))
+    assert len(handles) == 2 and all(file.closed for file in handles)
+    monkeypatch.setattr(reading, "_fp4_pairs", mock.Mock(side_effect=MemoryError))
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            files.read_into(name, target)
+    assert len(handles) == 4 and all(file.closed for file in handles)
+    handles.clear()
+    monkeypatch.undo()
+    files.read_into(name, target)
+
+
 # --- every form of scales -------------------------------------------------------------------------
 
 _FORMS = {
