@@ -42,7 +42,7 @@ def begun(job: Job) -> dict[str, Any]:
         "machine": describe_machine(),
         "devices": job.world.gather(describe_device(job.opened.device)),
         "dtype": str(job.opened.dtypes[0]).removeprefix("torch."),
-        "quantization": settings.model.quantization,
+        "quantization": job.held_as,
         "batch_sizes": {},
         "response_prefix": None,
         "prompts": {f"{kind}_eval": len(job.texts[f"{kind}.eval"]) for kind in ("target", "baseline")},

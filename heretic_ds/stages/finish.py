@@ -200,7 +200,7 @@ def _describe(run: Run, loaded: LoadedModel, exported: Exported) -> tuple[str, d
     chosen = settings.export
     device = run.job.opened.device
     manifest["how"] = how_written(device, from_files(run), chosen.max_shard_size, chosen.adapter_rank)
-    manifest["searched_in"] = settings.model.quantization
+    manifest["searched_in"] = run.job.held_as
     if _same_export(settings, target, manifest):
         return None
     overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))

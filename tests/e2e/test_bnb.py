@@ -142,6 +142,15 @@ def test_final_scores_are_of_packed_models_where_others_do_not_fit(
     assert "Both were read with weights in 4 bits by bitsandbytes." in Path("edited/README.md").read_text()
 
 
+def test_what_packs_nothing_of_a_model_is_said_to_nowhere(material: Material, heretic: Heretic) -> None:
+    words = (*FEW, "search.trials=1", "model.quantization=bnb_4bit", "run.dir=run")
+    said = ran(heretic, *material.words(material.model("llama"), *words))
+    assert "model.quantization=bnb_4bit packs nothing of" in said
+    written = said + "".join(Path("run", name).read_text() for name in ("model/README.md", "report.html", "run.log"))
+    assert "4 bits" not in written and read_results("run")["quantization"] == "none"
+    assert json.loads(Path("run/model/heretic_ds.json").read_text())["searched_in"] == "none"
+
+
 def test_what_is_refused(material: Material, heretic: Heretic) -> None:
     model, packing = material.model("llama", width=64), "model.quantization=bnb_4bit"
     for word in ("evaluate=tensor_parallel", "capture=zero3", "evaluate=vllm"):
