@@ -120,7 +120,7 @@ class Runner:
     @torch.inference_mode()
     def residuals(self, prompts: TokenRows, take: TakeResiduals, winsorize_quantile: float = 1.0) -> None:
         """Hand the residuals of every prompt at its last position to ``take``, on rank 0, as they come."""
-        self._batches.find(self._own_rows(prompts), "capture", self._residuals)
+        self._batches.measured.find(self._own_rows(prompts), "capture", self._residuals)
         passes = partial(self._batches.over, phase="capture", work=self._residuals, cut=self._cut)
         to_rank_0(prompts, self.anatomy, self._comm.shares, passes, self._forward.joined, take, winsorize_quantile)
 
@@ -174,7 +174,7 @@ class Runner:
         if "kl" not in self.batch_sizes:
             self._editor.set_edit(self._applied)
             most = self.max_edits_per_pass
-            self._batches.find(rows_of(own), "kl", sample, most, "capture")
+            self._batches.measured.find(rows_of(own), "kl", sample, most, "capture")
         for together in self._passes(edits):
             self._learn("kl", own, together)
             rows = rows_of(own, len(together))
@@ -225,7 +225,7 @@ class Runner:
         elif self._comm.any_partner(not self._decoder.moves_rows) and self._decoder.moves_rows:
             self._decoder.without_slots("a trial step gave other logits on another rank")
         timed, fitted = Stop(self._ends, PROBE_TOKENS), Stop((), FITTING_TOKENS)
-        self._batches.find(
+        self._batches.measured.find(
             rows_of(prompts),
             "generate",
             lambda rows: self._answer(rows, timed),

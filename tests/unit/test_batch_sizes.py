@@ -135,13 +135,13 @@ def test_on_an_accelerator_batches_of_many_trials_rows_are_measured(device: str,
         seen.append(list(map(len, rows)))
 
     batches = batches_on(device)
-    batches.find(rows_of_lengths(4, 9), "kl", work, trials=3)
+    batches.measured.find(rows_of_lengths(4, 9), "kl", work, trials=3)
     assert 1 <= batches.sizes["kl"] <= most
     longest = max(seen, key=len)
     assert longest == [9, 9, 9, 4, 4, 4][: len(longest)] if device == "cuda" else longest == [9, 4]
     assert len(longest) >= min(most, 4)  # doubled twice whatever is gained
     seen.clear()
-    batches_on(device).find(rows_of_lengths(4, 9), "kl", work, trials=1)
+    batches_on(device).measured.find(rows_of_lengths(4, 9), "kl", work, trials=1)
     assert max(seen, key=len) == [9, 4]
 
 
@@ -160,7 +160,7 @@ def test_the_least_of_all_ranks_memory_counts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sizes, "free_bytes", lambda device: 10.0)  # for six rows
     for device, retries in (("cpu", True), ("cpu", False), ("cuda", False)):
         ran.clear()
-        batches_on(device, ThreeLess(), retries).find(
+        batches_on(device, ThreeLess(), retries).measured.find(
             rows_of_lengths(*[4] * 12), "kl", lambda rows: ran.append(len(rows))
         )
         assert max(ran) == 3
@@ -175,10 +175,10 @@ def test_memory_that_runs_out_while_it_is_measured() -> None:
 
     rows = rows_of_lengths(*[4] * 12)
     with pytest.raises(UserError, match=r"memory ran out with 4 rows in a batch \(kl\), from which a_placement cannot"):
-        batches_on("cpu", retries=False).find(rows, "kl", full)
+        batches_on("cpu", retries=False).measured.find(rows, "kl", full)
     for device in ("cpu", "cuda"):
         alone = batches_on(device)
-        alone.find(rows, "kl", full)
+        alone.measured.find(rows, "kl", full)
         assert 1 <= alone.sizes["kl"] <= 3
 
 
@@ -241,16 +241,16 @@ def test_passes_like_those_that_were_measured_get_batches_of_as_many_tokens(monk
     monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: run(2) or WorkingMemory(100.0, 100.0))
     list(batches.over(numbered(400), "capture", work))
     work.ran.clear()
-    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    batches.measured.find([Row([5] * 16)] * 90, "kl", work, like="capture")
     assert batches.sizes["kl"] == 256 * 4 // 16 and batches.measured.bytes["kl"] == 6400
     assert work.ran == [2]  # for the memory that they take
     batches.measured.starts_late = True  # about half of a row is computed
     del batches.sizes["kl"]
-    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    batches.measured.find([Row([5] * 16)] * 90, "kl", work, like="capture")
     assert batches.sizes["kl"] == 90
     del batches.sizes["kl"]
     monkeypatch.setattr(sizes, "free_bytes", lambda device: 2 * 700.0)
-    batches.find([Row([5] * 16)] * 90, "kl", work, like="capture")
+    batches.measured.find([Row([5] * 16)] * 90, "kl", work, like="capture")
     assert batches.sizes["kl"] == 7
 
 
@@ -266,7 +266,7 @@ def test_answers_are_measured_only_where_passes_of_as_many_tokens_were_not(monke
         list(batches.over(numbered(90), "capture", work))
         assert batches.sizes["capture"] * 4 == 256
         work.ran.clear()
-        batches.find([Row([5] * 4)] * rows, "generate", work, like="capture", fitting=work)
+        batches.measured.find([Row([5] * 4)] * rows, "generate", work, like="capture", fitting=work)
         assert batches.sizes["generate"] == best and sorted(set(work.ran)) == sizes_run
 
 
@@ -275,7 +275,7 @@ def test_memory_is_told_by_a_sample_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     seen: list[tuple[str, list[int]]] = []
     monkeypatch.setattr(sizes, "working_memory", lambda run, most, device: run(2))
     batches = batches_on("cpu")
-    batches.find(
+    batches.measured.find(
         rows_of_lengths(5, 3),
         "generate",
         lambda rows: seen.append(("timed", [len(row.prompt) for row in rows])),

@@ -311,8 +311,8 @@ def test_memory_is_told_from_rows_as_they_end_and_speed_from_what_is_computed(mo
     def work(batch):
         asked.append([len(row) for row in batch])
 
-    engine._batches.find(rows_of(prompts()), "kl", work)
-    engine._batches.find(rows_of(prompts()), "generate", work, fitting=work)
+    engine._batches.measured.find(rows_of(prompts()), "kl", work)
+    engine._batches.measured.find(rows_of(prompts()), "generate", work, fitting=work)
     # Of an answer 2 tokens are decoded for the memory and 8 for the speed.
     assert asked == [[11, 9], [6, 4, 3], [11 + 62, 9 + 62], [1, 1, 1]]
     assert measured == [3, 3] and engine.batch_sizes == {"kl": 3, "generate": 3}

@@ -13,7 +13,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.memory import release_memory
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.rows import Row
-from heretic_ds.runner.sizing.sizes import Sizes, Work, extent, too_large
+from heretic_ds.runner.sizing.sizes import Sizes, extent, too_large
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,18 +46,6 @@ class Batches:
     def sizes(self) -> dict[str, int]:
         """Rows per batch, as set, measured, or halved for want of memory."""
         return self.measured.rows
-
-    def find(
-        self,
-        rows: Sequence[Row],
-        phase: str,
-        work: Work,
-        trials: int = 1,
-        like: str = "",
-        fitting: Work | None = None,
-    ) -> None:
-        """Settle the rows per batch of a phase where that is open: :meth:`Sizes.find`."""
-        self.measured.find(rows, phase, work, trials, like, fitting)
 
     @contextmanager
     def for_now(self, phase: str, rows: int) -> Iterator[None]:
