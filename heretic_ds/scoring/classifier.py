@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from heretic_ds.errors import UserError
 from heretic_ds.scoring.base import Scorer
-from heretic_ds.scoring.judge import CAUSAL, DTYPES, KINDS, SEQUENCE, Judge, JudgeChoice
+from heretic_ds.scoring.judge import CAUSAL, DTYPES, KINDS, SEQUENCE, Judge
 from heretic_ds.settings import ScoringSettings, within
 
 log = logging.getLogger(__name__)
@@ -91,12 +91,7 @@ class Classifier(Scorer):
     def judge(self) -> Judge:
         """The model behind it; made once, on the rank that asks for it."""
         if self._judge is None:
-            given = self.options
-            choice = JudgeChoice(
-                path=given.model, revision=given.revision, kind=given.kind, label=given.label, yes=given.yes,
-                no=given.no, device=given.device, dtype=given.dtype, batch_size=given.batch_size, keep=given.keep,
-            )  # fmt: skip
-            self._judge = Judge(choice, {SEQUENCE: _ANSWER, CAUSAL: _QUESTION}, given.template)
+            self._judge = Judge(self.options, {SEQUENCE: _ANSWER, CAUSAL: _QUESTION})
         return self._judge
 
     def check(self) -> None:

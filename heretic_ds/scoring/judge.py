@@ -6,9 +6,8 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,9 @@ from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.foreign.text import in_one_line
 from heretic_ds.memory import free_bytes, is_out_of_memory, release_memory
 
+if TYPE_CHECKING:
+    from heretic_ds.scoring.classifier import Classifier
+
 SEQUENCE, CAUSAL = "sequence", "causal"
 KINDS = (SEQUENCE, CAUSAL)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -44,33 +46,17 @@ _SMALL = 8
 """A model that takes one part in so many of the free memory stays there."""
 
 
-@dataclass(frozen=True)
-class JudgeChoice:
-    """Which model, and how; see :class:`heretic_ds.scoring.classifier.Classifier.Options`."""
-
-    path: str
-    revision: str | None = None
-    kind: str | None = None
-    label: str | None = None
-    yes: str = "Yes"
-    no: str = "No"
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int = 16
-    keep: bool | None = None
-
-
 class Judge:
     """One classifier: opened at once, its weights read by :meth:`load`.
 
     Raises UserError where there is no such model, or one that cannot judge.
     """
 
-    def __init__(self, choice: JudgeChoice, templates: Mapping[str, str], template: str | None = None) -> None:
-        """``templates`` say what each kind of model is shown, unless ``template`` does."""
-        self._choice, place = choice, f"{_SETTING}.model={choice.path}"
-        folder = path_of(choice.path, f"{_SETTING}.model")
-        self._source: Path | str = folder if folder.is_dir() else choice.path
+    def __init__(self, choice: Classifier.Options, templates: Mapping[str, str]) -> None:
+        """``templates`` say what each kind of model is shown, unless the choice does."""
+        self._choice, place = choice, f"{_SETTING}.model={choice.model}"
+        folder = path_of(choice.model, f"{_SETTING}.model")
+        self._source: Path | str = folder if folder.is_dir() else choice.model
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{place} is a file; give the folder of a model or a hub id")
         self._options: dict[str, Any] = {"revision": choice.revision} if choice.revision else {}
@@ -84,10 +70,10 @@ class Judge:
         stands_alone = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id)
         self._nothing = int(next(token for token in stands_alone if token is not None))
         """What stands for a text without tokens."""
-        self._pieces = self._put_to(templates[self.kind] if template is None else template)
+        self._pieces = self._put_to(templates[self.kind] if choice.template is None else choice.template)
         self._most = _most_tokens(self._tokenizer, self._config)
         if len(self._ids({"prompt": "", "answer": ""})) > self._most:
-            raise UserError(f"{_SETTING}.template leaves no room in the {self._most} tokens that {choice.path} takes")
+            raise UserError(f"{_SETTING}.template leaves no room in the {self._most} tokens that {choice.model} takes")
         self._replies = self._reply_tokens() if self.kind == CAUSAL else (0, 0)
         self._class = self._label() if self.kind == SEQUENCE else 0
         self.device = _device(choice.device)
@@ -102,7 +88,7 @@ class Judge:
             what = f"{self._choice.yes!r} against {self._choice.no!r} as its next token"
         else:
             what = f"its label {self._config.id2label[self._class]!r}"
-        return f"{self._choice.path} on {self.device}, {what}"
+        return f"{self._choice.model} on {self.device}, {what}"
 
     @property
     def identity(self) -> dict[str, str]:
@@ -115,7 +101,7 @@ class Judge:
         """Read the weights, once. Raises UserError."""
         if self._model is not None:
             return
-        place, auto = f"{_SETTING}.model={self._choice.path}", self._auto
+        place, auto = f"{_SETTING}.model={self._choice.model}", self._auto
         chosen = "float32" if self._choice.dtype == "auto" and self.device.type == "cpu" else self._choice.dtype
         with reading(place, "give another model", "cannot be loaded"), progress.work("loading the classifier"):
             model, info = auto.from_pretrained(
@@ -247,7 +233,7 @@ class Judge:
         if problem is not None:
             model.to("cpu")  # what was moved already
             raise UserError(
-                f"{_SETTING}.model={self._choice.path} does not fit on {self.device} beside the model; set "
+                f"{_SETTING}.model={self._choice.model} does not fit on {self.device} beside the model; set "
                 f"device: cpu, or a smaller one ({in_one_line(problem, 120)})"
             )
         try:
@@ -262,12 +248,14 @@ class Judge:
         text, self._put = template, False
         if self.kind == CAUSAL and getattr(self._tokenizer, "chat_template", None):
             asked = [{"role": "user", "content": template}]
-            with reading(f"the chat template of {self._choice.path}", "give another model", "cannot render a question"):
+            with reading(
+                f"the chat template of {self._choice.model}", "give another model", "cannot render a question"
+            ):
                 render = self._tokenizer.apply_chat_template
                 text = in_child(lambda: str(render(asked, add_generation_prompt=True, tokenize=False)))
             if template.strip() not in text:
                 raise UserError(
-                    f"the chat template of {self._choice.path} leaves out what it is asked; give another model"
+                    f"the chat template of {self._choice.model} leaves out what it is asked; give another model"
                 )
             self._put = True
         parts = _FIELD.split(text)
@@ -285,7 +273,7 @@ class Judge:
         if found[0] == found[1]:
             raise UserError(
                 f"{_SETTING}: {self._choice.yes!r} and {self._choice.no!r} begin with the same token of "
-                f"{self._choice.path}; set yes and no to other words"
+                f"{self._choice.model}; set yes and no to other words"
             )
         return found[0], found[1]
 
@@ -299,7 +287,7 @@ class Judge:
             found = [at for at, name in names.items() if wanted in (name, str(at))]
         if len(found) != 1:
             given = "is not set" if wanted is None else f"is {wanted!r}"
-            raise UserError(f"{_SETTING}.label {given}; choose one of the labels of {self._choice.path}: {listed}")
+            raise UserError(f"{_SETTING}.label {given}; choose one of the labels of {self._choice.model}: {listed}")
         return found[0]
 
 
