@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -68,11 +67,4 @@ def _source(given: Any, setting: str) -> PromptSource | str | None:
         raise UserError(
             f"{setting} is {in_one_line(str(given), 60)}; give {' or '.join(USUAL)}, a file, or {{source: ...}}"
         )
-    known = [entry.name for entry in fields(PromptSource)]
-
-    def unknown(name: str, value: Any) -> str:
-        near = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-        return f"{setting} has no setting {in_one_line(name, 60)}; {advice}"
-
-    return options_of(PromptSource, given, setting, unknown)
+    return options_of(PromptSource, given, setting)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from heretic_ds.errors import UserError
@@ -102,15 +100,7 @@ def refuse_unscreened(first: AnyScorer) -> None:
 def _made(given: Any, settings: ScoringSettings) -> AnyScorer:
     """The scorer of one entry."""
     kind, own = _kind(_target(given)), given if isinstance(given, Mapping) else {}
-    place = f"{_SETTING}.{kind.name}"
-    known = [entry.name for entry in fields(kind.Options)]
-
-    def unknown(name: str, value: Any) -> str:
-        near = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-        return f"{place} has no setting {in_one_line(name, 60)}; {advice}"
-
-    options = options_of(kind.Options, own, place, unknown)
+    options = options_of(kind.Options, own, f"{_SETTING}.{kind.name}")
     scorer = kind.from_options(settings, options)
     scorer.options = options
     scorer.name, scorer.direction = options.name or kind.name, options.direction or kind.direction
