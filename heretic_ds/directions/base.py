@@ -24,13 +24,18 @@ class Captures(Protocol):
     """What a method asks of an engine over the original model; all ranks ask together."""
 
     def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
-        """Mean residuals [L+1, D], float64, on every rank."""
+        """Mean residuals [L+1, D], float64, at the last position of each prompt, on every rank."""
         ...
 
     def residuals(
         self, prompts: TokenRows, take: Callable[[Sequence[int], Tensor], None], winsorize_quantile: float = 1.0
     ) -> None:
-        """Hand the residuals [L+1, B, D] of the prompts at B places to ``take``, on rank 0, as they come."""
+        """Hand the residuals [L+1, B, D], float32 on the host, of the prompts at B places to ``take``, on rank 0, as
+        they come.
+
+        One pass; every prompt comes once, in any order. Hosts hold what is under way, a few hundred MB, and whatever
+        ``take`` keeps.
+        """
         ...
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Optional, Protocol
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from heretic_ds.ablation import Ablation, Edit
@@ -17,13 +16,13 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import LoadedModel, load_weights
 from heretic_ds.checkpoint.sharing import read_part
+from heretic_ds.directions import Captures
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.costs import Cost, Facts, Resources, divisors
 from heretic_ds.prompts import TokenRows
 from heretic_ds.runner.comm import Comm
 from heretic_ds.runner.engine import Runner, RunnerOptions, Traits
-from heretic_ds.runner.taps import TakeResiduals
 from heretic_ds.scoring.base import Decided, GivesDistributions
 
 if TYPE_CHECKING:
@@ -63,20 +62,8 @@ class Engine(Protocol):
         ...
 
 
-class Capturing(Engine, Protocol):
+class Capturing(Engine, Captures, Protocol):
     """An engine for the original model."""
-
-    def capture(self, prompts: TokenRows, winsorize_quantile: float = 1.0) -> Tensor:
-        """Mean residuals [L+1, D], float64, at the last position of each prompt."""
-        ...
-
-    def residuals(self, prompts: TokenRows, take: TakeResiduals, winsorize_quantile: float = 1.0) -> None:
-        """Hand the residuals of every prompt at its last position to ``take``, on rank 0, as they come.
-
-        One pass; every prompt comes once, in any order. Hosts hold what is under way, see
-        :func:`heretic_ds.runner.taps.to_rank_0`, and whatever ``take`` keeps. All ranks call it.
-        """
-        ...
 
     def generate(
         self, prompts: TokenRows, edits: Sequence[None], decided: Decided | None = None, at_once: int = 0
