@@ -89,8 +89,8 @@ class OutputEdits:
     ) -> None:
         """``reduce`` adds up a tensor over the ranks between which every writer's inputs are split; None: all here.
 
-        ``budget``: bytes that tables of experts may take, :func:`table_budget` by default. Ranks of a replica have to
-        be given the same: it decides, with shapes alone, what they compute together, and when.
+        ``budget``: bytes that tables of experts may take, :meth:`budget` by default. Ranks of a replica have to be
+        given the same: it decides, with shapes alone, what they compute together, and when.
         """
         self._model, self._anatomy, self._ablation, self._reduce = model, anatomy, ablation, reduce
         self._rows = Rows(next(model.parameters()).device)
@@ -101,13 +101,18 @@ class OutputEdits:
         """0 unless passes read static edits; else how many trials these have memory for: it grows when that moves."""
         experts = [w for w in anatomy.writers if self._edits_experts(w)] if ablation.row_norm == "full" else []
         each = bytes_of_vectors(model, experts)  # of a direction, and of the row norms
-        budget = table_budget(model) if budget is None else budget
+        budget = self.budget(model) if budget is None else budget
         self._keeps_tables, self.most_edits = _tables_and_edits(anatomy.n_blocks, ablation.rank, each, budget)
         """Edits of one pass at most, for what they need to stay within the budget; 1 where not even two fit."""
         if not self._keeps_tables:
             whole = (anatomy.n_blocks * ablation.rank + 1) * each
             told = "tables of experts would take %.1f GiB: each pass computes what its edits need, of up to %d trials"
             log.info(told, whole / 2**30, self.most_edits)
+
+    @classmethod
+    def budget(cls, model: nn.Module) -> int:
+        """Bytes that tables of experts may take on this rank."""
+        return table_budget(model)
 
     @classmethod
     def obstacle(cls, model: nn.Module, anatomy: Anatomy) -> str | None:

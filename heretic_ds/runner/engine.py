@@ -22,7 +22,6 @@ from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint.open import LoadedModel
 from heretic_ds.edits.outputs import OutputEdits
 from heretic_ds.edits.packed import editor_of
-from heretic_ds.edits.tables import table_budget
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.memory import give_back_memory, keep_freed_blocks, release_memory, return_freed_blocks
 from heretic_ds.prompts import TokenRows
@@ -129,12 +128,12 @@ class Runner:
         self._applied = None
         self._decoder.forget()
         self._editor.prepare(ablation)
-        if self.traits.edits is not None and self._obstacle is None:
-            budget = int(self._comm.least(table_budget(self.model)))  # alike on all ranks, which make tables together
-            outputs = self.traits.edits(self.model, self.anatomy, ablation, self._editor.reduce, budget)
-            self._outputs = outputs
+        kind = self.traits.edits
+        if kind is not None and self._obstacle is None:
+            budget = int(self._comm.least(kind.budget(self.model)))  # alike on all ranks, which make tables together
+            self._outputs = outputs = kind(self.model, self.anatomy, ablation, self._editor.reduce, budget)
             self.max_edits_per_pass = int(self._comm.least(min(MOST_EDITS, outputs.most_edits)))
-        elif self.traits.edits is not None:
+        elif kind is not None:
             log.info("every trial has passes of its own: %s", self._obstacle)
 
     @torch.inference_mode()

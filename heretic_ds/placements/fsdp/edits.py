@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Ablation, Edit, Reduce
+from heretic_ds.ablation import Edit
 from heretic_ds.anatomy import Anatomy, Writer
 from heretic_ds.edits.experts import ExpertEdit
 from heretic_ds.edits.outputs import DenseEdit, OutputEdits
@@ -57,17 +57,11 @@ class GatheringEditor(WeightEditor):
 class GatheredOutputEdits(OutputEdits):
     """Edits of outputs, whose tables are made while a block is gathered; ranks have to take the same edits together."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        anatomy: Anatomy,
-        ablation: Ablation,
-        reduce: Reduce | None = None,
-        budget: int | None = None,
-    ) -> None:
-        """``budget`` is left aside, as it counts the weights of all ranks: tables are whole on each of them."""
+    @classmethod
+    def budget(cls, model: nn.Module) -> int:
+        """Of the rank's own part of the weights: tables are whole on each of them."""
         cut = next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
-        super().__init__(model, anatomy, ablation, reduce, table_budget(model, cut.device_mesh.size()))
+        return table_budget(model, cut.device_mesh.size())
 
     def _set(self, writer: Writer, edits: Sequence[Edit | None]) -> DenseEdit | ExpertEdit:
         by_pass = writer.experts is not None and self._ablation.row_norm == "full" and not self._keeps_tables
