@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from heretic_ds.ablation import Ablation, Edit, Reduce, edit_weight_
 from heretic_ds.anatomy import Anatomy, Writer
+
+
+def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
+    """Adds up a tensor over ranks between which the inputs of writers are split; None where there is one."""
+    if group is None:
+        return None
+
+    def add_up(tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=group)
+        return tensor
+
+    return add_up
 
 
 class WeightEditor:

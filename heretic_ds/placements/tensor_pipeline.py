@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard
+from heretic_ds.edits.weights import sum_over
 from heretic_ds.errors import UserError
 from heretic_ds.placements import tensor_parallel
 from heretic_ds.placements.costs import Cost, Facts, Resources, divisors, estimate
@@ -96,7 +97,7 @@ class TensorPipeline(Pipeline):
         def split(model: PreTrainedModel, anatomy: Anatomy, here: Checkpoint) -> Mapping[str, Shard]:
             return tensor_parallel.lay_out(model, anatomy, here, near, _BACKEND, *words)[1]
 
-        return self._engine(job, comm, Line(line, comm), split, tensor_parallel.sum_over(near.inside))
+        return self._engine(job, comm, Line(line, comm), split, sum_over(near.inside))
 
     @property
     def _words(self) -> tuple[str, str]:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from heretic_ds.ablation import Reduce
 from heretic_ds.anatomy import Anatomy
 from heretic_ds.checkpoint import Checkpoint, Shard, fill, split
 from heretic_ds.edits.experts import sum_experts_over_ranks
-from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.edits.weights import WeightEditor, sum_over
 from heretic_ds.errors import UserError
 from heretic_ds.needs import check_deepspeed
 from heretic_ds.placements.base import Placement, runner_of
@@ -181,19 +180,6 @@ def _advising(otherwise: str) -> Iterator[None]:
         yield
     except sharding.CannotSplit as error:
         raise UserError(f"{error}; {otherwise}") from error
-
-
-def sum_over(group: dist.ProcessGroup | None) -> Reduce | None:
-    """Adds up a tensor over the ranks of a replica; None where there is one."""
-    if group is None:
-        return None
-
-    def add_up(tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=group)
-        return tensor
-
-    return add_up
 
 
 def _plan(model: PreTrainedModel, anatomy: Anatomy, backend: str, degree: int, setting: str) -> sharding.Layout | None:

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
@@ -19,7 +18,7 @@ from vllm.platforms import current_platform
 
 from heretic_ds.ablation import Edit, Reduce
 from heretic_ds.anatomy import Anatomy, Writer
-from heretic_ds.edits.weights import WeightEditor
+from heretic_ds.edits.weights import WeightEditor, sum_over
 
 _PLAIN = "unpacked_w2_weight"
 """Parameter of a module of experts that holds what was packed."""
@@ -137,16 +136,7 @@ def _experts(model: nn.Module, block: str) -> tuple[str, str, str | None]:
 
 def sum_over_ranks() -> Reduce | None:
     """Adds up a tensor over the ranks between which every writer's inputs are split; None where there is one."""
-    if get_tensor_model_parallel_world_size() == 1:
-        return None
-    group = get_tp_group().device_group
-
-    def add_up(tensor: Tensor) -> Tensor:
-        tensor = tensor.contiguous()
-        dist.all_reduce(tensor, group=group)
-        return tensor
-
-    return add_up
+    return None if get_tensor_model_parallel_world_size() == 1 else sum_over(get_tp_group().device_group)
 
 
 class VllmEditor(WeightEditor):
