@@ -10,7 +10,7 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -229,14 +229,14 @@ class World:
             self._meshes[width, stages] = Mesh(replicas, near, line)
         return self._meshes[width, stages]
 
-    def _own_group(self, groups: Sequence[range]) -> dist.ProcessGroup | None:
-        """Of these groups of equally many ranks, which every rank takes part in making, its own; None for one rank."""
-        if len(groups) == self.size:
-            return None
-        if len(groups) == 1:
-            return dist.group.WORLD
-        made = [dist.new_group(list(ranks)) for ranks in groups]
-        return next(group for group, ranks in zip(made, groups, strict=True) if self.rank in ranks)
+    def _own_group(self, groups: Iterable[Sequence[int]]) -> dist.ProcessGroup | None:
+        """Of these groups, which every rank takes part in making, this rank's own; None where that is alone."""
+        own = None
+        for ranks in groups:
+            if len(ranks) > 1:
+                made = dist.group.WORLD if len(ranks) == self.size else dist.new_group(list(ranks))
+                own = made if self.rank in ranks else own
+        return own
 
     def machine(self) -> Machine:
         """The ranks that run on this rank's machine, which is known by its name. Every rank has to call it."""
@@ -245,16 +245,9 @@ class World:
             machines = [
                 tuple(rank for rank in range(self.size) if names[rank] == name) for name in dict.fromkeys(names)
             ]
-            made = {ranks: self._group_of(ranks) for ranks in machines}  # every rank takes part in making every group
             own = next(ranks for ranks in machines if self.rank in ranks)
-            self._machine.append(Machine(own, made[own], max(map(len, machines))))
+            self._machine.append(Machine(own, self._own_group(machines), max(map(len, machines))))
         return self._machine[0]
-
-    def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """The group of some ranks, which every rank takes part in making; None for one rank."""
-        if len(ranks) == 1:
-            return None
-        return dist.group.WORLD if len(ranks) == self.size else dist.new_group(list(ranks))
 
     def decide(self, make: Callable[[], T], what: str | None = None) -> T:
         """What rank 0 makes, on every rank. An error there is raised on every rank: see :meth:`agree`.

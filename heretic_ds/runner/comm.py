@@ -8,7 +8,7 @@ whatever comes next, by which a failure is known to all before any of them goes 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -113,7 +113,7 @@ class Comm:
         """
         guarded = self.partners is not None and self.anyone(size is None or size not in self._gone_well)
         value, failed, told = None, False, None
-        with self._guard() if guarded else _nothing():
+        with self._guard() if guarded else nullcontext():
             try:
                 value = work()
             except PeerRanOut as error:
@@ -139,7 +139,7 @@ class Comm:
         learn of it before their next collective, instead of waiting there.
         """
         value, error, told = None, None, None
-        with self._guard() if self.partners is not None else _nothing():
+        with self._guard() if self.partners is not None else nullcontext():
             try:
                 value = work()
             except PeerRanOut as peer:
@@ -218,8 +218,3 @@ def _any_of(group: dist.ProcessGroup, flag: bool) -> bool:
     count = torch.tensor([int(flag)])
     _sum_up(count, group=group)
     return count.item() > 0
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
