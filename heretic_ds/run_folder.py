@@ -20,7 +20,7 @@ from heretic_ds.foreign.reading import NOTHING, NUMBER, check_shape, read_json
 from heretic_ds.foreign.text import printable
 
 _LOCK = ".lock"
-_FINGERPRINT = "fingerprint.json"
+RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 _DIRECTIONS = "directions.safetensors"
 BENCHMARKS_NAME = "benchmark.json"
 """What ``task=benchmark`` writes, which may come before the run."""
@@ -28,7 +28,6 @@ _TOLD = 4
 """Differences of settings that are told one by one."""
 
 _JOURNALS = ("study.journal.", "screening.journal.")
-_RESULTS_NAME, _MEASURED_NAME = "results.json", "measured.json"
 _SCORES: dict[str, Any] = {
     "refusals": (*NUMBER, NOTHING),
     "kl": (*NUMBER, NOTHING),
@@ -87,7 +86,7 @@ class RunFolder:
         self._open = ExitStack()
         self._open.callback(lock.close)
         self._log: logging.Handler = logging.NullHandler()
-        self.results = path / _RESULTS_NAME
+        self.results = path / RESULTS_NAME
         self.journal = path / "study.journal"
         self.candidates = path / "screening.journal"
         self.directions = path / _DIRECTIONS
@@ -97,7 +96,7 @@ class RunFolder:
         self.report = path / "report.html"
         self.geometry = path / "geometry.json"
         self.artifacts = path / "artifacts"
-        self._measured = path / _MEASURED_NAME
+        self._measured = path / MEASURED_NAME
 
     @classmethod
     def open(cls, path: Path | str, config: str | None, fingerprint: Mapping[str, Any]) -> RunFolder:
@@ -116,7 +115,7 @@ class RunFolder:
         _refuse_foreign(path)
         _refuse_other_settings(path, fingerprint)  # also before locking: a refused folder stays untouched
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        fresh = not (path / _FINGERPRINT).exists()
+        fresh = not (path / FINGERPRINT_NAME).exists()
         with writing(path, "run.dir"):
             path.mkdir(parents=True, exist_ok=True)
             lock = (path / _LOCK).open("a+", encoding="utf-8")
@@ -128,7 +127,7 @@ class RunFolder:
             if config is not None:
                 write_atomically(folder.config, config)
             stored = json.dumps(dict(fingerprint), indent=1, sort_keys=True)
-            write_atomically(path / _FINGERPRINT, stored + "\n")
+            write_atomically(path / FINGERPRINT_NAME, stored + "\n")
         except BaseException:
             lock.close()
             raise
@@ -211,23 +210,23 @@ class RunFolder:
 
 def read_results(folder: Path) -> dict[str, Any] | None:
     """``results.json`` of a run folder; None where there is none. Raises UserError where it is not a run's own."""
-    return _read_json(folder / _RESULTS_NAME, "remove it, or give another run.dir", _RESULTS)
+    return _read_json(folder / RESULTS_NAME, "remove it, or give another run.dir", _RESULTS)
 
 
 def read_measured(folder: Path) -> dict[str, Any]:
     """``measured.json`` of a run folder; empty where there is none. Raises UserError where it is not a run's own."""
-    return _read_json(folder / _MEASURED_NAME, "remove it", _MEASURED) or {}
+    return _read_json(folder / MEASURED_NAME, "remove it", _MEASURED) or {}
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
     """``fingerprint.json`` of a run folder; None where there is none. Raises UserError where it is no such file."""
-    return _read_json(folder / _FINGERPRINT)
+    return _read_json(folder / FINGERPRINT_NAME)
 
 
 def finished_results(path: Path, fingerprint: Mapping[str, Any], request: Mapping[str, Any]) -> dict[str, Any] | None:
     """Results of a folder in which all of ``request`` was done with these settings; does not open it."""
     try:
-        results, stored = read_results(path), _read_json(path / _FINGERPRINT)
+        results, stored = read_results(path), read_fingerprint(path)
     except (OSError, UserError):  # opening the folder will say it
         return None
     # The fingerprint lacks here what is found out only by reading the inputs.
@@ -258,7 +257,7 @@ def _refuse_foreign(path: Path) -> None:
         raise UserError(f"run.dir={path} is a file, not a folder; set run.dir to a new or empty folder")
     names = {entry.name for entry in path.iterdir()}
     _refuse_ways_out(path, names)
-    if _FINGERPRINT in names:
+    if FINGERPRINT_NAME in names:
         return
     # A run killed while it opened leaves its lock and perhaps config.yaml, one that a mistake ended its directions;
     # Hydra may write .hydra before.
@@ -286,7 +285,7 @@ def _refuse_ways_out(path: Path, names: Iterable[str]) -> None:
 
 
 def _refuse_other_settings(path: Path, fingerprint: Mapping[str, Any]) -> None:
-    stored = _read_json(path / _FINGERPRINT)
+    stored = read_fingerprint(path)
     stored = None if stored is None else completed(stored, fingerprint)
     if stored is not None and stored != fingerprint:
         told = differences(stored, fingerprint)

@@ -31,6 +31,7 @@ from heretic_ds.prompts import KINDS, PARTS, TEST
 from heretic_ds.report.plots import FrontFacts, plot_front
 from heretic_ds.report.stages import took
 from heretic_ds.report.tables import agreement_table, pareto_table, score_in_words
+from heretic_ds.run_folder import RESULTS_NAME
 from heretic_ds.scoring.agreement import Agreement
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.pareto import candidates, closest, pareto_front
@@ -38,7 +39,7 @@ from heretic_ds.search.trials import TrialRecord, TrialScores
 from heretic_ds.settings import AUTO_TEST, Settings
 from heretic_ds.settings.scoring import MAXIMIZE
 from heretic_ds.stages.facts import model_title
-from heretic_ds.stages.opening import RESULTS_NAME, Run, export_dir, may_replace
+from heretic_ds.stages.opening import Run, export_dir, may_replace
 from heretic_ds.stages.reporting import write_report
 from heretic_ds.stages.sharing.adapting import verified_adapter
 from heretic_ds.stages.sharing.packing import from_files, how_edited, what_to_write

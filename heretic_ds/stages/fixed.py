@@ -10,12 +10,12 @@ from heretic_ds.ablation import Edit, Profile
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import reading
 from heretic_ds.report.tables import score_in_words, share_in_words
-from heretic_ds.run_folder import read_results
+from heretic_ds.run_folder import RESULTS_NAME, read_results
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import COMPLETE, TrialRecord
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import show_agreement, verify, verify_trial
-from heretic_ds.stages.opening import RESULTS_NAME, Run, run_dir
+from heretic_ds.stages.opening import Run, run_dir
 from heretic_ds.stages.sharing.packing import how_edited
 from heretic_ds.world import World
 

@@ -41,7 +41,7 @@ from heretic_ds.placements import (
 from heretic_ds.planner import KeptBatches
 from heretic_ds.report.console import EarlierMessages
 from heretic_ds.report.stages import STAGES, took
-from heretic_ds.run_folder import RunFolder, finished_results, read_measured
+from heretic_ds.run_folder import FINGERPRINT_NAME, RESULTS_NAME, RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
@@ -55,8 +55,6 @@ if TYPE_CHECKING:
     from heretic_ds.stages.tracking import Following
 
 log = logging.getLogger(__name__)
-
-RESULTS_NAME, MEASURED_NAME, FINGERPRINT_NAME = "results.json", "measured.json", "fingerprint.json"
 
 
 def run_dir(settings: Settings) -> Path:
@@ -237,12 +235,16 @@ def _finished(settings: Settings) -> dict[str, Any] | None:
 
 def _holds_own_export(settings: Settings) -> bool:
     """Whether the export folder holds a whole model that this run folder's own search wrote."""
-    manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
-    if not (manifest.is_file() and measured.is_file()):
-        return False
-    run_id = read_measured(measured.parent).get("run_id")
-    own = run_id is not None and read_json(manifest).get("run_id") == run_id
-    return own and holds_export(manifest.parent, settings.export.format)
+    return _own_manifest(settings) is not None and holds_export(export_dir(settings), settings.export.format)
+
+
+def _own_manifest(settings: Settings) -> dict[str, Any] | None:
+    """The manifest in the export folder, where this run folder's own search wrote it."""
+    file = export_dir(settings) / MANIFEST_NAME
+    if not file.is_file() or (run_id := read_measured(run_dir(settings)).get("run_id")) is None:
+        return None
+    written = read_json(file)
+    return written if written.get("run_id") == run_id else None
 
 
 def refuse_used_export_folder(settings: Settings, world: World) -> None:
@@ -260,12 +262,10 @@ def _refuse_used_export_folder(settings: Settings) -> None:
 def may_replace(settings: Settings) -> bool:
     """Whether what the export folder holds may give way: because ``export.overwrite`` says so, or because this run
     folder's own search wrote it, which now goes on, or is asked for the same trial once more."""
-    manifest, measured = export_dir(settings) / MANIFEST_NAME, run_dir(settings) / MEASURED_NAME
-    if settings.export.overwrite or not (manifest.is_file() and measured.is_file()):
+    if settings.export.overwrite or (written := _own_manifest(settings)) is None:
         return settings.export.overwrite
-    written, run_id = read_json(manifest), read_measured(measured.parent).get("run_id")
-    same_trial = settings.export.trial is not None and settings.export.trial == written.get("trial")
-    return run_id is not None and written.get("run_id") == run_id and (settings.task.name == "abliterate" or same_trial)
+    trial = settings.export.trial
+    return settings.task.name == "abliterate" or (trial is not None and trial == written.get("trial"))
 
 
 @contextmanager
@@ -280,7 +280,7 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
             world.decide(lambda: _refuse_impossible_export(job))
         show_start(console, start_facts(job, run_dir(settings)))
         with progress.work("opening"):
-            placed = settle_placements(job, run_dir(settings) / MEASURED_NAME, alone)
+            placed = settle_placements(job, run_dir(settings), alone)
         refuse_unverifiable_adapter(job)
         tell_of_nothing_to_share(job)
         run = Run(job, console, results=begun(job))

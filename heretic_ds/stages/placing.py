@@ -31,21 +31,21 @@ KEPT_AS = "placements"
 """Where a choice stands among what a run folder remembers."""
 
 
-def settle_placements(job: Job, measured: Path, given: str = "as given") -> dict[str, Any]:
+def settle_placements(job: Job, folder: Path, given: str = "as given") -> dict[str, Any]:
     """Name the placements that the job's settings leave open; every rank takes part, before any weight is read.
 
     Where they leave none open, ``given`` says why.
 
-    They are what the run folder's file ``measured`` says that an earlier command took, where as many ranks on such
-    devices were asked the same, else what the planner chooses. Returns what the folder has to remember. Raises
-    UserError where nothing fits.
+    They are what the run ``folder`` says that an earlier command took, where as many ranks on such devices were asked
+    the same, else what the planner chooses. Returns what the folder has to remember. Raises UserError where nothing
+    fits.
     """
     world, asked = job.world, {phase: dict(getattr(job.settings, phase)) for phase in PHASES}
     if not left_open(job.settings):
         log.info("%s, %s", _named(job), given)
         return {}
     circumstances = {"ranks": world.size, "device": _device_name(job.opened.device), "asked": asked}
-    kept = world.decide(lambda: _kept(measured, circumstances))
+    kept = world.decide(lambda: _kept(folder, circumstances))
     choice = kept or {**circumstances, **_choose(job)}
     job.settings = settled(job.settings, choice["chosen"])
     log.info("%s", f"{_named(job)}, as when this run began" if kept else choice["why"])
@@ -74,9 +74,9 @@ def tell_of_nothing_to_share(job: Job) -> None:
         log.info("load.share=true does nothing: %s", why)
 
 
-def _kept(measured: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
+def _kept(folder: Path, circumstances: Mapping[str, Any]) -> dict[str, Any] | None:
     """The choice of an earlier run in the folder; None where there is none, or where it was made for something else."""
-    kept = read_measured(measured.parent).get(KEPT_AS)
+    kept = read_measured(folder).get(KEPT_AS)
     if kept is None or not {"chosen", "why"} <= kept.keys():
         return None
     changed = [name for name, value in circumstances.items() if kept.get(name) != value]

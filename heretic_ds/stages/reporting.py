@@ -6,8 +6,9 @@ import logging
 
 from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.report.html.page import page
+from heretic_ds.run_folder import RESULTS_NAME
 from heretic_ds.stages.facts import model_title
-from heretic_ds.stages.opening import RESULTS_NAME, Run
+from heretic_ds.stages.opening import Run
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from heretic_ds import __version__
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of
+from heretic_ds.run_folder import FINGERPRINT_NAME, MEASURED_NAME
 from heretic_ds.search.dashboard import keep_files, save_note
 from heretic_ds.search.journal import About
 from heretic_ds.settings import Settings
@@ -127,9 +128,8 @@ class Following:
 
     def _files(self, *patterns: str) -> list[Path]:
         """Files that the run folder holds, by name."""
-        own = ("measured.json", "fingerprint.json")
         found = {file for pattern in patterns for file in self._run.path.glob(pattern)}
-        return sorted(file for file in found if file.name not in own)
+        return sorted(file for file in found if file.name not in (MEASURED_NAME, FINGERPRINT_NAME))
 
     def _facts(self, run: str | None, told: int) -> RunFacts:
         settings, results = self._run.settings, self._run.results

@@ -26,7 +26,7 @@ from heretic_ds.placements import build_engine, placements_of, settled_alone
 from heretic_ds.report.benchmarks import benchmark_table
 from heretic_ds.run_folder import BENCHMARKS_NAME
 from heretic_ds.settings import Settings
-from heretic_ds.stages.opening import MEASURED_NAME, export_dir, run_dir
+from heretic_ds.stages.opening import export_dir, run_dir
 from heretic_ds.stages.placing import settle_placements
 from heretic_ds.world import World
 
@@ -86,7 +86,7 @@ def _scores_of(settings: Settings, path: str, tokens: int, harness: Harness, wor
     )
     settings = settled_alone(settings) if world.size == 1 else settings
     job = Job.check(settings, world, with_prompts=False)
-    settle_placements(job, run_dir(settings) / MEASURED_NAME)
+    settle_placements(job, run_dir(settings))
     placement = placements_of(job.settings)["evaluate"]
     if not placement.in_process:
         raise UserError(
