@@ -87,14 +87,15 @@ def verify(run: Run, objective: Objective, edit: Edit | None) -> TrialScores:
         else:
             run.engine.apply(edit)
         scores = objective.score([None])[0]
-    run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
     run.results["examples"] = objective.examples(EXAMPLES)
-    note_agreement(run, objective, scores)
+    note_verified(run, objective, scores)
     return scores
 
 
-def note_agreement(run: Run, objective: Objective, scores: TrialScores) -> None:
-    """Keep how far scorers agree that flag answers to the same prompts, of the original and of the edited model."""
+def note_verified(run: Run, objective: Objective, scores: TrialScores) -> None:
+    """Keep scores of the edited model, and how far scorers agree that flag answers to the same prompts, of the original
+    and of the edited model."""
+    run.results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
     told = {"original": objective.original.agreements, "edited": scores.agreements}
     if any(told.values()):
         run.results["agreement"] = {name: [each.to_dict() for each in found] for name, found in told.items()}

@@ -12,7 +12,7 @@ from heretic_ds.foreign.reading import reading
 from heretic_ds.report.tables import score_in_words, share_in_words
 from heretic_ds.run_folder import RESULTS_NAME, read_results
 from heretic_ds.search.objective import Objective
-from heretic_ds.search.trials import COMPLETE, TrialRecord
+from heretic_ds.search.trials import COMPLETE, TrialRecord, TrialScores
 from heretic_ds.settings import Settings
 from heretic_ds.stages.finish import show_agreement, verify, verify_trial
 from heretic_ds.stages.opening import Run, run_dir
@@ -82,6 +82,15 @@ def score_fixed_edit(run: Run, objective: Objective) -> None:
         refuse_idle(run, edit)
     started = time.perf_counter()
     scores = verify(run, objective, edit)
+    note_one_trial(run, edit, scores, time.perf_counter() - started)
+    prompts = run.results["prompts"]["target_eval"]
+    what = "edited model" if edit else "model as it is"
+    log.info("%s: %s, KL %.6g", what, share_in_words(scores.refusals, prompts, run.scorer), scores.kl)
+    show_agreement(run)
+
+
+def note_one_trial(run: Run, edit: Edit | None, scores: TrialScores, seconds: float) -> None:
+    """Keep the scores of an edit, or of a model as it is, as the one trial of the results."""
     record = TrialRecord(
         index=0,
         pass_=0,
@@ -90,11 +99,7 @@ def score_fixed_edit(run: Run, objective: Objective) -> None:
         refusals=scores.refusals,
         kl=scores.kl,
         scores=scores.scores,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         maximize=scores.maximize,
     )
     run.results["trials"], run.results["pareto"], run.results["selected"] = [record.to_dict()], [0], 0
-    prompts = run.results["prompts"]["target_eval"]
-    what = "edited model" if edit else "model as it is"
-    log.info("%s: %s, KL %.6g", what, share_in_words(scores.refusals, prompts, run.scorer), scores.kl)
-    show_agreement(run)

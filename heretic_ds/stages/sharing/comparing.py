@@ -7,13 +7,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from heretic_ds.ablation import Edit
 from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.prompts.own import USUAL
 from heretic_ds.report.tables import share_in_words
-from heretic_ds.search.trials import COMPLETE, TrialRecord
-from heretic_ds.stages.finish import note_agreement, show_agreement
+from heretic_ds.stages.finish import note_verified, show_agreement
+from heretic_ds.stages.fixed import note_one_trial
 from heretic_ds.stages.measure import find_response_prefix, measure_original
 from heretic_ds.stages.opening import Run
 
@@ -39,19 +38,13 @@ def compare_models(run: Run) -> None:
         usual = {name: edited.prompts(name) for name in USUAL}
         own = edited.own_prompts(usual)
         scores = objective.of_other(run.engine, usual["target.eval"], usual["baseline.eval"], own)
-    seconds = time.perf_counter() - started
-    record = TrialRecord(
-        0, 0, COMPLETE, Edit(None, {}), scores.refusals, scores.kl, scores.scores, seconds, scores.maximize
-    )
-    results = run.results
-    results["against"] = original.opened.source.name
-    results["verified"] = {"refusals": scores.refusals, "kl": scores.kl, "scores": dict(scores.scores)}
-    results["trials"], results["pareto"], results["selected"] = [record.to_dict()], [0], 0
-    note_agreement(run, objective, scores)
+    note_one_trial(run, None, scores, time.perf_counter() - started)
+    note_verified(run, objective, scores)
+    run.results["against"] = original.opened.source.name
     show_agreement(run)
     log.info(
         "%s: %s, %g by %s; KL from it %.6g",
-        edited.opened.source.name, share_in_words(scores.refusals, results["prompts"]["target_eval"], run.scorer),
+        edited.opened.source.name, share_in_words(scores.refusals, run.results["prompts"]["target_eval"], run.scorer),
         objective.original.refusals, original.opened.source.name, scores.kl,
     )  # fmt: skip
 
