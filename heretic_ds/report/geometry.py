@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from heretic_ds.foreign.disk import write_atomically
 from heretic_ds.geometry.measures import LayerGeometry
+from heretic_ds.report.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -124,7 +123,7 @@ def draw_layers(path: Path, layers: Sequence[LayerGeometry], model: str) -> None
     )
     for axes in grid[1]:
         axes.set_xlabel("block (-1: the embedding)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_projections(path: Path, projections: Sequence[dict[str, Any]], method: str, model: str) -> None:
@@ -144,15 +143,11 @@ def draw_projections(path: Path, projections: Sequence[dict[str, Any]], method: 
         axes.set_title(f"block {found['block']}{share}", loc="left", fontsize="small")
         axes.tick_params(labelleft=False, labelbottom=False, length=0)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _figure(size: tuple[float, float], title: str) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size)
     figure.suptitle(title, fontsize="medium")
     return figure
 
@@ -160,9 +155,3 @@ def _figure(size: tuple[float, float], title: str) -> Figure:
 def _plain(name: str) -> str:
     """A name as plain text: a dollar sign would begin a formula, and a control character has no shape."""
     return "".join(sign if sign.isprintable() else "?" for sign in name).replace("$", r"\$")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())

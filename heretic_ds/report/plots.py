@@ -14,8 +14,10 @@ from heretic_ds.search.trials import TrialRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _GREY, _BLUE, _ORANGE = "#9aa0a6", "#1f5fa8", "#d9600a"
+_LONGEST_NAME = 60
 _NEAR = 2.0
 """How far above the trials a limit may lie, as a factor, to be drawn for its own sake."""
 
@@ -52,16 +54,12 @@ def plot_front(
         facts: what else is to be seen.
         selected: index of the exported trial, if any.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when a search has ended, not while it waits to begin
-    from matplotlib.figure import Figure
-
     points = {
         record.index: (max(record.kl, 0.0), record.refusals)
         for record in records
         if record.complete and record.kl is not None and record.refusals is not None
     }
-    figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((7.5, 5))
     axes = figure.add_subplot()
     _draw_trials(axes, points, front, selected)
     axes.axhline(facts.baseline, color=_GREY, linestyle=":", linewidth=1.2, label="original model")
@@ -79,15 +77,30 @@ def plot_front(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    save_figure(figure, path)
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """A picture of a size in inches, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # when a search has ended, not while it waits to begin
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG, in one step."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
 
 
-def _printable(text: str, longest: int = 60) -> str:
+def _printable(text: str) -> str:
     """A name on one line of the picture, the end of it where it is too long."""
     shown = "".join(character if character.isprintable() else " " for character in text)
-    return shown if len(shown) <= longest else f"...{shown[3 - longest :]}"
+    return shown if len(shown) <= _LONGEST_NAME else f"...{shown[3 - _LONGEST_NAME :]}"
 
 
 def _draw_trials(

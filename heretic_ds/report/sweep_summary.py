@@ -15,10 +15,9 @@ from rich.text import Text
 
 from heretic_ds.foreign.disk import writing
 from heretic_ds.foreign.reading import loads, read_text, reading
+from heretic_ds.report.console import WIDTH_OF_FILES
 
 FILE_NAME = "summary.jsonl"
-
-_WIDTH_OF_FILES = 160
 
 failed_jobs = 0
 """Jobs of the last sweep in this process that did not end with status 0."""
@@ -56,7 +55,7 @@ class SweepSummary(Callback):
         with reading(path, "remove it"):
             rows = sorted((loads(line) for line in lines), key=lambda row: row["job"])
         failed_jobs = sum(row["status"] != 0 for row in rows)
-        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH_OF_FILES)
+        console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_FILES)
         console.print(_table(rows, f"{len(rows)} jobs, {failed_jobs} failed; rows in {path}"))
 
 
