@@ -16,6 +16,8 @@ from heretic_ds.settings.nodes import TARGET
 from heretic_ds.settings.search import DIRECT, SCREENED
 
 _SAMPLED_BYTES = 65536
+_TOLD = 60
+"""Characters of a value that are told."""
 
 _SCORE_SETTINGS = (
     "model.path",
@@ -178,6 +180,6 @@ def _identity(file: Path) -> str:
     return f"{size} bytes, {hashlib.sha256(ends).hexdigest()[:12]}"
 
 
-def _short(value: Any, limit: int = 60) -> str:
+def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return text if len(text) <= _TOLD else f"{text[: _TOLD - 3]}..."

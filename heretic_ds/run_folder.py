@@ -158,14 +158,12 @@ class RunFolder:
         if (content := {**before, **values}) != before or not self._measured.exists():
             write_atomically(self._measured, json.dumps(content, indent=1) + "\n")
 
-    def attach_log(
-        self, logger: logging.Logger, level: int = logging.INFO, earlier: Sequence[logging.LogRecord] = ()
-    ) -> None:
+    def attach_log(self, logger: logging.Logger, earlier: Sequence[logging.LogRecord] = ()) -> None:
         """Append what was said ``earlier``, and what this logger and its children say until the folder is closed, to
         ``run.log``."""
         handler = self._open.enter_context(closing(_LogFile(self.log, encoding="utf-8")))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handler.setLevel(level)
+        handler.setLevel(logging.INFO)
         logger.addHandler(handler)
         self._log = handler
         for record in earlier:

@@ -62,7 +62,7 @@ def require_pacmap() -> None:
         ) from error
 
 
-def pacmap(point_ND: Tensor, seed: int = 0) -> Projection:
+def pacmap(point_ND: Tensor) -> Projection:
     """PaCMAP's plane (Wang et al. 2021, JMLR 22(201)), which keeps neighbours and the coarse shape; axes mean nothing.
 
     Raises UserError where it is not installed.
@@ -71,7 +71,7 @@ def pacmap(point_ND: Tensor, seed: int = 0) -> Projection:
     from pacmap import PaCMAP
 
     neighbours = max(1, min(10, (len(point_ND) - 1) // 2))
-    reducer = PaCMAP(n_components=2, n_neighbors=neighbours, random_state=seed)
+    reducer = PaCMAP(n_components=2, n_neighbors=neighbours, random_state=0)
     found = reducer.fit_transform(point_ND.float().numpy(), init="pca")
     return Projection(torch.from_numpy(found).double(), None)
 

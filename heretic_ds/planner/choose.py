@@ -98,7 +98,7 @@ def make_plan(
     found: list[Candidate] = []
     chosen: dict[str, Candidate | None] = {}
     for phase in sorted(placements, reverse=True):  # the engine that evaluates may capture as well
-        tried = [each for each in _candidates(facts, resources, phase, placements[phase])]
+        tried = list(_candidates(facts, resources, phase, placements[phase]))
         found += tried
         prompts = facts.work.train_prompts if phase == "capture" else facts.work.target_prompts
         least = min(LEAST_ROWS, facts.work.batch or LEAST_ROWS, math.ceil(prompts / resources.ranks))

@@ -135,9 +135,8 @@ class TrialTable:
     need. What does not fit even so is cut at the end, behind the numbers.
     """
 
-    def __init__(self, width: int, total: int, prompts: int, scorer: str = REFUSALS, first: str = "trial") -> None:
-        """``first`` heads the first column."""
-        self._width, self._prompts, self._scorer, self._first = width, prompts, scorer, first
+    def __init__(self, width: int, total: int, prompts: int, scorer: str = REFUSALS) -> None:
+        self._width, self._prompts, self._scorer = width, prompts, scorer
         widest = _score(prompts, prompts, scorer)
         self._number = max(len(str(max(total - 1, 0))), 3)
         self._score = max(len(widest), min(len(scorer), _LONGEST_NAME))
@@ -152,8 +151,7 @@ class TrialTable:
     def header(self) -> Text:
         """Names of the columns."""
         about = "" if self._detail is None else self._detail.about
-        first = self._first if len(self._first) <= self._number + 2 else "no"
-        return self._line("", first, self._scorer[: self._score], "KL", "s", "direction", about, style="dim")
+        return self._line("", "trial", self._scorer[: self._score], "KL", "s", "direction", about, style="dim")
 
     def row(self, record: TrialRecord, marked: bool = False) -> Text:
         """One trial; those that no other beats are marked."""

@@ -14,6 +14,8 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 40
 """Margins, in which ticks and labels stand."""
+_ROOM = 0.04
+"""Part of an axis that is left free at each end."""
 
 Point = tuple[float, float]
 
@@ -37,13 +39,13 @@ class Axis:
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def linear(values: Iterable[float], label: str = "", whole: bool = False, room: float = 0.04) -> Axis:
+def linear(values: Iterable[float], label: str = "", whole: bool = False) -> Axis:
     """An axis for these numbers, with some room at its ends; ``whole``: ticks at whole numbers only."""
     from matplotlib.ticker import MaxNLocator  # a third of a second, when all is done
 
     known = list(values) or [0.0, 1.0]
     low, high = min(known), max(known)
-    pad = room * (high - low) or max(abs(high), 1.0) * 0.1
+    pad = _ROOM * (high - low) or max(abs(high), 1.0) * 0.1
     ticks = MaxNLocator(6, integer=whole).tick_values(low, high)
     inside = [float(tick) for tick in ticks if low - pad <= tick <= high + pad]
     return Axis(low - pad, high + pad, [(tick, f"{tick:g}") for tick in inside], label=label)
@@ -106,11 +108,6 @@ class Chart:
             dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="{}">{}</circle>')
             self._add(dot.format(kind, x, y, f"{radius:g}", name))
         return self
-
-    def cloud(self, points: Iterable[Point], kind: str) -> Chart:
-        """Many points as one shape, without texts."""
-        path = "".join("M{} {}h0".format(*self._at(point)) for point in points)
-        return self._add(Markup('<path class="cloud {}" d="{}"/>').format(kind, path))
 
     def across(self, y: float, kind: str) -> Chart:
         """A line from side to side."""

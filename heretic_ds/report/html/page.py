@@ -31,7 +31,7 @@ def visible(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> str:
+def page(folder: Path, scorer: str, title: str) -> str:
     """The page about the run in a folder, as HTML.
 
     ``scorer`` is the name of the first scorer, ``title`` the model's. Whatever texts the run holds, the page loads
@@ -72,7 +72,7 @@ def page(folder: Path, scorer: str, title: str, now: datetime | None = None) -> 
         overrides=_overrides(facts),
         geometry=figures.geometry(facts),
         projections=figures.projections(facts),
-        made=(now or datetime.now()).strftime("%Y-%m-%d %H:%M"),
+        made=datetime.now().strftime("%Y-%m-%d %H:%M"),
         style=Markup(style),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
