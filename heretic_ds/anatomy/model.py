@@ -6,6 +6,7 @@ Shapes: D width of the residual stream, K width of a writer's input, E experts.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -67,11 +68,15 @@ class Writer:
         An RMS norm gives γ∘y / rms(y), so what reaches the stream along v vanishes when W is edited along
         normalise(γ∘v). Two norms in a row multiply their gains: the scalars 1/rms do not turn anything.
         """
+        return self.gain_by(lambda name: model.get_parameter(name).detach())
+
+    def gain_by(self, read: Callable[[str], Tensor]) -> Tensor | None:
+        """The same, of weights of norms that ``read`` gives by their names."""
         if self.norm is None:
             return None
-        gain = self.norm_offset + model.get_parameter(f"{self.norm}.weight").detach().float()
+        gain = self.norm_offset + read(f"{self.norm}.weight").float()
         if self.inner_norm is not None:
-            gain = gain * (self.norm_offset + model.get_parameter(f"{self.inner_norm}.weight").detach().float())
+            gain = gain * (self.norm_offset + read(f"{self.inner_norm}.weight").float())
         return gain
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from heretic_ds.ablation import LowRank
 from heretic_ds.anatomy import Writer
-from heretic_ds.checkpoint import Checkpoint, Shard
+from heretic_ds.checkpoint import Checkpoint
 from heretic_ds.checkpoint.source import is_whole
 from heretic_ds.edits.adapters import AdaptedWriter, Adapter
 
@@ -42,16 +42,7 @@ def stored_writer(checkpoint: Checkpoint, writer: Writer) -> tuple[Tensor, Tenso
 
 def stored_gain(checkpoint: Checkpoint, writer: Writer) -> Tensor | None:
     """The gain of the norms behind a writer, read from the checkpoint."""
-    if writer.norm is None:
-        return None
-
-    def read(name: str) -> Tensor:
-        return checkpoint.read(name, Shard(checkpoint.shapes[name]), torch.device("cpu")).float()
-
-    gain_D = writer.norm_offset + read(f"{writer.norm}.weight")
-    if writer.inner_norm is not None:
-        gain_D = gain_D * (writer.norm_offset + read(f"{writer.inner_norm}.weight"))
-    return gain_D
+    return writer.gain_by(lambda name: checkpoint.read(name, checkpoint.whole(name), torch.device("cpu")))
 
 
 def write_adapter(folder: Path, adapter: Adapter, model: nn.Module, base_model: str) -> int:
