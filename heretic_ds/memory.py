@@ -195,7 +195,7 @@ def _host_peak() -> int:
     try:
         import resource
     except ImportError:
-        return int(psutil.Process().memory_info().rss)
+        return resident_memory()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -41,7 +41,7 @@ _Place = tuple[list[int], Tensor]
 def table_budget(model: nn.Module, ranks: int = 1) -> int:
     """Bytes that tables of experts may take beside this process's weights: an equal part of the model's where so many
     ``ranks`` have cut it, and its parameters count as whole."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
     return max(_LEAST_BYTES, int(_SHARE_OF_WEIGHTS * weights / ranks))
 
 

@@ -76,7 +76,7 @@ _NOTHING = Beside()
 def model_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters and buffers; tied ones count once."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def export_model(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import read_json
-from heretic_ds.memory import give_back_memory, host_memory, resident_memory
+from heretic_ds.memory import give_back_memory, host_memory, resident_memory, wait_for
 from heretic_ds.placements.costs import Machine
 from heretic_ds.planner.catalogue import machine_of
 from heretic_ds.planner.here import processor
@@ -226,27 +226,22 @@ def _rounds(tensor: Tensor | None, device: torch.device, count: int, group: dist
             dist.all_reduce(tensor, group=group)
 
     one()
-    _wait(device)
+    wait_for(device)
     started = time.perf_counter()
     for _ in range(count):
         one()
-    _wait(device)
+    wait_for(device)
     return (time.perf_counter() - started) / count
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest of several runs, the first of which, that sets things up, is not counted."""
     work()
-    _wait(device)
+    wait_for(device)
     found: list[float] = []
     while not found or sum(found) < _LEAST_SECONDS or (len(found) < 3 and sum(found) < _MOST_SECONDS):
         started = time.perf_counter()
         work()
-        _wait(device)
+        wait_for(device)
         found.append(time.perf_counter() - started)
     return min(found)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -116,7 +116,7 @@ class Facts:
     @_Known
     def sizes(self) -> Mapping[str, int]:
         """Bytes of every parameter by name, tied ones once."""
-        return {name: _bytes(each) for name, each in self.model.named_parameters()}
+        return {name: each.nbytes for name, each in self.model.named_parameters()}
 
     @_Known
     def weights(self) -> int:
@@ -225,10 +225,6 @@ class Experts:
         return self.number * (1 - (1 - self.per_token / self.number) ** tokens)
 
 
-def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
-
-
 def sum_of(sizes: Mapping[str, int], beginning: str) -> int:
     """Of all whose names begin so."""
     return sum(size for name, size in sizes.items() if name.startswith(beginning))
@@ -236,7 +232,7 @@ def sum_of(sizes: Mapping[str, int], beginning: str) -> int:
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
-    return sum(map(_bytes, module.parameters()))
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _is_expert(writer: Writer) -> bool:

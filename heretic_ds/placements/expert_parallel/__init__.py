@@ -26,6 +26,7 @@ from heretic_ds.placements.costs import (
     Facts,
     Resources,
     Use,
+    bytes_of,
     estimate,
     largest_streamed,
 )
@@ -130,8 +131,8 @@ class ExpertParallel(Placement):
             return model, checkpoint, anatomy
 
         model, checkpoint, anatomy = job.opened.in_some_dtype(load)
-        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held / 2**20, replicas.degree)
+        held = bytes_of(model) / 2**20
+        log.info("this rank holds %.1f MiB of weights (expert_parallel, %d ranks)", held, replicas.degree)
         if self.options.parity_check:
             what, otherwise = f"{phase}=expert_parallel", f"set {phase}=tensor_parallel"
             skeleton = job.opened.skeleton(model.dtype)

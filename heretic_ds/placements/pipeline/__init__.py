@@ -22,7 +22,7 @@ from heretic_ds.checkpoint import Checkpoint, Shard, fill
 from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.placements.base import Placement, runner_of
-from heretic_ds.placements.costs import READ_BUFFER, Cost, Facts, Resources, Use, estimate, largest_streamed
+from heretic_ds.placements.costs import READ_BUFFER, Cost, Facts, Resources, Use, bytes_of, estimate, largest_streamed
 from heretic_ds.placements.pipeline import planned, structure
 from heretic_ds.placements.pipeline.line import Line
 from heretic_ds.placements.pipeline.parity import check_stages
@@ -124,9 +124,9 @@ class Pipeline(Placement):
             return model, checkpoint, stage
 
         model, checkpoint, stage = job.opened.in_some_dtype(load)
-        held = sum(parameter.nbytes for parameter in model.parameters())
+        held = bytes_of(model) / 2**20
         told = "this rank holds the blocks %d to %d of %d: %.1f MiB of weights, with all that is beside them"
-        log.info(told, stage.blocks.start, stage.blocks.stop - 1, stage.total, held / 2**20)
+        log.info(told, stage.blocks.start, stage.blocks.stop - 1, stage.total, held)
         if line is None:
             engine = runner_of(job, model, comm, Traits(self.name))
             engine.whole = job.opened.loaded(model)

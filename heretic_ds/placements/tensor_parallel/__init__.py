@@ -30,6 +30,7 @@ from heretic_ds.placements.costs import (
     Facts,
     Resources,
     Use,
+    bytes_of,
     estimate,
     largest_streamed,
 )
@@ -122,8 +123,8 @@ class TensorParallel(Placement):
             return model, checkpoint, backend
 
         model, checkpoint, backend = job.opened.in_some_dtype(load)
-        held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held / 2**20, comm.degree, backend)
+        held = bytes_of(model) / 2**20
+        log.info("this rank holds %.1f MiB of weights (%d ranks a replica, %s)", held, comm.degree, backend)
         if compared:
             skeleton, device = job.opened.skeleton(model.dtype), job.opened.device
             check_split_model(

@@ -74,7 +74,7 @@ class Partitions:
     def bytes_here(self) -> int:
         """Memory of this rank's parts."""
         parts = [getattr(parameter, "ds_tensor", None) for parameter in self.model.parameters()]
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def release(self) -> None:
         """Give all memory back, close what was opened and undo what DeepSpeed did to this process.
