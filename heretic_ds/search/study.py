@@ -172,7 +172,7 @@ class Search:
         """Whether a trial is recorded already; telling its scores again changes nothing."""
         return ask.index in self._records
 
-    def tell(self, ask: Ask, scores: TrialScores | None, seconds: float, failure: str = "") -> TrialRecord:
+    def tell(self, ask: Ask, scores: TrialScores | None, seconds: float) -> TrialRecord:
         """Keep one trial's scores; None, or scores that are not finite, make it a failed trial, never chosen.
 
         Trials of a pass may be told in any order: they reach the journal in theirs, so that it stays a
@@ -180,12 +180,11 @@ class Search:
         """
         if self.knows(ask):
             return self._records[ask.index]
-        scores = scores and _plain(scores)
+        scores, failure = scores and _plain(scores), ""
         if scores is not None and not scores.usable:
-            failure = failure or f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
-            scores = None
-        if failure:
+            failure = f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
             logger.warning("trial %d failed: %s", ask.index, failure)
+            scores = None
         target = self._settings.kl_target
         values = None if scores is None else objectives(scores, self._baseline_refusals, target)
         record = _record(ask, scores, seconds)
