@@ -41,6 +41,10 @@ class Repetition(Scorer):
 
 def repeated(text: str, n: int) -> float:
     """Share of the n-grams of a text's words that stood in it before."""
-    words = _WORD.findall(text.lower())
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return repeated_runs(_WORD.findall(text.lower()), n)
+
+
+def repeated_runs(items: Sequence[object], n: int) -> float:
+    """Share of the runs of ``n`` neighbouring items that occurred before; 0 for fewer items."""
+    grams = [tuple(items[start : start + n]) for start in range(len(items) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

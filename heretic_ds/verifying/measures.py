@@ -16,6 +16,7 @@ from torch import Tensor
 from heretic_ds.ablation.divergence import first_token_kl, log_probabilities
 from heretic_ds.placements import Evaluating
 from heretic_ds.prompts import PromptSet, TokenRows
+from heretic_ds.scoring.repetition import repeated_runs
 from heretic_ds.world import World
 
 RUN = 4
@@ -90,8 +91,7 @@ def _from_all_ranks(told: _Told, n: int, world: World) -> list[tuple[float, floa
 
 def repetition(answer: Sequence[int]) -> float:
     """Share of an answer's runs of :data:`RUN` tokens that occurred in it before; 0 for shorter answers."""
-    runs = [tuple(answer[at : at + RUN]) for at in range(len(answer) - RUN + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return repeated_runs(answer, RUN)
 
 
 @dataclass(frozen=True)
