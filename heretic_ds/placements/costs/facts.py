@@ -182,7 +182,18 @@ class Facts:
     @_Known
     def experts(self) -> Experts | None:
         """The experts of the model; None where it has none."""
-        return _experts(self)
+        found = [writer for writer in self.anatomy.writers if _is_expert(writer)]
+        if not found:
+            return None
+        roots = {_expert_root(writer) for writer in found}
+        size = sum(bytes_of(self.model.get_submodule(root)) for root in roots)
+        config, blocks = self.config, len({writer.block for writer in found})
+        number = found[0].experts or len(found) // blocks
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_top_k")
+        stated = (getattr(config, name, None) for name in names)
+        per_token = next((value for value in stated if isinstance(value, int)), 1)
+        inner = found[0].weight_DK(self.model).shape[-1]
+        return Experts(size, number, min(per_token, number), blocks, inner)
 
     @_Known
     def dense(self) -> int:
@@ -193,7 +204,15 @@ class Facts:
     @_Known
     def cached(self) -> int:
         """Bytes of keys and values of one token in all blocks."""
-        return _cached_bytes(self)
+        config = self.config
+        heads = int(getattr(config, "num_attention_heads", 1))
+        width = int(getattr(config, "head_dim", None) or self.anatomy.width // heads)
+        each = 2 * width * int(getattr(config, "num_key_value_heads", None) or heads)
+        if not self.caches_heads:
+            each = config.kv_lora_rank + config.qk_rope_head_dim
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * self.anatomy.n_blocks
+        attending = sum("attention" in kind and "linear" not in kind for kind in kinds)
+        return each * attending * self.dtype.itemsize
 
     @_Known
     def caches_heads(self) -> bool:
@@ -203,7 +222,14 @@ class Facts:
     @_Known
     def modules(self) -> int:
         """Modules without parts of their own in all blocks, of which each is called once a pass, experts left out."""
-        return _leaves(self)
+        experts = {_expert_root(writer) for writer in self.anatomy.writers if _is_expert(writer)}
+        prefix = f"{self.anatomy.blocks}."
+        inside = [
+            path
+            for path, module in self.model.named_modules()
+            if path.startswith(prefix) and not any(True for _ in module.children())
+        ]
+        return sum(not any(path.startswith(f"{root}.") for root in experts) for path in inside)
 
 
 @dataclass(frozen=True)
@@ -239,47 +265,9 @@ def _is_expert(writer: Writer) -> bool:
     return writer.experts is not None or "*" in writer.path.split(".")
 
 
-def _experts(facts: Facts) -> Experts | None:
-    found = [writer for writer in facts.anatomy.writers if _is_expert(writer)]
-    if not found:
-        return None
-    roots = {_expert_root(writer) for writer in found}
-    size = sum(bytes_of(facts.model.get_submodule(root)) for root in roots)
-    config, blocks = facts.config, len({writer.block for writer in found})
-    number = found[0].experts or len(found) // blocks
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k", "moe_top_k")
-    stated = (getattr(config, name, None) for name in names)
-    per_token = next((value for value in stated if isinstance(value, int)), 1)
-    inner = found[0].weight_DK(facts.model).shape[-1]
-    return Experts(size, number, min(per_token, number), blocks, inner)
-
-
 def _expert_root(writer: Writer) -> str:
     """The module that holds all experts of a writer's block."""
     if writer.experts is not None:
         return writer.module
     parts = writer.path.split(".")
     return ".".join(writer.module.split(".")[: -(len(parts) - parts.index("*"))])
-
-
-def _cached_bytes(facts: Facts) -> int:
-    config = facts.config
-    heads = int(getattr(config, "num_attention_heads", 1))
-    width = int(getattr(config, "head_dim", None) or facts.anatomy.width // heads)
-    each = 2 * width * int(getattr(config, "num_key_value_heads", None) or heads)
-    if not facts.caches_heads:
-        each = config.kv_lora_rank + config.qk_rope_head_dim
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * facts.anatomy.n_blocks
-    attending = sum("attention" in kind and "linear" not in kind for kind in kinds)
-    return each * attending * facts.dtype.itemsize
-
-
-def _leaves(facts: Facts) -> int:
-    experts = {_expert_root(writer) for writer in facts.anatomy.writers if _is_expert(writer)}
-    prefix = f"{facts.anatomy.blocks}."
-    inside = [
-        path
-        for path, module in facts.model.named_modules()
-        if path.startswith(prefix) and not any(True for _ in module.children())
-    ]
-    return sum(not any(path.startswith(f"{root}.") for root in experts) for path in inside)
