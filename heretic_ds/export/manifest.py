@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,21 +39,8 @@ def package_versions(more: Sequence[str] = ()) -> dict[str, str]:
     return versions
 
 
-def build_manifest(
-    loaded: LoadedModel,
-    *,
-    edit: Mapping[str, Any],
-    row_norm: str,
-    through_norm: bool,
-    trial: int | None,
-    scores: Mapping[str, Any],
-    verified: Mapping[str, Any] | None,
-    tensors_edited: Sequence[str],
-) -> dict[str, Any]:
-    """The content of `heretic_ds.json`. `edit` is the edit as a dictionary, `scores` those of its trial.
-
-    `tensors_edited` are module or checkpoint names of the writers whose weights changed.
-    """
+def build_manifest(loaded: LoadedModel, **done: Any) -> dict[str, Any]:
+    """The content of `heretic_ds.json`: the model as it was, what was ``done`` to it, and the versions that did it."""
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -61,13 +48,7 @@ def build_manifest(
         "revision": loaded.revision,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "dequantized_from": loaded.quantization,
-        "trial": trial,
-        "edit": dict(edit),
-        "row_norm": row_norm,
-        "through_norm": through_norm,
-        "scores": dict(scores),
-        "verified": None if verified is None else dict(verified),
-        "tensors_edited": list(tensors_edited),
+        **done,
         "versions": package_versions(),
     }
 

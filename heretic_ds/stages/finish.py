@@ -187,25 +187,27 @@ def describe_anew(run: Run, exported: Exported, final: Mapping[str, Any]) -> Non
 def _describe(run: Run, loaded: LoadedModel, exported: Exported) -> tuple[str, dict[str, Any], bool] | None:
     """Card and manifest of an export, and whether it may replace what is there; None where it is there already."""
     settings, results, facts, target = run.settings, run.results, exported.facts, exported.folder
-    edit, trial = facts.edit, facts.trial
+    chosen, device = settings.export, run.job.opened.device
     manifest = build_manifest(
         loaded,
-        edit=edit.to_dict(),
-        row_norm=settings.ablation.row_norm,
-        through_norm=settings.ablation.through_norm,
-        trial=trial,
-        scores=_scores_of(results, trial),
+        trial=facts.trial,
+        edit=facts.edit.to_dict(),
+        row_norm=facts.row_norm,
+        through_norm=facts.through_norm,
+        direction_method=facts.method,
+        rank=facts.rank,
+        scores=_scores_of(results, facts.trial),
         verified=results["verified"],
-        tensors_edited=[writer.weight for writer in _edited(run, edit)],
-    ) | {"run_id": run.measured["run_id"], "format": settings.export.format, "adapter": results.get("adapter")}
-    manifest |= {"direction_method": settings.direction.method, "rank": run.ablation.rank}
-    chosen = settings.export
-    device = run.job.opened.device
-    manifest["how"] = how_written(device, from_files(run), chosen.max_shard_size, chosen.adapter_rank)
-    manifest["searched_in"] = run.job.held_as
+        tensors_edited=[writer.weight for writer in _edited(run, facts.edit)],
+        run_id=run.measured["run_id"],
+        format=facts.form,
+        adapter=results.get("adapter"),
+        how=how_written(device, from_files(run), chosen.max_shard_size, chosen.adapter_rank),
+        searched_in=facts.quantization,
+    )
     if _same_export(settings, target, manifest):
         return None
-    overwrite = settings.export.overwrite or (target == export_dir(settings) and may_replace(settings))
+    overwrite = chosen.overwrite or (target == export_dir(settings) and may_replace(settings))
     return model_card(loaded, facts), manifest, overwrite
 
 
@@ -238,7 +240,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None) -> CardFacts:
         scorer=run.scorer,
         maximize=run.job.scorers[0].direction == MAXIMIZE,
         form=settings.export.format,
-        quantization=run.job.held_as,
+        quantization=settings.model.quantization,
         adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )
 
