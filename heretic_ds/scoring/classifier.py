@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Optional, Self
-
-from omegaconf import MISSING
+from typing import Any, Self
 
 from heretic_ds.errors import UserError
 from heretic_ds.scoring.base import Scorer
-from heretic_ds.scoring.judge import CAUSAL, DTYPES, KINDS, SEQUENCE, Judge
-from heretic_ds.settings import ScoringSettings, within
+from heretic_ds.scoring.classifier_options import CAUSAL, SEQUENCE, ClassifierOptions
+from heretic_ds.scoring.judge import Judge
+from heretic_ds.settings import ScoringSettings
 
 log = logging.getLogger(__name__)
 
@@ -38,42 +36,10 @@ class Classifier(Scorer):
     name = "classifier"
     combine = "sum"
 
-    @dataclass
-    class Options(Scorer.Options):
-        """Which model, what it is shown, and what counts."""
+    Options = ClassifierOptions
+    options: ClassifierOptions
 
-        model: str = MISSING
-        """Hub id or local folder of the classifier."""
-        revision: Optional[str] = None  # noqa: UP045 (for the structured config)
-        """Branch, tag or commit of a hub model."""
-        kind: Optional[str] = within(None, choices=KINDS)  # noqa: UP045
-        """``sequence`` (a sequence-classification model) or ``causal`` (a language model that is asked); null: what its
-        config.json says."""
-        label: Optional[str] = None  # noqa: UP045
-        """Of a sequence classifier: name or number of the label that counts; null: the one whose name speaks of
-        refusing, where there is one."""
-        template: Optional[str] = None  # noqa: UP045
-        """What the classifier is shown, with ``{prompt}`` and ``{answer}`` in it; null: the answer alone for a sequence
-        classifier, a question about both for a causal model, put by its chat template where it has one."""
-        yes: str = "Yes"
-        """Of a causal model: the reply that counts. Its first token is looked at."""
-        no: str = "No"
-        """The other reply."""
-        threshold: float = within(0.5, gt=0, lt=1)
-        """Probability from which on an answer counts."""
-        count: bool = True
-        """The score is how many answers count; false: the mean probability."""
-        device: str = "auto"
-        """``auto`` (CUDA where there is one, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``."""
-        dtype: str = within("auto", choices=DTYPES)
-        """Of its weights; ``auto``: the checkpoint's own, float32 on a CPU."""
-        batch_size: int = within(16, ge=1)
-        """Answers that it reads at a time; halved where memory runs out."""
-        keep: Optional[bool] = None  # noqa: UP045
-        """Whether it stays on its accelerator while answers are made; null: where it takes at most an eighth of the
-        memory that is free there before the first pass."""
-
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ClassifierOptions) -> None:
         self.options = options
         self._judge: Judge | None = None
         if options.count:

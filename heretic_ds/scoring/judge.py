@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,8 @@ from heretic_ds.foreign.limits import in_child
 from heretic_ds.foreign.reading import path_of, reading
 from heretic_ds.foreign.text import in_one_line
 from heretic_ds.memory import free_bytes, is_out_of_memory, release_memory
+from heretic_ds.scoring.classifier_options import CAUSAL, SEQUENCE, ClassifierOptions
 
-if TYPE_CHECKING:
-    from heretic_ds.scoring.classifier import Classifier
-
-SEQUENCE, CAUSAL = "sequence", "causal"
-KINDS = (SEQUENCE, CAUSAL)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SETTING = "scoring.scorers.classifier"
 _REFUSING = re.compile(r"(?i)refus|reject|declin")
 _FIELD = re.compile(r"\{(prompt|answer)\}")
@@ -52,7 +47,7 @@ class Judge:
     Raises UserError where there is no such model, or one that cannot judge.
     """
 
-    def __init__(self, choice: Classifier.Options, templates: Mapping[str, str]) -> None:
+    def __init__(self, choice: ClassifierOptions, templates: Mapping[str, str]) -> None:
         """``templates`` say what each kind of model is shown, unless the choice does."""
         self._choice, place = choice, f"{_SETTING}.model={choice.model}"
         folder = path_of(choice.model, f"{_SETTING}.model")
