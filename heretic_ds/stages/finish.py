@@ -240,7 +240,7 @@ def _card_facts(run: Run, edit: Edit, trial: int | None) -> CardFacts:
         scorer=run.scorer,
         maximize=run.job.scorers[0].direction == MAXIMIZE,
         form=settings.export.format,
-        quantization=settings.model.quantization,
+        quantization=run.job.held_as,
         adapter=None if results.get("adapter") is None else AdapterFacts(**results["adapter"]),
     )
 
