@@ -24,7 +24,7 @@ from heretic_ds.runner.decode import Decoder
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.forward import Forward
 from heretic_ds.runner.graphs import Graphs
-from heretic_ds.runner.sizing import Batches
+from heretic_ds.runner.sizing.sizes import Sizes
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 from tests.recorded_graphs import Recorder
@@ -240,13 +240,13 @@ def test_a_batch_size_is_measured_in_all_the_memory_there_is(recorder, monkeypat
 
 def test_no_step_is_captured_while_a_batch_size_is_measured(recorder, monkeypatch):
     """Capturing would be timed, and slots of the largest size that is tried would stay."""
-    engine, held, find = engine_of(families.build("llama"), batch_size=0), [], Batches.find
+    engine, held, find = engine_of(families.build("llama"), batch_size=0), [], Sizes.find
 
-    def noted(batches, rows, phase, *more, **known):
-        find(batches, rows, phase, *more, **known)
+    def noted(sizes, rows, phase, *more, **known):
+        find(sizes, rows, phase, *more, **known)
         held.append((phase, engine._decoder._graphs))
 
-    monkeypatch.setattr(Batches, "find", noted)
+    monkeypatch.setattr(Sizes, "find", noted)
     engine.generate(prompts(), [None])
     assert held == [("generate", None)] and engine.batch_sizes["generate"] >= 1
     assert engine._decoder._graphs is not None and recorder.replayed

@@ -13,7 +13,7 @@ from heretic_ds.edits.weights import WeightEditor
 from heretic_ds.errors import UserError
 from heretic_ds.runner.engine import Runner, RunnerOptions
 from heretic_ds.runner.rows import rows_of
-from heretic_ds.runner.sizing import Batches
+from heretic_ds.runner.sizing.sizes import Sizes
 from heretic_ds.scoring.kl import Divergence
 from tests import families
 
@@ -167,13 +167,13 @@ def test_a_trial_edits_each_weight_once(monkeypatch):
 
 def test_batches_may_hold_rows_of_as_many_trials_as_a_pass(monkeypatch):
     """Whatever was asked for first: the original model's answers and distributions, before any trial."""
-    engine, trials, find = engine_for(families.build("llama"), batch_size=0), {}, Batches.find
+    engine, trials, find = engine_for(families.build("llama"), batch_size=0), {}, Sizes.find
 
-    def noted(batches, rows, phase, work, count=1, *more, **named):
+    def noted(sizes, rows, phase, work, count=1, *more, **named):
         trials[phase] = count
-        find(batches, rows, phase, work, count, *more, **named)
+        find(sizes, rows, phase, work, count, *more, **named)
 
-    monkeypatch.setattr(Batches, "find", noted)
+    monkeypatch.setattr(Sizes, "find", noted)
     engine.prepare(ablation_for(engine))
     engine.generate(prompts(), [None])
     Divergence().begin(engine, prompts())
