@@ -162,7 +162,7 @@ class FakeRun(SimpleNamespace):
             },
         )  # fmt: skip
         self.engine = SimpleNamespace(apply=self.applied.append, restore=lambda: self.applied.append(None))
-        self.job = SimpleNamespace(texts={"target.eval": ["How are you?"] * 10})
+        self.job = SimpleNamespace(texts={"target.eval": ["How are you?"] * 10}, packed=frozenset(), held_as="none")
 
     def timed(self, phase: str) -> Any:
         return Run.timed(self, phase)  # type: ignore[arg-type]
@@ -267,7 +267,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run_of(chosen: Settings, device: str = "cpu", ranks: int = 1) -> Run:
     """A run whose folder has a batch size for the model on one rank of the CPU."""
-    job = SimpleNamespace(settings=chosen, world=World(size=ranks), opened=SimpleNamespace(device=torch.device(device)))
+    opened = SimpleNamespace(device=torch.device(device))
+    job = SimpleNamespace(settings=chosen, world=World(size=ranks), opened=opened, held_as="none")
     run = Run(job, Console(quiet=True))  # type: ignore[arg-type]
     run.results = {"timings": {}, "world": {"capture": {}, "evaluate": {}}}
     run.measured = {"batch_sizes": {"replicated, 1 of 1 ranks, cpu": {"generate": 7}}}

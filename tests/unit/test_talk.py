@@ -23,7 +23,8 @@ class Started:
         self.uploaded: list[str] = []
         settings: Any = Settings()
         settings.run.dir, settings.model.path, settings.task.against = str(folder / "run"), "lab/tiny", None
-        job = SimpleNamespace(opened=SimpleNamespace(source=SimpleNamespace(folder=folder / "original")))
+        source = SimpleNamespace(folder=folder / "original")
+        job = SimpleNamespace(opened=SimpleNamespace(source=source), packed=frozenset())
         record = SimpleNamespace(index=7, edit=None)
         self.run: Any = SimpleNamespace(
             results={}, records=[record], settings=settings, job=job, scorer="judge", console=None, save=lambda: None
