@@ -6,8 +6,6 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from heretic_ds.checkpoint import bnb
 from heretic_ds.export.manifest import package_versions
 from heretic_ds.fingerprint import final_fingerprint
@@ -115,11 +113,6 @@ def parameters(settings: Settings) -> dict[str, str | int | float | bool]:
     for group in _TOLD:
         add(getattr(settings, group), group)
     return found
-
-
-def as_yaml(settings: Settings) -> str:
-    """All settings as the run folder keeps them, which ``report.html`` shows and trackers are sent: without secrets."""
-    return command_line.hide_secrets(OmegaConf.to_yaml(OmegaConf.structured(settings)))
 
 
 def request(settings: Settings, export_dir: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from uuid import uuid4
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from heretic_ds import progress
@@ -39,16 +40,16 @@ from heretic_ds.placements import (
     settled_alone,
 )
 from heretic_ds.planner import KeptBatches
+from heretic_ds.report.command_line import hide_secrets
 from heretic_ds.report.console import EarlierMessages
 from heretic_ds.report.stages import STAGES, took
 from heretic_ds.run_folder import FINGERPRINT_NAME, RESULTS_NAME, RunFolder, finished_results, read_measured
 from heretic_ds.search.objective import Objective
 from heretic_ds.search.trials import TrialRecord
 from heretic_ds.settings import Settings
-from heretic_ds.stages.facts import as_yaml, begun, held_in_words, in_lines, request
+from heretic_ds.stages.facts import begun, held_in_words, in_lines, request
 from heretic_ds.stages.placing import refuse_unverifiable_adapter, settle_placements, tell_of_nothing_to_share
 from heretic_ds.stages.start import show_start, start_facts
-from heretic_ds.verifying.room import may_be_taken_anew
 from heretic_ds.world import World
 
 if TYPE_CHECKING:
@@ -229,8 +230,7 @@ def already_finished(settings: Settings, world: World) -> dict[str, Any] | None:
 
 
 def _finished(settings: Settings) -> dict[str, Any] | None:
-    found = finished_results(run_dir(settings), fingerprint(settings), request(settings, export_dir(settings)))
-    return None if found is None or may_be_taken_anew(found.get("final")) else found
+    return finished_results(run_dir(settings), fingerprint(settings), request(settings, export_dir(settings)))
 
 
 def _holds_own_export(settings: Settings) -> bool:
@@ -309,7 +309,9 @@ def opened(settings: Settings, world: World, console: Console) -> Iterator[Run]:
 
 def _take_folder(run: Run, stack: ExitStack, earlier: Sequence[logging.LogRecord]) -> None:
     searches = run.settings.task.name in ("abliterate", "evaluate") or not (run.path / FINGERPRINT_NAME).exists()
-    config, known = as_yaml(run.settings) if searches else None, fingerprint(run.settings, **run.job.inputs())
+    # Shown in report.html, and sent to trackers.
+    config = hide_secrets(OmegaConf.to_yaml(OmegaConf.structured(run.settings))) if searches else None
+    known = fingerprint(run.settings, **run.job.inputs())
     run.folder = stack.enter_context(RunFolder.open(run.path, config, known))
     run.folder.attach_log(logging.getLogger("heretic_ds"), earlier=earlier)
     for line in in_lines(run.results):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from heretic_ds.stages.sharing import rescoring
-from heretic_ds.verifying import room
 from tests import families
 from tests.bnb import PACKED, needs_bnb, save_packed
 from tests.e2e.conftest import Heretic, Material, outcome_of, read_results
@@ -134,32 +133,13 @@ def test_writers_that_only_a_conversion_can_make_are_written_whole(material: Mat
 def test_final_scores_are_of_packed_models_where_others_do_not_fit(
     material: Material, heretic: Heretic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And are taken again by the same command once there is room, and not before."""
-    folder, model = Path("run/model"), material.model("llama", width=64)
-    final = ("verify.final=true", "verify.resamples=100", "verify.answer_tokens=8", "verify.kl_tokens=4")
-    packing = ("model.quantization=bnb_4bit", "search.trials=1", "run.dir=run")
-    words = material.words(model, "model.dtype=float32", *packing, *final)
-    with monkeypatch.context() as patch:
-        patch.setattr(room, "free_on_host", lambda: 0)
-        assert "there is no room for weights that are not packed" in ran(heretic, *words)
-        packed = read_results("run")
-        assert packed["final"]["quantization"] == "bnb_4bit" and packed["finished"]
-        assert "Both were read with weights in 4 bits by bitsandbytes." in (folder / "README.md").read_text()
-        weights = (folder / "model.safetensors").stat()
-        assert "is finished" in ran(heretic, *words)
-        Path("run/results.json").unlink()  # as where a run was ended behind that
-        patch.setattr(rescoring, "measure_original", None)  # nothing is measured again
-        ran(heretic, *words)
-        assert read_results("run")["final"] == packed["final"]
-    assert "is finished" not in ran(heretic, *words)
-    results = read_results("run")
-    assert results["final"]["quantization"] == "none" and results["finished"] and "lacked" not in results["final"]
-    assert json.loads((folder / "heretic_ds.json").read_text())["final"] == results["final"]
-    card = (folder / "README.md").read_text()
-    assert "Both were read with" not in card and "not packed" in card
-    assert (folder / "model.safetensors").stat() == weights
-    assert outcome_of(results["trials"]) == outcome_of(packed["trials"])
-    assert "is finished" in ran(heretic, *words)
+    monkeypatch.setattr(rescoring, "free_on_host", lambda: 0)
+    words = ("task=export", "model.dtype=float32", "scoring.markers=[e]", "model.quantization=bnb_4bit", *EDIT)
+    usual = ("run.dir=run", "export.dir=edited", "verify.final=true", "verify.resamples=100")
+    said = ran(heretic, *material.words(material.model("llama", width=64), *words, *usual))
+    assert "there is no room for weights that are not packed" in said
+    assert json.loads(Path("edited/heretic_ds.json").read_text())["final"]["quantization"] == "bnb_4bit"
+    assert "Both were read with weights in 4 bits by bitsandbytes." in Path("edited/README.md").read_text()
 
 
 def test_what_packs_nothing_of_a_model_is_said_to_nowhere(material: Material, heretic: Heretic) -> None:

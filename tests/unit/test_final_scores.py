@@ -26,11 +26,9 @@ from heretic_ds.report.final import final_table
 from heretic_ds.scoring.values import Values
 from heretic_ds.settings import HeldOutSource, PromptPair, PromptSettings, PromptSource, Settings
 from heretic_ds.stages.sharing import rescoring
-from heretic_ds.verifying import room
 from heretic_ds.verifying.final import _perplexity, final_results, side_by_side
 from heretic_ds.verifying.intervals import Bootstrap, Scored
 from heretic_ds.verifying.measures import Likelihoods, repetition
-from heretic_ds.verifying.room import Room
 from heretic_ds.world import World
 
 # Intervals --------------------------------------------------------------------------------------------------
@@ -206,7 +204,7 @@ def test_a_run_ends_well_where_such_answers_cannot_be_had_of_the_original(
         raise UserError(f"the {at_fault} is at fault")
 
     answers = SimpleNamespace(generation=SimpleNamespace(max_new_tokens=5))
-    job = SimpleNamespace(scorers=[], text_of=None, settings=answers, held_as="none")
+    job = SimpleNamespace(scorers=[], text_of=None, settings=answers)
     laid_out = nullcontext(SimpleNamespace(batch_sizes={}))
     monkeypatch.setattr(rescoring, "_asked", lambda run: {})
     monkeypatch.setattr(rescoring, "_with_longer_answers", lambda job: job)
@@ -228,21 +226,6 @@ def test_a_run_ends_well_where_such_answers_cannot_be_had_of_the_original(
     assert run.results["final"] is None
     said = "no final scores: the original is at fault; lower verify.answer_tokens, or set verify.final=false"
     assert said in caplog.text
-
-
-def test_scores_of_packed_weights_are_taken_anew_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "free_on_host", lambda: 100)
-    lacked = {"device": "cpu", "bytes": 101}
-    assert not room.may_be_taken_anew(None) and not room.may_be_taken_anew({"quantization": "none", "lacked": lacked})
-    assert not room.may_be_taken_anew({}) and not room.may_be_taken_anew({"quantization": "bnb_4bit", "lacked": lacked})
-    there: list[object] = [lacked | {"bytes": 100}, None, {}, "x", lacked | {"device": "x"}, lacked | {"bytes": "x"}]
-    for said in there:  # where files do not say it well, a run that begins will look itself
-        assert room.may_be_taken_anew({"quantization": "bnb_8bit", "lacked": said}), said
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 + device.index, 200))
-    for device, size, there_is in (("cuda:0", 101, False), ("cuda:1", 101, True), ("cuda:2", 999, True)):
-        assert Room(device, size).is_there() is there_is
 
 
 # Prompts that are held out ----------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint import bnb
 from heretic_ds.checkpoint.open import ModelChoice, open_model
@@ -23,6 +25,7 @@ from heretic_ds.export.target import MANIFEST_NAME, scratch_folder
 from heretic_ds.fingerprint import final_fingerprint
 from heretic_ds.foreign.reading import read_json
 from heretic_ds.job import Job
+from heretic_ds.memory import free_on_host
 from heretic_ds.placements import Evaluating, build_engine, placements_of
 from heretic_ds.prompts import KINDS, PARTS, TEST, ChatFormat, PromptSet, overlaps, room_for_answers
 from heretic_ds.report.final import final_table
@@ -39,18 +42,20 @@ from heretic_ds.verifying.final import (
     side_by_side,
 )
 from heretic_ds.verifying.intervals import Bootstrap
-from heretic_ds.verifying.room import LACKED, Room, taken_packed
 
 log = logging.getLogger(__name__)
+
+_ROOM = 1.5
+"""Memory that a model takes while it is scored, in multiples of its weights."""
 
 
 def final_scores(run: Run, *exported: Exported) -> None:
     """Score what was exported, and write it to the results, to its card and to its manifest; shown is the last of it.
 
     The run's own engine is closed for that: one model is in memory at a time, under the placement that evaluates. What
-    a manifest holds already, of an earlier run that was ended behind this, is taken from there, unless it is of packed
-    weights for want of memory that is there now. Where the original cannot be scored, for want of memory or of room for
-    such answers, there are none, which is said: the run has done its work.
+    a manifest holds already, of an earlier run that was ended behind this, is taken from there. Where the original
+    cannot be scored, for want of memory or of room for such answers, there are none, which is said: the run has done
+    its work.
     Raises UserError for an export that cannot be read again.
     """
     run.results["final"] = None
@@ -58,7 +63,7 @@ def final_scores(run: Run, *exported: Exported) -> None:
         return
     asked = _asked(run)
     with run.timed("final") as work:
-        left = [each for each in exported if not run.world.decide(partial(_is_settled, each, asked))]
+        left = [each for each in exported if run.world.decide(partial(_known, each, asked)) is None]
         left = [each for each in left if _seen_everywhere(run, each.folder)]
         if left:
             run.close()
@@ -73,12 +78,6 @@ def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None
     """Measure the original once, then each export; what is found goes into its card and manifest."""
     verify, world = run.settings.verify, run.world
     original_job = _unpacked_where_it_fits(_with_longer_answers(run.job))
-    held, lacked = original_job.held_as, {}
-    if held != bnb.NONE:  # as it was when there was no room before
-        exported = [each for each in exported if world.decide(partial(_known, each, asked)) is None]
-        lacked = {LACKED: Room.of(original_job).to_dict()}
-    if not exported:
-        return
     question = Question(
         original_job.scorers,
         original_job.text_of,
@@ -96,7 +95,8 @@ def _score(run: Run, exported: list[Exported], asked: Mapping[str, Any]) -> None
     for each in exported:
         edited = _measured(run, original_job, each, question, original, sizes)
         scores = side_by_side(original.scores, edited, bootstrap)
-        more = {"form": each.facts.form, "quantization": held, "asked": dict(asked), **lacked}
+        held = original_job.held_as
+        more = {"form": each.facts.form, "quantization": held, "asked": dict(asked)}
         final = final_results(scores, _parts(run.job), question, bootstrap, more)
         world.decide(partial(describe_anew, run, each, final))
 
@@ -161,17 +161,22 @@ def _with_longer_answers(job: Job) -> Job:
 def _unpacked_where_it_fits(job: Job) -> Job:
     """The same job on weights that are not packed in few bits, as exports are not, where each rank has room for them;
     else both models are scored as the search did. All ranks ask."""
+    quantization, opened, world = job.settings.model.quantization, job.opened, job.world
     if job.held_as == bnb.NONE:
         return job
-    if not all(job.world.gather(Room.of(job).is_there())):
+    numbers = sum(parameter.numel() for parameter in opened.skeleton().parameters())
+    needed, on_host = _ROOM * numbers * opened.dtypes[0].itemsize, opened.device.type == "cpu"
+    sharers = world.machine().most if on_host and world.size > 1 else 1
+    free = free_on_host() if on_host else torch.cuda.mem_get_info(opened.device)[0]
+    if not all(world.gather(needed * sharers <= free)):
         log.warning(
             "final scores are taken with %s, of both models, as in the search: there is no room for weights that are "
-            "not packed", bnb.in_words(job.held_as),
+            "not packed", bnb.in_words(quantization),
         )  # fmt: skip
         return job
     model = replace(job.settings.model, quantization=bnb.NONE)
-    opened = replace(job.opened, choice=replace(job.opened.choice, quantization=bnb.NONE))
-    return replace(job, settings=replace(job.settings, model=model), opened=opened)
+    choice = replace(opened.choice, quantization=bnb.NONE)
+    return replace(job, settings=replace(job.settings, model=model), opened=replace(opened, choice=choice))
 
 
 @contextmanager
@@ -226,12 +231,6 @@ def _known(exported: Exported, asked: Mapping[str, Any]) -> dict[str, Any] | Non
     file = exported.folder / MANIFEST_NAME
     final = read_json(file).get("final") if file.is_file() else None
     return final if isinstance(final, dict) and final.get("asked") == asked else None
-
-
-def _is_settled(exported: Exported, asked: Mapping[str, Any]) -> bool:
-    """Whether an export has such final scores, of weights as its own are: not packed."""
-    final = _known(exported, asked)
-    return final is not None and not taken_packed(final)
 
 
 def _seen_everywhere(run: Run, folder: Path) -> bool:
