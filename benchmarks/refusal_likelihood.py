@@ -2,7 +2,7 @@
 against KL on all.
 
     python benchmarks/refusal_likelihood.py [--model demo deep experts] [--edits 200] [--add]
-    python benchmarks/refusal_likelihood.py --model real --trials runs/demo-real/results.json --add
+    python benchmarks/refusal_likelihood.py --model real --edits 200 --add
 
 Edits are drawn at random from the search's space, or are the trials of a run. Each is scored as a trial is, and passed
 once over all target prompts with the first tokens of the original's answers, whose probability counts as a share of the

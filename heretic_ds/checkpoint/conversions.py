@@ -80,7 +80,8 @@ class Converted:
         converter = deepcopy(self.converter)
         for pattern, names in self.tensors.items():
             for name in names:
-                converter.add_tensor(self.first, name, pattern, partial(files.read, name))  # type: ignore[arg-type]
+                read = partial(files.read, name)  # its type says a tensor, it takes what makes one
+                converter.add_tensor(self.first, name, pattern, read)  # type: ignore[arg-type]
         made = converter.convert(self.first, model=self.model, config=self.model.config)[self.name]
         into.copy_(shard.take(made[0] if isinstance(made, list) else made))
 
@@ -135,6 +136,7 @@ def unused_tensors(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]
     further tokens, say."""
     conversions = getattr(model, "_weight_conversions", None)
     _, unused = _grouped(model, model.state_dict(), shapes)
+    # transformers notes this on models, which does not declare it: here and below.
     model._weight_conversions = conversions  # type: ignore[assignment]
     return unused
 

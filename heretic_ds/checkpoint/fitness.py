@@ -102,7 +102,7 @@ def forward_problem(model: PreTrainedModel) -> str | None:
             f"the model leaves no memory on {model.device} for a forward pass ({first_line(error)}); "
             "set model.device=cpu, or a smaller model.dtype."
         ) from error
-    except RuntimeError as error:  # NotImplementedError too, which is one
+    except RuntimeError as error:  # by kernels that a dtype lacks on this device: NotImplementedError is one, too
         return f"failed ({first_line(error)})"
     if logits.isnan().any() or (logits == math.inf).any() or not logits.isfinite().any():
         return "gave logits that are not finite"

@@ -331,7 +331,7 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    # Undoing the conversions of this loading would write tensors under the quantised names.
+    # Undoing the conversions of this loading would write tensors under the quantised names. Models do not declare them.
     model._weight_conversions = None  # type: ignore[assignment]
     _forget_packing(model.config)
 

@@ -31,7 +31,7 @@ def parameters_on_meta() -> Iterator[None]:
             param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
         original(self, name, param)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]  # for as long as the context lasts
     try:
         with _LargeOnMeta():
             yield
