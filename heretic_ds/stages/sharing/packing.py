@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def is_packed(run: Run) -> bool:
-    """Whether the run holds its weights in few bits."""
-    return run.settings.model.quantization != bnb.NONE
+    """Whether the run holds weights in few bits: any, for not every model has some that can be."""
+    return bool(run.job.packed)
 
 
 def how_edited(run: Run) -> str:
