@@ -191,13 +191,14 @@ def test_weight_view_edits_the_model_and_is_laid_out_output_first(family: str) -
 
 @pytest.mark.parametrize("family", EVERY)
 def test_norm_offsets_are_what_the_norms_compute(family: str) -> None:
-    """gain = offset + weight, measured: an RMS norm maps a vector of ones to its gain."""
+    """gain = offset + weight, measured: an RMS norm maps a vector of ones to its gain, and those of two multiply."""
     model, anatomy = _shared(family)
     for writer in anatomy.writers:
-        if writer.norm is not None and writer.inner_norm is None:
-            ones = torch.ones(1, anatomy.width)
-            with torch.no_grad():
-                measured = model.get_submodule(writer.norm)(ones)[0]
+        if writer.norm is not None:
+            measured = torch.ones(anatomy.width)
+            for path in filter(None, (writer.norm, writer.inner_norm)):
+                with torch.no_grad():
+                    measured = measured * model.get_submodule(path)(torch.ones(1, anatomy.width))[0]
             gain = writer.norm_gain(model)
             assert gain is not None and gain.dtype == torch.float32
             torch.testing.assert_close(gain, measured, rtol=1e-4, atol=1e-5)

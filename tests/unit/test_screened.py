@@ -203,6 +203,11 @@ def test_the_last_refusals_count_more_than_a_tiny_kl_beside_most_of_them() -> No
     assert pick([best, others, none_left, Candidate(0.2, 0.002)], 0.01) == 2
 
 
+def test_a_tiny_kl_counts_where_little_else_can_be_filled() -> None:
+    best = Candidate(0.0, 0.1, taken=True, share=0.0, scored_kl=0.1)
+    assert pick([best, Candidate(0.0, 0.09), Candidate(0.92, 1e-6)], 0.01) == 2
+
+
 def test_a_pass_takes_different_candidates() -> None:
     pool = [Candidate(0.0, 0.05), Candidate(0.01, 0.05), Candidate(0.6, 0.011)]
     first = pick(pool, 0.01)
