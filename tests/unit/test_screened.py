@@ -200,12 +200,28 @@ def test_the_last_refusals_count_more_than_a_tiny_kl_beside_most_of_them() -> No
     best = Candidate(0.05, 0.03, taken=True, share=0.05, scored_kl=0.03)
     others, none_left = Candidate(0.95, 1e-6), Candidate(0.0, 0.05)
     assert pick([best, others, none_left], 0.01) == 2
-    assert pick([best, others, none_left, Candidate(0.2, 0.002)], 0.01) == 2
+    assert pick([best, others, none_left, Candidate(0.25, 0.002)], 0.01) == 2
 
 
 def test_a_tiny_kl_counts_where_little_else_can_be_filled() -> None:
     best = Candidate(0.0, 0.1, taken=True, share=0.0, scored_kl=0.1)
     assert pick([best, Candidate(0.0, 0.09), Candidate(0.92, 1e-6)], 0.01) == 2
+
+
+def test_where_nothing_is_told_to_add_what_comes_nearest_is_picked() -> None:
+    """Both are dominated; hoping for fewer refusals than none would have the first one seem to fill an area."""
+    best = Candidate(0.0, 1e-4, taken=True, share=0.0, scored_kl=1e-4)
+    assert pick([best, Candidate(0.0, 0.5), Candidate(0.005, 1.02e-4)], 0.01) == 2
+    nothing_left = Candidate(0.0, 1e-6, taken=True, share=0.0, scored_kl=1e-6)
+    assert pick([nothing_left, Candidate(0.0, 0.5), Candidate(0.0, 1e-3)], 0.01) == 2
+
+
+def test_an_expectation_knows_how_far_off_it_may_be() -> None:
+    """Both are told 0.25 at a KL at which a trial has 0.2; but of trials that were like one of them some had less."""
+    sure = [Candidate(0.25, 0.5, taken=True, share=share, scored_kl=0.5) for share in (0.24, 0.25, 0.26)]
+    unsure = [Candidate(0.9, 0.5, taken=True, share=share, scored_kl=0.5) for share in (0.0, 0.1, 0.4)]
+    best = Candidate(0.2, 0.04, taken=True, share=0.2, scored_kl=0.04)
+    assert pick([*sure, *unsure, best, Candidate(0.25, 0.05), Candidate(0.9, 0.05)], 0.01) == 8
 
 
 def test_a_pass_takes_different_candidates() -> None:
