@@ -303,12 +303,12 @@ class Search:
         return cut if len(cut) < attributes["pass_size"] and is_one_pass and earlier_are_finished else []
 
     def _check_repeated(self, trial: FrozenTrial) -> None:
-        """Say so where another version of Optuna or numpy draws other numbers than the ones recorded."""
+        """Say so where another version of this project, Optuna or numpy asks for other edits than those recorded."""
         asked = self._mirror.get_trials(deepcopy=False)[trial.number].params
         if asked != trial.params:
             logger.warning(
                 "trial %d was asked for with other parameters than now: the study goes on, but will differ "
-                "from an uninterrupted one (was Optuna or numpy updated?)",
+                "from an uninterrupted one (was heretic-ds, Optuna or numpy updated?)",
                 trial.number,
             )
 

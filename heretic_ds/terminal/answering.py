@@ -25,15 +25,6 @@ class AnswerStreamer(TextStreamer):
         self.write(text)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens a model can attend to, as its configuration says; None where it says nothing."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(length := getattr(config, name, None), int):
-            return length
-    return None
-
-
 def stream_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from heretic_ds.errors import UserError
 from heretic_ds.foreign.reading import path_of
+from heretic_ds.prompts.batching import context_of
 from heretic_ds.prompts.chat import ChatFormat
-from heretic_ds.terminal.answering import context_length, stream_answer
+from heretic_ds.terminal.answering import stream_answer
 from heretic_ds.terminal.conversation import Conversation
 from heretic_ds.terminal.faces import Answering, Face
 from heretic_ds.terminal.text import Write, valid
@@ -87,7 +88,7 @@ class _Chat:
     ) -> None:
         self.model, self.face, self.name, self.edited = model, face, name, edited
         self.conversation = Conversation(chat_format)
-        self.max_new_tokens, self.length = max_new_tokens, context_length(model)
+        self.max_new_tokens, self.length = max_new_tokens, context_of(model.config)
         # At least a quarter of the context is left for the answer, however long answers may be.
         self.room = None if self.length is None else self.length - min(max_new_tokens, self.length // 4)
 

@@ -161,6 +161,17 @@ def parts(world: World, folder: str) -> dict[str, tuple[tuple[int, ...], int]]:
     return found
 
 
+def table_budget_and_own_bytes(world: World, folder: str) -> tuple[int, int, int]:
+    """What tables may take on this rank if that were all of its weights, the bytes of its parts, and of all weights."""
+    engine = engine_of(world, folder)
+    with mock.patch.multiple("heretic_ds.edits.tables", _LEAST_BYTES=0, _SHARE_OF_WEIGHTS=1.0):
+        budget = engine.traits.edits.budget(engine.model)
+    own = sum(part.nbytes for part in own_parts(engine).values())
+    whole = sum(parameter.nbytes for parameter in engine.model.parameters())
+    engine.close()
+    return budget, own, whole
+
+
 def refusal(world: World, folder: str, phase: str = "evaluate", **options: Any) -> str:
     """The message with which the placement refuses; "accepted" where it does not."""
     try:

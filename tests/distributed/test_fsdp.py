@@ -164,6 +164,12 @@ def test_tables_that_do_not_fit_on_one_rank_are_told_by_both(ranks, folder_of):
         torch.testing.assert_close(means, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_tables_may_take_a_share_of_a_ranks_own_weights(ranks, folder_of):
+    """Not of the whole model's, though its parameters count as whole."""
+    for budget, own, whole in ranks(2).run(work.table_budget_and_own_bytes, folder=str(folder_of("mixtral"))):
+        assert budget == pytest.approx(own, rel=0.02) and budget == whole // 2
+
+
 def test_passes_leave_no_notes(ranks, folder_of):
     assert ranks(2).run(work.noted_after_passes, folder=str(folder_of("llama"))) == [0, 0]
 

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import torch
 from heretic_ds.errors import UserError
 from heretic_ds.prompts import ChatFormat
 from heretic_ds.settings import PromptSettings
-from heretic_ds.terminal.answering import context_length, stream_answer
+from heretic_ds.terminal.answering import stream_answer
 from heretic_ds.terminal.chat import COMMANDS, Edited, as_command, chat
 from heretic_ds.terminal.conversation import Conversation
 from heretic_ds.terminal.faces import PlainFace
@@ -161,7 +160,6 @@ def test_ctrl_c_stops_the_answer_only(model, tokenizer, monkeypatch) -> None:
 
 
 def test_oldest_turns_are_forgotten_when_the_context_is_full(model, tokenizer) -> None:
-    assert context_length(model) == 256
     conversation = Conversation(chat_format(tokenizer))
     for number in range(4):
         conversation.add(f"{number}" * 40, "a" * 10)
@@ -183,14 +181,6 @@ def test_an_answer_never_outgrows_the_context(model, tokenizer) -> None:
     answer = text.split(f"<{'p' * 180}>")[1].split("\n")[0]
     assert 40 < len(answer) <= 256 - 184
     assert "[this message is 194 tokens long, but the model's context leaves room for 192" in text
-
-
-def test_context_length_of_a_silent_configuration() -> None:
-    config = SimpleNamespace(n_positions=77)
-    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    assert context_length(model) == 77
-    del config.n_positions
-    assert context_length(model) is None
 
 
 def test_piped_input_is_read_without_a_prompt() -> None:

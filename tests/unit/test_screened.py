@@ -12,6 +12,7 @@ import pytest
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
+from heretic_ds.search.screened import choice
 from heretic_ds.search.screened.area import front, gains, height
 from heretic_ds.search.screened.candidates import FIRST, Candidates, warm_starts
 from heretic_ds.search.screened.choice import Candidate, pick
@@ -208,12 +209,54 @@ def test_a_tiny_kl_counts_where_little_else_can_be_filled() -> None:
     assert pick([best, Candidate(0.0, 0.09), Candidate(0.92, 1e-6)], 0.01) == 2
 
 
-def test_where_nothing_is_told_to_add_what_comes_nearest_is_picked() -> None:
-    """Both are dominated; hoping for fewer refusals than none would have the first one seem to fill an area."""
+def test_no_share_below_none_is_hoped_for() -> None:
+    """Both are dominated: one by far, of which no number of refusals would make a better one."""
     best = Candidate(0.0, 1e-4, taken=True, share=0.0, scored_kl=1e-4)
     assert pick([best, Candidate(0.0, 0.5), Candidate(0.005, 1.02e-4)], 0.01) == 2
-    nothing_left = Candidate(0.0, 1e-6, taken=True, share=0.0, scored_kl=1e-6)
-    assert pick([nothing_left, Candidate(0.0, 0.5), Candidate(0.0, 1e-3)], 0.01) == 2
+
+
+def test_deviations_grow_until_something_can_be_improved() -> None:
+    """So many trials were as predicted that nothing is in doubt; then what comes nearest is picked."""
+    sure = [Candidate(0.0, 1e-4, taken=True, share=0.0, scored_kl=1e-4)] * 100
+    assert pick([*sure, Candidate(0.97, 1.3e-4), Candidate(0.0, 1.31e-4), Candidate(0.5, 2e-4)], 0.01) == 101
+    perfect = Candidate(0.0, 1e-6, taken=True, share=0.0, scored_kl=1e-6)  # nothing can be improved
+    assert pick([perfect, Candidate(0.0, 0.5), Candidate(0.0, 1e-3)], 0.01) in (1, 2)
+
+
+def test_the_kl_of_all_prompts_may_be_another_than_that_of_a_part() -> None:
+    """On all prompts it is three times that of a part for each trial, so the candidate is dominated."""
+    trials = [Candidate(0.5, kl, taken=True, share=0.5, scored_kl=3 * kl) for kl in (0.01, 0.02, 0.03)]
+    best = Candidate(0.1, 0.01, taken=True, share=0.1, scored_kl=0.03)
+    assert pick([best, *trials, Candidate(0.1, 0.02), Candidate(0.09, 0.03)], 0.01) == 5
+    assert pick([best, *trials, Candidate(0.1, 0.009), Candidate(0.09, 0.2)], 0.01) == 4
+
+
+@pytest.mark.parametrize(("scatter", "expected"), [(1.05, 5), (3.0, 4)])
+def test_a_kl_that_scatters_may_be_a_smaller_one(scatter: float, expected: int) -> None:
+    """One candidate is dominated by its KL alone, the other adds a little: it depends on how sure KLs are."""
+    trials = [Candidate(0.9, 0.5, taken=True, share=0.9, scored_kl=0.5 * by) for by in (1 / scatter, 1.0, scatter)]
+    best = Candidate(0.2, 0.04, taken=True, share=0.2, scored_kl=0.04)
+    assert pick([best, *trials, Candidate(0.2, 0.05), Candidate(0.98, 1e-6)], 0.01) == expected
+
+
+def test_a_trial_counts_as_what_it_was_scored() -> None:
+    """Not as what is predicted of it, which lies between its likelihood and its share."""
+    best = Candidate(0.5, 0.02, taken=True, share=0.0, scored_kl=0.01)
+    assert pick([best, Candidate(0.05, 0.03), Candidate(0.9, 0.005)], 0.01) == 2
+
+
+def test_nodes_lie_where_scores_can() -> None:
+    points_QN2 = choice._predicted([Candidate(0.99, 2e-6), Candidate(0.01, 0.9)]).at_nodes(100.0)
+    assert points_QN2[..., 0].min() == 0 and points_QN2[..., 0].max() == 1
+    assert points_QN2[..., 1].min() == pytest.approx(1e-6) and np.isfinite(points_QN2).all()
+
+
+def test_nodes_have_the_moments_of_two_normals() -> None:
+    places_Q2, weight_Q = choice._NODE_Q2, choice._WEIGHT_Q
+    assert weight_Q.sum() == pytest.approx(1)
+    for power, moments in ((1, (0, 0)), (2, (1, 1)), (4, (3, 3))):
+        assert weight_Q @ places_Q2**power == pytest.approx(moments, abs=1e-12)
+    assert weight_Q @ places_Q2.prod(axis=1) == pytest.approx(0, abs=1e-12)
 
 
 def test_an_expectation_knows_how_far_off_it_may_be() -> None:

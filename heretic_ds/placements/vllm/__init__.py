@@ -181,6 +181,7 @@ def _devices(replicas: Replicas, split: int) -> dict[str, str]:
 def _limits(job: Job, options: Vllm.Options) -> Limits:
     """How long and how many rows may be."""
     generation, config = job.settings.generation, job.opened.config
+    # vLLM holds to this number even where attention has no positions to run out of.
     context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max((len(row) for name in job.texts for row in job.prompts(name).rows), default=0)
     room = max(_LEAST_ROOM, _ROOM * (longest + generation.max_new_tokens))

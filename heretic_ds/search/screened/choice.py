@@ -1,17 +1,19 @@
-"""Which candidates could be on the front: what they would be scored, told from what they were screened by.
+"""Which candidates could be on the front: what they would be scored, predicted from what they were screened by.
 
 A candidate has a refusal likelihood s and a KL divergence k, both on a part of the prompts; a trial has in addition its
-share r of the original's refusals and its KL divergence, on all of them. The share is taken for s plus the mean
-residual r - s of the trials that are near in s; the KL for k times the trials' mean ratio; what is left of residuals
-and ratios says how far off both may be. Chosen is whoever can be expected to fill most of what the area that the trials
-dominate lacks, once with heights of KL (:mod:`heretic_ds.search.screened.area`) and once with KL as it is, which the
-last few refusals decide: the sum of both parts. N candidates, K trials among them.
+share r of the original's refusals and its KL divergence, on all of them. The share is predicted as s plus the mean
+residual r - s of the trials that are near in s; the KL as k times the trials' mean ratio. How widely residuals and
+ratios scatter says how far off both may be, independently of each other. Chosen is whoever has the largest expected
+improvement: of the area that the trials dominate, as a part of what it lacks, once with heights of KL
+(:mod:`heretic_ds.search.screened.area`) and once with KL as it is, which the last few refusals decide; the sum of both.
+Trials that are not scored yet count as what is predicted of them. N candidates, F of them free, K trials with scores,
+Q nodes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +25,12 @@ _WIDTH = 0.12
 _DOUBT = 0.5
 """Trials that a prediction is worth which knows of none: residuals and ratios are drawn towards none that much."""
 _SHARE_DEVIATION, _KL_DEVIATION = 0.015, 0.05
-"""How far a share and a logarithm of KL lie from what is told for them, as far as no trial says it."""
+"""Scatter of a share, and of a logarithm of KL, before any trial is known. Larger ones, as they are measured between
+likelihood and share, did no better: docs/performance.md."""
 _SUPPOSED = 2
 """Trials that those deviations are worth."""
-_WIDER = (1, 4, 16)
-"""Times the deviations that are tried until a candidate can be expected to add something."""
+_WIDER = [2.0**doublings for doublings in range(16)]
+"""Times the deviations: the first of them is taken with which any candidate is expected to improve something."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,18 @@ def pick(candidates: Sequence[Candidate], kl_target: float) -> int:
     free_N = np.array([not candidate.taken for candidate in candidates], dtype=bool)
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
-    told = _told(candidates)
-    known_N2 = np.stack([told.share_N, told.kl_N], axis=1)
+    predicted = _predicted(candidates)
+    known_N2 = np.stack([predicted.share_N, predicted.kl_N], axis=1)
     for at, candidate in enumerate(candidates):
         if candidate.share is not None and candidate.scored_kl is not None:
             known_N2[at] = candidate.share, candidate.scored_kl
     for wider in _WIDER:
-        expected_N = np.zeros(len(candidates))
-        for points_N2, weight in told.may_be(wider):
-            expected_N += weight * _filled(points_N2, known_N2[~free_N], kl_target)
-        if expected_N[free_N].max() > 0:
-            return int(np.where(free_N, expected_N, -1.0).argmax())
-    return int(np.where(free_N, told.kl_N, np.inf).argmin())
+        points_QF2 = predicted.at_nodes(wider)[:, free_N]
+        filled_QF = _filled(points_QF2.reshape(-1, 2), known_N2[~free_N], kl_target).reshape(len(_WEIGHT_Q), -1)
+        expected_F = _WEIGHT_Q @ filled_QF
+        if expected_F.max() > 0:
+            break
+    return int(np.flatnonzero(free_N)[expected_F.argmax()])
 
 
 def _filled(points_N2: np.ndarray, known_M2: np.ndarray, kl_target: float) -> np.ndarray:
@@ -77,9 +80,20 @@ def _filled(points_N2: np.ndarray, known_M2: np.ndarray, kl_target: float) -> np
     return filled_N
 
 
+def _nodes() -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of places, [Q, 2], and their weights: Gauss-Hermite quadrature of two independent standard normals."""
+    (first, first_weight), (second, second_weight) = (np.polynomial.hermite_e.hermegauss(count) for count in (5, 3))
+    pairs_Q2 = np.stack(np.meshgrid(first, second, indexing="ij"), axis=-1).reshape(-1, 2)
+    weight_Q = np.outer(first_weight, second_weight).reshape(-1)
+    return pairs_Q2, weight_Q / weight_Q.sum()
+
+
+_NODE_Q2, _WEIGHT_Q = _nodes()
+
+
 @dataclass(frozen=True)
-class _Told:
-    """What candidates would be scored, as far as that can be told."""
+class _Prediction:
+    """What candidates would be scored, and how far off that may be."""
 
     share_N: np.ndarray
     kl_N: np.ndarray
@@ -87,23 +101,16 @@ class _Told:
     kl_deviation: float
     """Of the logarithm."""
 
-    def may_be(self, wider: float) -> Iterator[tuple[np.ndarray, float]]:
-        """Points of (share, KL) at the nodes of Gauss-Hermite quadrature of both, each with its weight."""
-        for share_node, share_weight in zip(*_quadrature(5), strict=True):
-            for kl_node, kl_weight in zip(*_quadrature(3), strict=True):
-                share_N = (self.share_N + wider * share_node * self.share_deviation_N).clip(0, 1)
-                kl_N = self.kl_N * np.exp(wider * kl_node * self.kl_deviation)
-                yield np.stack([share_N, kl_N], axis=1), share_weight * kl_weight
+    def at_nodes(self, wider: float) -> np.ndarray:
+        """Points of (share, KL), [Q, N, 2], with deviations that are ``wider`` times what they are."""
+        share_QN = self.share_N + wider * _NODE_Q2[:, :1] * self.share_deviation_N
+        log_QN = np.log(self.kl_N) + wider * _NODE_Q2[:, 1:] * self.kl_deviation
+        kl_QN = np.exp(log_QN.clip(math.log(LEAST_KL), 1.0))  # e nats are as many as one: nothing counts there
+        return np.stack([share_QN.clip(0, 1), kl_QN], axis=-1)
 
 
-def _quadrature(nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places and weights whose weighted mean of a function is its expectation under a standard normal."""
-    places, weights = np.polynomial.hermite_e.hermegauss(nodes)
-    return places, weights / weights.sum()
-
-
-def _told(candidates: Sequence[Candidate]) -> _Told:
-    """Share of refusals and KL that each candidate would be scored; a trial without scores is not among the K."""
+def _predicted(candidates: Sequence[Candidate]) -> _Prediction:
+    """Share of refusals and KL that each candidate would be scored, with their deviations."""
     likelihood_N = np.array([candidate.likelihood for candidate in candidates])
     kl_N = np.array([candidate.kl for candidate in candidates]).clip(min=LEAST_KL)
     known = [at for at, candidate in enumerate(candidates) if candidate.share is not None]
@@ -111,15 +118,15 @@ def _told(candidates: Sequence[Candidate]) -> _Told:
         np.array([getattr(candidates[at], name) for at in known], dtype=float) for name in ("share", "scored_kl")
     )
     near_NK = np.exp(-((likelihood_N[:, None] - likelihood_N[known]) ** 2) / (2 * _WIDTH**2))
-    share_N = likelihood_N + near_NK @ (share_K - likelihood_N[known]) / (near_NK.sum(axis=1) + _DOUBT)
-    share_N = share_N.clip(0, 1)
-    off_N = near_NK @ (share_K - share_N[known]) ** 2
+    near_N = near_NK.sum(axis=1)
+    share_N = (likelihood_N + near_NK @ (share_K - likelihood_N[known]) / (near_N + _DOUBT)).clip(0, 1)
+    share_variance_N = near_NK @ (share_K - share_N[known]) ** 2 + _SUPPOSED * _SHARE_DEVIATION**2
     ratio_K = np.log(scored_K.clip(min=LEAST_KL) / kl_N[known])
     ratio = float(ratio_K.sum()) / (len(known) + _DOUBT)
-    ratio_off = float(((ratio_K - ratio) ** 2).sum())
-    return _Told(
+    kl_variance = float(((ratio_K - ratio) ** 2).sum()) + _SUPPOSED * _KL_DEVIATION**2
+    return _Prediction(
         share_N,
         kl_N * math.exp(ratio),
-        np.sqrt((off_N + _SUPPOSED * _SHARE_DEVIATION**2) / (near_NK.sum(axis=1) + _SUPPOSED)),
-        math.sqrt((ratio_off + _SUPPOSED * _KL_DEVIATION**2) / (len(known) + _SUPPOSED)),
+        np.sqrt(share_variance_N / (near_N + _SUPPOSED)),
+        math.sqrt(kl_variance / (len(known) + _SUPPOSED)),
     )
