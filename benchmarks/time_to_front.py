@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_front.py [--model demo deep experts] [--seeds 5] [--trials 40] [--strategies ...]
     python benchmarks/time_to_front.py --model real --seeds 2 --trials 24 --add
+    python benchmarks/time_to_front.py --model real --first-seed 2 --seeds 2 --trials 24 --result FILE  # two others
 
 Needs: for Heretic an environment of its own, which ``make bench-setup`` makes; for ``real`` the model that ``make
 demo-real`` fetches; ``deep`` and ``experts`` are trained once (``planted_models.py``). Leaves ``results/
@@ -106,7 +107,8 @@ def measured(model: str, options: argparse.Namespace) -> dict[str, Any]:
     words = [*words_of(model), *options.words]
     counts = {DIRECT: options.trials, SCREENED: options.screened_trials or options.trials}
     own = [name for name in options.strategies if name != HERETIC]
-    searches = [(s, seed, counts[s]) for seed in range(options.seeds) for s in own[:: -1 if seed % 2 else 1]]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    searches = [(s, seed, counts[s]) for seed in seeds for s in own[:: -1 if seed % 2 else 1]]
     found: dict[str, Any] = {strategy: [] for strategy in options.strategies}
     with tempfile.TemporaryDirectory() as folder:
         for told in ours(searches, words, Path(folder)) if own else []:
@@ -130,6 +132,7 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS[:3]))
     parser.add_argument("--strategies", nargs="+", default=[DIRECT, SCREENED])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0, help="begin with this one, to add seeds to a result")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--screened-trials", type=int, help="trials of screened searches; by default as many")
     parser.add_argument("--heretic-seeds", type=int, default=5)
