@@ -1,4 +1,4 @@
-"""Objectives for ``search_quality.py`` that take edits as a search draws them and cost microseconds.
+"""Objectives of searches that take edits as a search draws them and cost microseconds.
 
 ``analytic``: a model of 32 blocks and 100 prompts, another one for every seed. A behaviour lies over some blocks in the
 later half; what an edit removes of it is 1 - (1 - λa)² where it acts, a how well its direction fits; every prompt gives
@@ -72,11 +72,14 @@ class Analytic:
         self._kl = draw.uniform(0.3, 0.8)
         self.original_refusals = float((self._threshold_P > 0).sum())
 
-    def score(self, edit: Any) -> Any:
-        strength_2L = strengths(edit, self.layers)
-        index = edit.direction_index
+    def removed(self, edit: Any) -> float:
+        """What an edit removes of the behaviour, as a share."""
+        strength_2L, index = strengths(edit, self.layers), edit.direction_index
         fit = self._own_fit if index is None else np.exp(-(((index - self._best_index) / self._width) ** 2))
-        removed = (self._share_2[:, None] * self._behaviour_L * (1 - (1 - strength_2L * fit) ** 2)).sum()
+        return float((self._share_2[:, None] * self._behaviour_L * (1 - (1 - strength_2L * fit) ** 2)).sum())
+
+    def score(self, edit: Any) -> Any:
+        strength_2L, removed = strengths(edit, self.layers), self.removed(edit)
         harm = (self._harm_2L * strength_2L**2).sum()
         return _scores((self._threshold_P > removed).sum(), self._kl * harm * (1 + harm))
 

@@ -2,11 +2,12 @@
 
     python benchmarks/time_to_front.py [--model demo deep experts] [--seeds 5] [--trials 40] [--strategies ...]
     python benchmarks/time_to_front.py --model real --seeds 2 --trials 24 --add
-    python benchmarks/time_to_front.py --model real --first-seed 2 --seeds 2 --trials 24 --result FILE  # two others
+    python benchmarks/time_to_front.py --model real --first-seed 2 --seeds 4 --trials 24 --add
 
 Needs: for Heretic an environment of its own, which ``make bench-setup`` makes; for ``real`` the model that ``make
 demo-real`` fetches; ``deep`` and ``experts`` are trained once (``planted_models.py``). Leaves ``results/
-time_to_front.json`` and ``.png``, or ``--result``; ``--add`` keeps the other models that the file has.
+time_to_front.json`` and ``.png``, or ``--result``; ``--add`` keeps the other models that the file has, and with
+``--first-seed`` the earlier seeds of the same ones.
 
 Searches run one after the other, on one thread, seed by seed each strategy, so that what else the machine does falls on
 all alike; this project's in one process, which captures directions and measures the original once. The measure is the
@@ -116,7 +117,7 @@ def measured(model: str, options: argparse.Namespace) -> dict[str, Any]:
     if model == "demo" and HERETIC in options.strategies:
         from time_to_front_heretic import theirs
 
-        for seed in range(options.heretic_seeds):
+        for seed in range(options.first_seed, options.first_seed + options.heretic_seeds):
             with tempfile.TemporaryDirectory() as folder:
                 told = theirs(seed, options.trials, STARTUP, options.heretic_python, Path(folder))
             found[HERETIC].append(curve(told))
@@ -127,12 +128,29 @@ def measured(model: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"trials": options.trials, "words": options.words, "searches": found, "summary": summary(found)}
 
 
+def added(before: dict[str, Any] | None, found: dict[str, Any], first_seed: int) -> dict[str, Any]:
+    """Searches behind those of the seeds before them. Raises ValueError where these are not there, or not alike."""
+    if not first_seed:
+        return found
+    alike = before is not None and all(before[name] == found[name] for name in ("trials", "words"))
+    if (
+        before is None
+        or not alike
+        or any(len(before["searches"].get(name, ())) != first_seed for name in found["searches"])
+    ):
+        raise ValueError(f"there are no {first_seed} searches of the same trials and overrides to add to")
+    searches = {name: [*before["searches"][name], *curves] for name, curves in found["searches"].items()}
+    return {**found, "searches": searches, "summary": summary(searches)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS[:3]))
     parser.add_argument("--strategies", nargs="+", default=[DIRECT, SCREENED])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0, help="begin with this one, to add seeds to a result")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="begin with this one; with --add to the seeds before it"
+    )
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--screened-trials", type=int, help="trials of screened searches; by default as many")
     parser.add_argument("--heretic-seeds", type=int, default=5)
@@ -144,7 +162,8 @@ def main() -> int:
     before = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     models = {**before}
     for model in options.model:
-        models[model] = {**measured(model, options), "load": [round(each, 1) for each in os.getloadavg()]}
+        found = added(before.get(model), measured(model, options), options.first_seed)
+        models[model] = {**found, "load": [round(each, 1) for each in os.getloadavg()]}
         report = {
             "what": "area of refusals and KL that scored trials dominate, against seconds",
             "reference": [1.0, 1.0],

@@ -219,8 +219,8 @@ def test_deviations_grow_until_something_can_be_improved() -> None:
     """So many trials were as predicted that nothing is in doubt; then what comes nearest is picked."""
     sure = [Candidate(0.0, 1e-4, taken=True, share=0.0, scored_kl=1e-4)] * 100
     assert pick([*sure, Candidate(0.97, 1.3e-4), Candidate(0.0, 1.31e-4), Candidate(0.5, 2e-4)], 0.01) == 101
-    perfect = Candidate(0.0, 1e-6, taken=True, share=0.0, scored_kl=1e-6)  # nothing can be improved
-    assert pick([perfect, Candidate(0.0, 0.5), Candidate(0.0, 1e-3)], 0.01) in (1, 2)
+    perfect = Candidate(0.0, 1e-6, taken=True, share=0.0, scored_kl=1e-6)
+    assert pick([perfect, Candidate(0.0, 0.5), Candidate(0.0, 1e-3)], 0.01) == 1, "the first, for nothing is better"
 
 
 def test_the_kl_of_all_prompts_may_be_another_than_that_of_a_part() -> None:
@@ -249,6 +249,19 @@ def test_nodes_lie_where_scores_can() -> None:
     points_QN2 = choice._predicted([Candidate(0.99, 2e-6), Candidate(0.01, 0.9)]).at_nodes(100.0)
     assert points_QN2[..., 0].min() == 0 and points_QN2[..., 0].max() == 1
     assert points_QN2[..., 1].min() == pytest.approx(1e-6) and np.isfinite(points_QN2).all()
+
+
+def test_points_at_nodes_scatter_as_predicted() -> None:
+    """Share and logarithm of KL each by its own deviation, independently of each other."""
+    trials = [Candidate(0.5, 0.1, taken=True, share=share, scored_kl=0.1 * by) for share, by in ((0.4, 2), (0.6, 0.5))]
+    predicted = choice._predicted([*trials, Candidate(0.5, 0.1)])
+    at_Q2 = predicted.at_nodes(1.0)[:, 2]
+    off_Q2 = np.stack([at_Q2[:, 0] - predicted.share_N[2], np.log(at_Q2[:, 1] / predicted.kl_N[2])], axis=1)
+    expected = np.diag([predicted.share_deviation_N[2] ** 2, predicted.kl_deviation**2])
+    np.testing.assert_allclose(off_Q2.T @ (choice._WEIGHT_Q[:, None] * off_Q2), expected, atol=1e-12)
+    # Two trials, and two of the first deviations: sqrt((2 * 0.1² + 2 * 0.015²) / 4), and the same of ln 2 and 0.05.
+    assert predicted.share_deviation_N[2] == pytest.approx(0.0715, abs=1e-4)
+    assert predicted.kl_deviation == pytest.approx(0.4914, abs=1e-4)
 
 
 def test_nodes_have_the_moments_of_two_normals() -> None:

@@ -6,8 +6,9 @@ residual r - s of the trials that are near in s; the KL as k times the trials' m
 ratios scatter says how far off both may be, independently of each other. Chosen is whoever has the largest expected
 improvement: of the area that the trials dominate, as a part of what it lacks, once with heights of KL
 (:mod:`heretic_ds.search.screened.area`) and once with KL as it is, which the last few refusals decide; the sum of both.
-Trials that are not scored yet count as what is predicted of them. N candidates, F of them free, K trials with scores,
-Q nodes.
+Trials that are not scored yet, or failed, count as what is predicted of them.
+
+N candidates, F of them free, K trials with scores, Q nodes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ _WIDTH = 0.12
 _DOUBT = 0.5
 """Trials that a prediction is worth which knows of none: residuals and ratios are drawn towards none that much."""
 _SHARE_DEVIATION, _KL_DEVIATION = 0.015, 0.05
-"""Scatter of a share, and of a logarithm of KL, before any trial is known. Larger ones, as they are measured between
-likelihood and share, did no better: docs/performance.md."""
+"""Scatter of a share, and of a logarithm of KL, before any trial is known. Twice as much did no better on analytic
+problems: docs/performance.md."""
 _SUPPOSED = 2
 """Trials that those deviations are worth."""
 _WIDER = [2.0**doublings for doublings in range(16)]
-"""Times the deviations: the first of them is taken with which any candidate is expected to improve something."""
+"""Times the deviations: the first of them is taken with which any candidate is expected to improve something, else the
+last."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Candidate:
 
 
 def pick(candidates: Sequence[Candidate], kl_target: float) -> int:
-    """Place of the candidate that should be scored next. Raises ValueError where all are taken."""
+    """Place of the candidate that should be scored next, the first where none could improve anything. Raises ValueError
+    where all are taken."""
     free_N = np.array([not candidate.taken for candidate in candidates], dtype=bool)
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
@@ -110,7 +113,8 @@ class _Prediction:
 
 
 def _predicted(candidates: Sequence[Candidate]) -> _Prediction:
-    """Share of refusals and KL that each candidate would be scored, with their deviations."""
+    """Share of refusals and KL that each candidate would be scored, with their deviations: the scatter of
+    trials around predictions that know of these trials themselves."""
     likelihood_N = np.array([candidate.likelihood for candidate in candidates])
     kl_N = np.array([candidate.kl for candidate in candidates]).clip(min=LEAST_KL)
     known = [at for at, candidate in enumerate(candidates) if candidate.share is not None]
