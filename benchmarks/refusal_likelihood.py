@@ -8,7 +8,8 @@ Edits are drawn at random from the search's space, or are the trials of a run. E
 once over all target prompts with the first tokens of the original's answers, whose probability counts as a share of the
 original's own. Leaves ``results/refusal_likelihood.json``: for some numbers of prompts and of tokens the rank
 correlation (Spearman) with the count, its mean distance from the share that refuses, and for KL the rank correlation
-and the spread of its logarithm's error. Takes a second an edit on the planted models, half a minute on the real one.
+and the spread of its logarithm's error; of each edit the refusals and KL, and the likelihood and KL that it would be
+screened by. Takes a second an edit on the planted models, half a minute on the real one.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
 
 def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray, kls_EB: np.ndarray) -> dict[str, Any]:
     """What the record comes to."""
-    from heretic_ds.search.screened.screening import spread
+    from heretic_ds.search.screened import screening
+    from heretic_ds.search.screened.screening import part, spread
 
     prompts, baseline = logp_EPK.shape[1], kls_EB.shape[1]
     share_E, kl_E = counts_E / prompts, kls_EB.mean(axis=1)
@@ -119,7 +121,13 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
         divergences.append(
             {"prompts": some, "rank_correlation": correlation(part_E, kl_E), "spread_of_log": round(error, 3)}
         )
-    kept = [[int(count), float(f"{kl:.3g}")] for count, kl in zip(counts_E, kl_E, strict=True)]
+    gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), part(prompts, 8, *screening.TARGET))]
+    likelihood_E = np.exp(gap_EPK[..., : screening.TOKENS].sum(axis=2).clip(max=0)).mean(axis=1)
+    part_E = kls_EB[:, spread(range(baseline), part(baseline, 5, *screening.BASELINE))].mean(axis=1)
+    kept = [
+        [int(count), *(float(f"{value:.3g}") for value in values)]
+        for count, *values in zip(counts_E, kl_E, likelihood_E, part_E, strict=True)
+    ]
     return {
         "edits": len(counts_E),
         "prompts": [prompts, baseline],

@@ -1,20 +1,22 @@
-"""How soon a screened search has what a direct one ends with, on analytic problems, by how it picks what is scored.
+"""How soon a screened search has what a direct one ends with, on problems that cost nothing, by how it is set.
 
-    python benchmarks/screened_choice.py [--seeds 60] [--trials 24] [--candidate 0.08] [--result FILE]
+    python benchmarks/screened_choice.py [--problem analytic] [--seeds 60] [--trials 24] [--result FILE]
+    python benchmarks/screened_choice.py --problem real --seeds 24
 
 Needs: the package alone. Takes some minutes on two cores. Leaves ``benchmarks/results/screened_choice.json``, or
-``--result``.
+``--result``, which keeps the other problem.
 
-The project's own searches run on :class:`Screenable` problems, whose scores cost nothing: a trial counts as one unit of
-time, a candidate as ``--candidate`` of one. Measured is the time until the screened search's trials dominate the area
-that the direct search's have at its end, as a share of the direct search's time (a search that never gets there counts
-as 1.5), and by how much the areas differ when the direct search ends. Rows are variants of the choice, one change each;
-*true scores* knows what every candidate would be scored, so that it shows what the best of predictions would win.
+The project's own searches run on the problems of ``screened_objectives.py``: a trial counts as one unit of time, a
+candidate as ``--candidate`` of one. Measured is the time until the screened search's trials dominate the area that the
+direct search's have at its end, as a share of the direct search's time (a search that never gets there counts as 1.5),
+and by how much the areas differ when the direct search ends. Rows are variants of the search, one change each, but for
+the last; *true scores* knows what every candidate would be scored: what the best of predictions would win.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import multiprocessing
@@ -28,7 +30,7 @@ from unittest import mock
 
 import numpy as np
 from figures import keep
-from search_objectives import Analytic, strengths
+from screened_objectives import PROBLEMS
 from time_to_front import MEASURES, quality
 
 RESULT = Path(__file__).resolve().parent / "results" / "screened_choice.json"
@@ -44,41 +46,12 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "a narrower neighbourhood": {"choice._WIDTH": 0.08},
     "24 candidates at first": {"candidates.FIRST": 24},
     "32 candidates at first": {"candidates.FIRST": 32},
+    "decades below the target count in full": {"area._BELOW": 1.0},
+    "these, and 32 candidates at first": {"area._BELOW": 1.0, "candidates.FIRST": 32},
 }
 """What is put in place of what in ``heretic_ds.search.screened``: a value, or a function of the one that is there."""
 
 Point = tuple[float, float]
-
-
-class Screenable(Analytic):
-    """An analytic problem of 80 prompts whose edits have a refusal likelihood too.
-
-    KL divergences are those of good edits of SmolLM2-135M-Instruct, hundredths of a nat, smaller than its parent's. The
-    likelihood is that of an eighth of the prompts, drawn at random: a soft step at each one's threshold, shifted a
-    little, on a floor, as that model has it where hardly anything is declined; the KL of a part of the prompts lies up
-    to 12 % from that of all.
-    """
-
-    prompts = 80
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        draw = np.random.default_rng([seed, 11])
-        self._kl = draw.uniform(0.04, 0.12)
-        self._softness = draw.uniform(0.02, 0.05)
-        self._shift_P = draw.normal(0, 0.04, self.prompts)
-        self._floor = draw.uniform(0, 0.15)
-        self._part = draw.permutation(self.prompts)[: self.prompts // 8]
-
-    def screen(self, edit: Any) -> Any:
-        """What a candidate is compared by, as :class:`heretic_ds.search.trials.TrialScores`."""
-        from heretic_ds.search.trials import TrialScores
-
-        removed, strength = self.removed(edit), strengths(edit, self.layers).sum()
-        threshold = (self._threshold_P + self._shift_P)[self._part]
-        kept = 1 / (1 + np.exp((removed - threshold) / self._softness))
-        likelihood = self._floor + (1 - self._floor) * float(kept.mean())
-        return TrialScores(likelihood, self.score(edit).kl * math.exp(0.12 * math.sin(50 * removed + 7 * strength)))
 
 
 def _settings(strategy: str, seed: int, trials: int) -> Any:
@@ -87,11 +60,11 @@ def _settings(strategy: str, seed: int, trials: int) -> Any:
     return SearchSettings(strategy=strategy, seed=seed, trials=trials, startup_trials=STARTUP)
 
 
-def direct(seed: int, trials: int) -> list[Point]:
+def direct(name: str, seed: int, trials: int) -> list[Point]:
     """Scores of a direct search's trials."""
     from heretic_ds.search.study import Search
 
-    problem = Screenable(seed)
+    problem = PROBLEMS[name](seed)
     with tempfile.TemporaryDirectory() as folder:
         settings = _settings("direct", seed, trials)
         search = Search(Path(folder) / "study.journal", problem.layers, settings, problem.original_refusals, 1)
@@ -101,13 +74,13 @@ def direct(seed: int, trials: int) -> list[Point]:
         return [(record.refusals / problem.original_refusals, record.kl) for record in search.records]
 
 
-def screened(seed: int, trials: int, cost: float, variant: str) -> tuple[list[float], list[Point]]:
+def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tuple[list[float], list[Point]]:
     """When each trial of a screened search ended, and its scores."""
-    from heretic_ds.search.screened import candidates, choice
+    from heretic_ds.search.screened import area, candidates, choice
     from heretic_ds.search.study import Search
 
-    problem, truth = Screenable(seed), {}
-    modules = {"choice": choice, "candidates": candidates}
+    problem, truth = PROBLEMS[name](seed), {}
+    modules = {"area": area, "choice": choice, "candidates": candidates}
 
     def known(pool: Sequence[Any]) -> Any:
         share_N, kl_N = np.array([truth[each.likelihood, each.kl] for each in pool]).T
@@ -115,9 +88,9 @@ def screened(seed: int, trials: int, cost: float, variant: str) -> tuple[list[fl
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         for place, value in VARIANTS[variant].items():
-            module, name = place.split(".")
-            new = value(getattr(modules[module], name)) if callable(value) else value
-            patches.enter_context(mock.patch.object(modules[module], name, new))
+            module, constant = place.split(".")
+            new = value(getattr(modules[module], constant)) if callable(value) else value
+            patches.enter_context(mock.patch.object(modules[module], constant, new))
         if variant == TRUE:
             patches.enter_context(mock.patch.object(choice, "_predicted", known))
         settings, about = _settings("screened", seed, trials), (problem.layers, problem.original_refusals)
@@ -141,12 +114,12 @@ def screened(seed: int, trials: int, cost: float, variant: str) -> tuple[list[fl
     return ended, points
 
 
-def compare(seed: int, trials: int, cost: float) -> dict[str, dict[str, tuple[float, float]]]:
+def compare(name: str, seed: int, trials: int, cost: float) -> dict[str, dict[str, tuple[float, float]]]:
     """By variant and measure the share of the direct search's time, and the areas' difference at its end."""
     logging.getLogger("heretic_ds").setLevel(logging.ERROR)
-    beside, found = direct(seed, trials), {}
+    beside, found = direct(name, seed, trials), {}
     for variant in VARIANTS:
-        ended, points = screened(seed, trials, cost, variant)
+        ended, points = screened(name, seed, trials, cost, variant)
         found[variant] = {}
         for measure in MEASURES:
             goal = quality(beside, measure)
@@ -157,7 +130,7 @@ def compare(seed: int, trials: int, cost: float) -> dict[str, dict[str, tuple[fl
     return found
 
 
-def _job(job: tuple[int, int, float]) -> dict[str, dict[str, tuple[float, float]]]:
+def _job(job: tuple[str, int, int, float]) -> dict[str, dict[str, tuple[float, float]]]:
     return compare(*job)
 
 
@@ -194,27 +167,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--problem", choices=PROBLEMS, default="analytic")
     parser.add_argument("--seeds", type=int, default=60)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--candidate", type=float, default=0.08, help="what a candidate costs, in trials")
     parser.add_argument("--result", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
-    jobs = [(seed, options.trials, options.candidate) for seed in range(options.seeds)]
+    jobs = [(options.problem, seed, options.trials, options.candidate) for seed in range(options.seeds)]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         rows = rows_of(pool.map(_job, jobs, chunksize=1))
+    before = json.loads(options.result.read_text())["problems"] if options.result.exists() else {}
+    settings = {"seeds": options.seeds, "trials": options.trials, "a_candidate_in_trials": options.candidate}
     keep(
         options.result,
         {
-            "what": "share of a direct search's time after which a screened one dominates as much, analytic problems",
-            "seeds": options.seeds,
-            "trials": options.trials,
-            "a_candidate_in_trials": options.candidate,
+            "what": "share of a direct search's time after which a screened one dominates as much",
             "never_counts_as": NEVER,
             "variants": {
                 name: {place: "a thousandth" if callable(value) else value for place, value in changes.items()}
                 for name, changes in VARIANTS.items()
             },
-            "rows": rows,
+            "problems": {**before, options.problem: {**settings, "rows": rows}},
         },
     )
     print(table(rows))

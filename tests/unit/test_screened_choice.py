@@ -14,13 +14,14 @@ def picking() -> ModuleType:
     return benchmark("screened_choice")
 
 
-def test_every_variant_searches(picking: ModuleType) -> None:
-    found = picking.compare(0, trials=2, cost=0.01)
+@pytest.mark.parametrize("problem", ["analytic", "real"])
+def test_every_variant_searches(picking: ModuleType, problem: str) -> None:
+    found = picking.compare(problem, 0, trials=2, cost=0.01)
     assert found.keys() == picking.VARIANTS.keys()
     for measures in found.values():
         for share, _ in measures.values():
             assert share >= 1.16 / 2 - 1e-9  # the first of two trials ends after 16 candidates, or more
-    assert picking.screened(0, 1, 0.01, "24 candidates at first")[0] == pytest.approx([1.24])
+    assert picking.screened(problem, 0, 1, 0.01, "24 candidates at first")[0] == pytest.approx([1.24])
 
 
 def test_rows_count_who_was_faster(picking: ModuleType) -> None:
