@@ -31,6 +31,7 @@ from unittest import mock
 import numpy as np
 from figures import keep
 from screened_objectives import PROBLEMS
+from search_objectives import searched
 from time_to_front import MEASURES, quality
 
 RESULT = Path(__file__).resolve().parent / "results" / "screened_choice.json"
@@ -57,21 +58,7 @@ Point = tuple[float, float]
 def _settings(strategy: str, seed: int, trials: int) -> Any:
     from heretic_ds.settings import SearchSettings
 
-    return SearchSettings(strategy=strategy, seed=seed, trials=trials, startup_trials=STARTUP)
-
-
-def direct(name: str, seed: int, trials: int) -> list[Point]:
-    """Scores of a direct search's trials."""
-    from heretic_ds.search.study import Search
-
-    problem = PROBLEMS[name](seed)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = _settings("direct", seed, trials)
-        search = Search(Path(folder) / "study.journal", problem.layers, settings, problem.original_refusals, 1)
-        while asks := search.ask():
-            for ask in asks:
-                search.tell(ask, problem.score(ask.edit), 1.0)
-        return [(record.refusals / problem.original_refusals, record.kl) for record in search.records]
+    return SearchSettings(strategy=strategy, seed=seed, trials=trials, startup_trials=STARTUP, trials_per_pass="1")
 
 
 def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tuple[list[float], list[Point]]:
@@ -117,7 +104,7 @@ def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tu
 def compare(name: str, seed: int, trials: int, cost: float) -> dict[str, dict[str, tuple[float, float]]]:
     """By variant and measure the share of the direct search's time, and the areas' difference at its end."""
     logging.getLogger("heretic_ds").setLevel(logging.ERROR)
-    beside, found = direct(name, seed, trials), {}
+    beside, found = searched(PROBLEMS[name](seed), _settings("direct", seed, trials)), {}
     for variant in VARIANTS:
         ended, points = screened(name, seed, trials, cost, variant)
         found[variant] = {}

@@ -159,6 +159,18 @@ def problem(name: str, seed: int) -> Problem:
     return _recorded() if name == "recorded" else Analytic(seed)
 
 
+def searched(problem: Problem, settings: Any) -> list[tuple[float, float]]:
+    """Share of refusals and KL of each trial of a search that scores all it asks for."""
+    from heretic_ds.search.study import Search
+
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search(Path(folder) / "study.journal", problem.layers, settings, problem.original_refusals)
+        while asks := search.ask():
+            for ask in asks:
+                search.tell(ask, problem.score(ask.edit), 0.0)
+        return [(r.refusals / problem.original_refusals, r.kl) for r in search.records if r.complete]
+
+
 def random_edits(layers: int, count: int) -> list[Any]:
     """Edits drawn from the search's space, as its first trials are."""
     from heretic_ds.search.space import edit_of, search_space

@@ -24,14 +24,13 @@ import math
 import multiprocessing
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from figures import keep
-from search_objectives import PROBLEMS, TABLE, problem, record
+from search_objectives import PROBLEMS, TABLE, problem, record, searched
 
 RESULT = Path(__file__).resolve().parent / "results" / "search_quality.json"
 TRIALS, STARTUP_TRIALS, CHECKPOINTS = 80, 10, (40, 80)
@@ -67,20 +66,13 @@ def quality(points: Sequence[Point], kl_target: float, measure: str) -> float:
 
 def study(name: str, seed: int, together: int, sampler_seed: int) -> dict[str, dict[str, float]]:
     """Quality of the front after each number of trials, from one study."""
-    from heretic_ds.search.study import Search
     from heretic_ds.settings import SearchSettings
 
     logging.getLogger("heretic_ds").setLevel(logging.ERROR)
-    objective = problem(name, seed)
     settings = SearchSettings(
         trials=TRIALS, startup_trials=STARTUP_TRIALS, seed=sampler_seed, trials_per_pass=str(together)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        search = Search(Path(folder) / "study.journal", objective.layers, settings, objective.original_refusals)
-        while asks := search.ask():
-            for ask in asks:
-                search.tell(ask, objective.score(ask.edit), 0.0)
-        points = [(r.refusals / objective.original_refusals, r.kl) for r in search.records if r.complete]
+    points = searched(problem(name, seed), settings)
     return {
         measure: {str(count): quality(points[:count], settings.kl_target, measure) for count in CHECKPOINTS}
         for measure in MEASURES

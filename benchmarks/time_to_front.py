@@ -128,19 +128,24 @@ def measured(model: str, options: argparse.Namespace) -> dict[str, Any]:
     return {"trials": options.trials, "words": options.words, "searches": found, "summary": summary(found)}
 
 
-def added(before: dict[str, Any] | None, found: dict[str, Any], first_seed: int) -> dict[str, Any]:
-    """Searches behind those of the seeds before them. Raises ValueError where these are not there, or not alike."""
-    if not first_seed:
-        return found
-    alike = before is not None and all(before[name] == found[name] for name in ("trials", "words"))
-    if (
-        before is None
-        or not alike
-        or any(len(before["searches"].get(name, ())) != first_seed for name in found["searches"])
-    ):
-        raise ValueError(f"there are no {first_seed} searches of the same trials and overrides to add to")
-    searches = {name: [*before["searches"][name], *curves] for name, curves in found["searches"].items()}
-    return {**found, "searches": searches, "summary": summary(searches)}
+def earlier(models: dict[str, Any], model: str, options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Searches with the seeds before the first one. Raises ValueError where these are not there, or unlike."""
+    if not (options.add and options.first_seed):
+        return {}
+    before = models.get(model, {"searches": {}})
+    searches = {name: before["searches"].get(name, []) for name in options.strategies}
+    alike = all(before.get(name) == getattr(options, name) for name in ("trials", "words"))
+    if not alike or any(len(curves) != options.first_seed for curves in searches.values()):
+        raise ValueError(
+            f"{model}: there are no {options.first_seed} searches of the same trials and overrides to add to"
+        )
+    return searches
+
+
+def added(searches: dict[str, list[Any]], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, behind earlier searches."""
+    together = {name: [*searches.get(name, []), *curves] for name, curves in found["searches"].items()}
+    return {**found, "searches": together, "summary": summary(together)}
 
 
 def main() -> int:
@@ -161,8 +166,9 @@ def main() -> int:
     options = parser.parse_args()
     before = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     models = {**before}
+    searches = {model: earlier(before, model, options) for model in options.model}  # refused before hours of work
     for model in options.model:
-        found = added(before.get(model), measured(model, options), options.first_seed)
+        found = added(searches[model], measured(model, options))
         models[model] = {**found, "load": [round(each, 1) for each in os.getloadavg()]}
         report = {
             "what": "area of refusals and KL that scored trials dominate, against seconds",
