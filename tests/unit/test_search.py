@@ -289,6 +289,19 @@ def test_nothing_to_search_for_without_refusals(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cut_pass_that_would_now_be_asked_for_otherwise_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an update of what proposes them; another seed stands in for that."""
+    path = tmp_path / "study.journal"
+    first = open_search(path, trials=8, per_pass=4, seed=0)
+    first.tell(first.ask()[0], TrialScores(refusals=3, kl=0.1), 0.0)
+    assert open_search(path, trials=8, per_pass=4, seed=0).ask() and not caplog.messages
+    open_search(path, trials=8, per_pass=4, seed=1)
+    told = [message for message in caplog.messages if message.startswith("trial 0 was asked for with other parameters")]
+    assert len(told) == 1 and "was heretic-ds, Optuna or numpy updated?" in told[0]
+
+
 def test_trials_left_running_are_evaluated_again(tmp_path: Path) -> None:
     """Another Optuna program was killed at work: its half sampled trials keep what they have."""
     path = tmp_path / "study.journal"
