@@ -24,7 +24,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-real demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against vllm-env test test-thorough lint format docs docs-site wheel clean
+.PHONY: help venv demo demo-real demo-distributed plan run run-distributed sweep gpu-check gpu-bench bench-setup bench-against vllm-env test test-thorough test-cuda lint format docs docs-site wheel clean
 
 help: ## List the targets
 	@echo "make TARGET [PYTHON=$(notdir $(PYTHON))] [VENV=$(VENV)] [TORCH=$(TORCH)] [RANKS=$(RANKS)] [ARGS=...]"
@@ -106,6 +106,9 @@ test: lint ## Lint, types and tests; ARGS goes to pytest
 
 test-thorough: $(READY) ## The tests that make test leaves out, whose subject faster ones cover nearly as well
 	$(PYTEST) -m thorough $(ARGS)
+
+test-cuda: $(READY) ## On a GPU: the tests that need one; make test runs on the CPU there too
+	HERETIC_DS_TEST_CUDA=1 $(PYTEST) -k TestOnCuda tests/unit $(ARGS)
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

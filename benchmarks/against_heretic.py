@@ -5,7 +5,7 @@ cores, most of them for the largest model. Leaves ``benchmarks/results/against_h
 ``--result``; models go to a temporary folder.
 
     python benchmarks/against_heretic.py [--shape demo 30m 135m] [--threads N] [--result FILE]
-    python benchmarks/against_heretic.py --shape 8b [--folder FOLDER]       # on a CUDA device with 80 GB or more
+    python benchmarks/against_heretic.py --shape 8b|1b [--folder FOLDER]    # on a CUDA device; 8b: 80 GB or more
 
 Each tool runs in a process of its own and computes only while it is asked. A turn is: Heretic scores an edit, this
 project scores it generating as many tokens, this project scores it stopping answers that are decided. Both load the
@@ -191,7 +191,8 @@ def obstacle(shapes: Sequence[str], heretic_python: Path) -> str | None:
         import torch
 
         if not torch.cuda.is_available():
-            return "--shape 8b needs a CUDA device, and this machine has none that PyTorch can use"
+            named = " ".join(shape for shape in shapes if CASES[shape].device == "cuda")
+            return f"--shape {named} needs a CUDA device, and this machine has none that PyTorch can use"
     if not heretic_python.exists():
         return f"{heretic_python} does not exist; `make bench-setup` makes Heretic's environment"
     return None

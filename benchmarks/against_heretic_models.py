@@ -64,6 +64,12 @@ CASES = {
          "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False},
         dtype="bfloat16", device="cuda", new_tokens=100, train=400, evaluated=100, batch_size=128,
     ),
+    "1b": Case(
+        "1b",
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "vocab_size": 128256},
+        dtype="bfloat16", device="cuda", new_tokens=100, train=100, evaluated=100, batch_size=128,
+    ),
     "tiny": Case(
         "tiny",
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ PLACEMENTS = ("replicated", "tensor_parallel", "kernel_inject")
 DTYPES = ("float32", "bfloat16", "float16")
 BATCHES = (1, 8, 32, 128)
 PROMPTS, PROMPT_WORDS, NEW_TOKENS = 128, 64, 64
+MOST_SECONDS = 1200
+"""What a measurement may take before it is given up."""
 DEVICE_BUDGET = 0.4
 """Device memory that the capture with offload may use, as a part of the weights' own size."""
 WORDS = 500
@@ -75,6 +78,15 @@ def stages(kinds: list[str]) -> list[Stage]:
         "zero3": [Stage("zero3", "zero3", "bfloat16")],
     }
     return [stage for kind in of_kind if kind in kinds for stage in of_kind[kind]]
+
+
+def rounds(all_stages: list[Stage], at_once: int) -> list[list[Stage]]:
+    """Measurements that run side by side: parity that has its reference already; whatever is timed runs alone."""
+    alone = [stage for stage in all_stages if stage.kind != "parity"]
+    parities = [stage for stage in all_stages if stage.kind == "parity"]
+    later = parities[1:]
+    beside = [later[at : at + at_once] for at in range(0, len(later), at_once)]
+    return [*([parity] for parity in parities[:1]), *beside, *([stage] for stage in alone)]
 
 
 def make_model(folder: Path, shape: str, device: str) -> None:
@@ -159,9 +171,8 @@ def parity(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     if placement == "replicated" and dtype == "float32":
         torch.save({"sample": forced.sample(engine.model), "means": means_LD, "kl": kl}, file)
     expected = torch.load(file, weights_only=False)
-    adapter = engine._injected.adapter if placement == "kernel_inject" else None
     means_error = (means_LD - expected["means"]).norm(dim=-1) / expected["means"].norm(dim=-1)
-    error = forced.error_of(engine.model, adapter, expected["sample"])
+    error = forced.error_of(engine.model, engine.traits.decoding, expected["sample"])
     return {
         "right": restored and error <= forced.tolerance(engine.dtype),
         "logits_error_of_spread": error,
@@ -233,14 +244,20 @@ def _memory(torch: Any) -> dict[str, Any]:
 
 
 def run_apart(stage: Stage, folder: Path, script: str = __file__) -> dict[str, Any]:
-    """The numbers of one measurement of a script, or ``{"error": ...}`` with the last line that its process left."""
+    """The numbers of one measurement of a script, or ``{"error": ...}`` with the last line that its process left; the
+    folder keeps all lines."""
     command = [sys.executable, script, "--folder", str(folder), "--stage", stage.kind, stage.placement, stage.dtype]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {MOST_SECONDS} s"}
     taken = {"seconds_in_all": round(time.perf_counter() - started, 1)}
     for line in reversed(done.stdout.splitlines()):
         if done.returncode == 0 and line.startswith("{"):
             return json.loads(line) | taken
+    if folder.is_dir():
+        (folder / f"{stage.name}.log").write_text(done.stderr)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return {"error": lines[-1] if lines else f"exit status {done.returncode}"} | taken
 
@@ -263,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--folder", type=Path, default=Path("runs") / "gpu_check")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--at-once", type=int, default=1, help="parity measurements side by side; speed is taken alone")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--stage", nargs=3, metavar=("KIND", "PLACEMENT", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -276,15 +294,17 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu-check needs a CUDA device, and this machine has none that PyTorch can use", file=sys.stderr)
         return 2
     folder = model_in(options.folder, options.shape)
-    failed = []
-    for stage in stages(options.only):
-        if stage.kind == "speed" and any(name.split()[1] == stage.placement for name in failed):
-            continue  # the speed of what is wrong is no figure
-        found = run_apart(stage, folder)
-        print(f"{stage.name}: {json.dumps(found)}", flush=True)
-        write(options.result, options.shape, {stage.name: found})
-        if not found.get("right", "error" not in found):
-            failed.append(stage.name)
+    failed: list[str] = []
+    for together in rounds(stages(options.only), options.at_once):
+        # The speed of what is wrong is no figure.
+        due = [s for s in together if s.kind != "speed" or s.placement not in {name.split()[1] for name in failed}]
+        with ThreadPoolExecutor(options.at_once) as pool:
+            measured = list(pool.map(lambda stage: run_apart(stage, folder), due))
+        for stage, found in zip(due, measured, strict=True):
+            print(f"{stage.name}: {json.dumps(found)}", flush=True)
+            write(options.result, options.shape, {stage.name: found})
+            if not found.get("right", "error" not in found):
+                failed.append(stage.name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

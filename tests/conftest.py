@@ -41,6 +41,9 @@ os.environ.update(
 for _variable in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
+if not os.environ.get("HERETIC_DS_TEST_CUDA"):  # as `make test-cuda` sets it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests expect is what CPUs compute
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what tests start has to heed Ctrl-C
 

@@ -3,14 +3,16 @@
 It follows ``pt_binding.cpp``, ``inference_context.h`` and the kernels they start function by function, with what makes
 them hard to live with: one flat workspace at whose offsets everything is laid out, for as many rows and tokens as it
 was allocated for; activations that reach into keys and values where they are too many; a residual that is updated in
-place; masks that are read as raw memory; tokens counted by the kernels alone. Only reads and writes beyond the end of
-the workspace, which the kernels carry out, are errors here, and the workspace starts out as NaN.
+place, and behind its end too; masks that are read as raw memory; tokens counted by the kernels alone. Only reads and
+writes beyond the end of the workspace or of a stream's memory, which the kernels carry out, are errors here, and the
+workspace starts out as NaN.
 
 Shapes: B rows, S positions of the pass, T positions so far, D width, H heads, K head size, G heads of keys and values.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -127,12 +129,24 @@ class InferenceOp:
         epsilon: float, scale: Tensor, scale_out: Tensor, int8: bool, activation: int, transposed: bool,
     ) -> list[Tensor]:  # fmt: skip
         size = x.numel()
-        residual.add_(x)
+        self._add_rows(residual, x)
         norm = self._put(2 * size, _rms_norm(residual, gamma, epsilon))
         inner = self._put(3 * size, norm @ weight)
         up, gate = inner.chunk(2, dim=-1)
         up.copy_(up * {_GATED_GELU: F.gelu, _GATED_SILU: F.silu}[activation](gate))
         return [self._put(size, up @ weight_out), residual]
+
+    def _add_rows(self, residual: Tensor, x: Tensor) -> None:
+        """As ``rms_norm.cu`` adds: up to 128 wide in blocks of several rows, those of the last that are none too."""
+        width = x.shape[-1]
+        rows, group = x.numel() // width, 1 << (math.ceil(width * x.element_size() / 16) - 1).bit_length()
+        block = min(rows, 256 // group) if width <= 128 else 1
+        added = math.ceil(rows / block) * block * width
+        if residual.storage_offset() + added > residual.untyped_storage().nbytes() // residual.element_size():
+            raise IndexError(f"{added} numbers added to a stream of {rows * width} reach beyond its memory")
+        behind = residual.as_strided((added,), (1,), residual.storage_offset())
+        residual.add_(x)
+        behind[rows * width :] += 1.0
 
     def op_fused_gemm_gelu(
         self, dtype: torch.dtype, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, weight_out: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,16 @@ def test_parity_of_everything_comes_before_any_speed_and_the_reference_first(gpu
     assert {stage.placement for stage in stages if stage.kind == "speed"} == set(gpu_check.PLACEMENTS)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_only_parity_that_has_its_reference_runs_side_by_side(gpu_check: ModuleType, at_once: int) -> None:
+    stages = gpu_check.stages(["parity", "speed", "zero3"])
+    rounds = gpu_check.rounds(stages, at_once)
+    assert [stage for together in rounds for stage in together] == stages and rounds[0] == stages[:1]
+    assert {len(together) for together in rounds if together[0].kind != "parity"} == {1}
+    assert [len(together) for together in rounds if together[0].kind == "parity"][1] == at_once
+    assert gpu_check.rounds(gpu_check.stages(["zero3"]), at_once) == [gpu_check.stages(["zero3"])]
+
+
 def test_numbers_of_a_tiny_model(gpu_check: ModuleType, tmp_path: Path) -> None:
     gpu_check.make_model(tmp_path, "tiny", "cpu")
     exact = gpu_check.parity(tmp_path, "replicated", "float32")
@@ -47,7 +58,7 @@ def test_what_was_found_is_kept_beside_what_is_found_later(gpu_check: ModuleType
     gpu_check.write(file, "tiny", {"speed replicated bfloat16": {"tokens_per_second": 2.0}})
     kept = json.loads(file.read_text())
     assert list(kept["measurements"]) == ["parity replicated float32", "speed replicated bfloat16"]
-    assert kept["versions"]["torch"] == torch.__version__ and kept["machine"]["cores"] and kept["shape"] == "tiny"
+    assert kept["versions"]["torch"] == version("torch") and kept["machine"]["cores"] and kept["shape"] == "tiny"
     gpu_check.write(file, "1b", {"parity replicated float32": {"right": True}})
     assert list(json.loads(file.read_text())["measurements"]) == ["parity replicated float32"]
 

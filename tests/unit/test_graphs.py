@@ -263,10 +263,10 @@ def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
 
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="needs a CUDA device; on a machine with one: python -m pytest tests/unit/test_graphs.py",
+    reason="needs a CUDA device; on a machine with one: make test-cuda",
 )
 class TestOnCuda:
-    """The real graphs: `python -m pytest tests/unit/test_graphs.py` on a machine with a GPU."""
+    """The real graphs: `make test-cuda` on a machine with a GPU."""
 
     @torch.inference_mode()
     def test_a_captured_function_is_done_again_on_the_same_memory(self):

@@ -18,7 +18,7 @@ from heretic_ds.errors import UserError
 from heretic_ds.job import Job
 from heretic_ds.placements import build_engine
 from heretic_ds.placements.deepspeed import Originals
-from heretic_ds.placements.kernel_inject import KernelInject, inject_checked, parity, traits_of
+from heretic_ds.placements.kernel_inject import KernelInject, adapter, inject_checked, parity, traits_of
 from heretic_ds.placements.kernel_inject.adapter import ResidualSum
 from heretic_ds.placements.kernel_inject.families import FAMILIES, find_family
 from heretic_ds.placements.kernel_inject.inject import Injected, inject
@@ -121,7 +121,7 @@ def test_logits_of_prompts_and_of_every_decoded_token_equal_the_models(family: s
     model = build(family)
     expected = parity.sample(model)
     twin, injected = injected_copy(model)
-    assert parity.error_of(twin, injected.adapter, expected) < 1e-5
+    assert parity.error_of(twin, injected.adapter.expecting, expected) < 1e-5
     assert {type(block.injected).__module__.split(".")[0] for block in injected.adapter._blocks} == {"deepspeed"}
 
 
@@ -189,12 +189,12 @@ def test_a_wide_mlp_gets_more_tokens_than_it_asks_for(op: InferenceOp, monkeypat
     model = build("qwen2", intermediate_size=10 * 64)
     expected = parity.sample(model)
     twin, injected = injected_copy(model)
-    assert parity.error_of(twin, injected.adapter, expected) < 1e-5
+    assert parity.error_of(twin, injected.adapter.expecting, expected) < 1e-5
     assert op.allocations[-1] == (4, 21)  # 9 tokens of 3 + 2 * 10 widths each, where 10 have room for each token
     injected.close()
     monkeypatch.setattr(Shape, "tokens_for", lambda self, prompt, new: prompt + new)
     twin, injected = injected_copy(model)
-    assert parity.error_of(twin, injected.adapter, expected) > 0.05
+    assert parity.error_of(twin, injected.adapter.expecting, expected) > 0.05
 
 
 def test_without_room_for_a_workspace_batches_are_halved(op: InferenceOp) -> None:
@@ -205,7 +205,7 @@ def test_without_room_for_a_workspace_batches_are_halved(op: InferenceOp) -> Non
     assert injected.batch_sizes["generate"] == 2
 
 
-def test_each_repair_is_needed(op: InferenceOp) -> None:
+def test_each_repair_is_needed(op: InferenceOp, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one of them the check at the start refuses the model, or the kernels are given what they cannot read."""
     model = build("llama")
     expected = parity.sample(model)
@@ -222,14 +222,27 @@ def test_each_repair_is_needed(op: InferenceOp) -> None:
 
     twin, injected = injected_copy(model)
     injected.adapter._reorder = lambda number_B: None
-    assert parity.error_of(twin, injected.adapter, expected) > 0.05
+    assert parity.error_of(twin, injected.adapter.expecting, expected) > 0.05
     injected.close()
 
     twin, injected = injected_copy(model)
     workspace = injected.adapter._workspace
     workspace.make_room = lambda *needs: workspace.rows == 0 and Workspace.make_room(workspace, *needs)
     with pytest.raises(IndexError):
-        parity.error_of(twin, injected.adapter, expected)
+        parity.error_of(twin, injected.adapter.expecting, expected)
+    injected.close()
+
+    twin, injected = injected_copy(model)
+    monkeypatch.setattr(adapter, "_OVERRUN_BYTES", 0)
+    with pytest.raises(IndexError, match="added to a stream of 2304 reach beyond its memory"):
+        parity.error_of(twin, injected.adapter.expecting, expected)
+
+
+def test_passes_whose_attention_scores_cannot_be_counted_are_halved() -> None:
+    workspace = Workspace(Shape(4096, 32, 32, 28672, 2, None), torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError, match="160 rows of 700"):
+        workspace.make_room(160, 700, 10)
+    assert workspace.rows == 0
 
 
 def test_the_check_refuses_what_the_float32_kernel_makes_of_pairs(op: InferenceOp) -> None:
@@ -290,7 +303,9 @@ REFUSED = {
     "biases": ("llama", {"attention_bias": True}, "attention_bias is True"),
     "head size": ("mistral", {"head_dim": 24}, "do not make up its width"),
     "small heads": ("llama", {"num_attention_heads": 8}, "do not rotate 8 numbers of a head of 8"),
-    "odd heads": ("llama", {"hidden_size": 192, "num_attention_heads": 8}, "do not rotate 24 numbers of a head of 24"),
+    "odd heads": ("llama", {"hidden_size": 384, "num_attention_heads": 16}, "do not rotate 24 numbers of a head of 24"),
+    "no norm of so many threads": ("llama", {"hidden_size": 128}, "do not norm rows of 128 in float32"),
+    "norms of half a warp": ("llama", {"hidden_size": 256, "num_attention_heads": 8}, "do not norm rows of 256"),
     "exact gelu": ("gpt_neox", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     "serial": ("gpt_neox", {"use_parallel_residual": False}, "use_parallel_residual is False"),
     "norm behind": ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False"),
@@ -379,4 +394,32 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
     expected = parity.sample(model)
     twin, unlimited = injected_copy(model)
     monkeypatch.setattr("heretic_ds.placements.kernel_inject.workspace.refuse_long", lambda tokens, limit: None)
-    assert parity.error_of(twin, unlimited.adapter, expected) > 1e-3  # 9 + 5 tokens, as many as the window has
+    assert (
+        parity.error_of(twin, unlimited.adapter.expecting, expected) > 1e-3
+    )  # 9 + 5 tokens, as many as the window has
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; on a machine with one: make test-cuda")
+class TestOnCuda:
+    """The kernels themselves: `make test-cuda` on a machine with a GPU."""
+
+    @pytest.mark.parametrize("family", CONFIGS)
+    def test_engines_agree_and_nothing_else_is_written(self, family: str) -> None:
+        load_kernels()
+        dtype = torch.float32 if torch.float32 in FAMILIES[family].dtypes else torch.bfloat16
+        plain, injected = engines(build(family).to(dtype).cuda())
+        before = {name: tensor.clone() for name, tensor in injected.model.state_dict().items()}
+        expected_LD, found_LD = plain.capture(prompts()), injected.capture(prompts())
+        assert ((found_LD - expected_LD).norm(dim=-1) / expected_LD.norm(dim=-1)).max() < parity.tolerance(dtype)
+        prepare(plain), prepare(injected)
+        for engine in (plain, injected):
+            engine.original = Divergence().begin(engine, prompts())
+        for edit in (EDIT, None, EDIT):
+            expected, found = (engine.original.of([edit])[0] for engine in (plain, injected))
+            assert found == pytest.approx(expected, rel=0.1, abs=1e-5 if dtype == torch.float32 else 1e-3)
+            for rows in (1, 3, 5):  # of 11 and less tokens: as many rows of the kernels as are no multiple of 16
+                assert len(injected.generate(prompts()[:rows], [edit])[0]) == rows
+        injected.restore()
+        after = injected.model.state_dict()
+        assert [name for name, tensor in before.items() if not torch.equal(tensor, after[name])] == []
+        injected.close()

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from heretic_ds.placements.kernel_inject.workspace import Workspace
 
+_OVERRUN_BYTES = 4096
+"""Memory behind a stream that the kernel of RMS norms may read and write: up to 256 threads with 16 bytes each. Where
+rows are narrow a block of threads takes several, and those of the last block that are none are added up too."""
 _MASKED = -10000.0
 """What the kernels add to the score of a position that is not to be seen."""
 
@@ -138,8 +141,11 @@ class InjectedBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """The stream after this block [B, S, D]."""
-        # A copy, since the kernels write into what they are given, and others may hold it; they read raw memory.
-        hidden_BSD = hidden_states.clone(memory_format=torch.contiguous_format)
+        # A copy, since the kernels write into what they are given, and others may hold it; and behind it.
+        size = hidden_states.numel()
+        memory = hidden_states.new_empty(size + _OVERRUN_BYTES // hidden_states.element_size())
+        hidden_BSD = memory[:size].view(hidden_states.shape)
+        hidden_BSD.copy_(hidden_states)
         output_BSD = self.injected(hidden_BSD, attention_mask=self._adapter.mask_BT, use_cache=False)[0]
         return (output_BSD, None) if self._returns_pair else output_BSD
 

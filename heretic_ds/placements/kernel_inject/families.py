@@ -6,6 +6,7 @@ kernels do not stop but compute something else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,8 @@ _WARP, _LEAST_THREADS = 32, 4
 """Threads that may share one head where its two halves are rotated against each other."""
 _BLOCK = 1024
 """Most threads of a CUDA block."""
+_NARROW, _NORMED_AT_ONCE = 128, 16
+"""Widest row of which a block of threads norms several, and how many numbers a thread takes at once of wider ones."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,19 @@ def _shape_problems(family: Family, config: PreTrainedConfig, dtype: torch.dtype
         yield f"its head size {head} and inner width {inner_width(config)} have to be multiples of {vector}"
     if dtype.itemsize == 2 and width // vector > _BLOCK:
         yield f"its width {width} exceeds {vector * _BLOCK}"
+    if not _norms_fit(width, vector):
+        yield f"the kernels do not norm rows of {width} in {str(dtype).removeprefix('torch.')}"
     if family.rotation is not None:
         yield from _rotation_problems(family.rotation, config, head, dtype)
+
+
+def _norms_fit(width: int, vector: int) -> bool:
+    """Whether norms are computed: up to 128 wide by groups of 1 to 16 threads, for which alone there are kernels; wider
+    ones by whole warps, since sums are made over all threads of one."""
+    narrow = width <= _NARROW
+    each = vector if narrow else _NORMED_AT_ONCE
+    threads = 1 << (math.ceil(width / each) - 1).bit_length()
+    return threads <= _WARP // 2 if narrow else threads >= _WARP
 
 
 def _rotation_problems(rotation: str, config: PreTrainedConfig, head: int, dtype: torch.dtype) -> Iterator[str]:

@@ -5,10 +5,12 @@ Shapes: B rows, S positions, N steps, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +59,11 @@ def sample(model: PreTrainedModel) -> Sample:
 
 
 @torch.inference_mode()
-def error_of(model: PreTrainedModel, adapter: Adapter | None, expected: Sample) -> float:
-    """How far the logits of ``model`` are from the sample's for the same tokens, as a part of the logits' spread."""
+def error_of(model: PreTrainedModel, decoding: Callable[[int], AbstractContextManager[Any]], expected: Sample) -> float:
+    """How far the logits of ``model`` are from the sample's for the same tokens, as a part of the logits' spread;
+    ``decoding`` is what a runner decodes in (:class:`heretic_ds.runner.traits.Traits`)."""
     worst = 0.0
-    with adapter.expecting(_STEPS) if adapter is not None else contextlib.nullcontext():
+    with decoding(_STEPS):
         for lengths, logits, tokens in zip(_LENGTHS, expected.logits, expected.answers, strict=True):
             found, _ = _run(model, lengths, tokens)
             error = distance(found, logits)
@@ -70,7 +73,7 @@ def error_of(model: PreTrainedModel, adapter: Adapter | None, expected: Sample) 
 
 def check(model: PreTrainedModel, adapter: Adapter, expected: Sample) -> None:
     """Raise UserError where the injected model's logits are not those of the model before."""
-    error = error_of(model, adapter, expected)
+    error = error_of(model, adapter.expecting, expected)
     if error > tolerance(model.dtype):
         raise UserError(
             f"evaluate=kernel_inject gives other logits than the model itself (off by {error:.2g} of their spread); "

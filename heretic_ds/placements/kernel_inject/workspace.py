@@ -20,6 +20,8 @@ _ACTIVATIONS = 10
 """Activations [rows, tokens, width] that the workspace has room for before keys and values begin."""
 _BESIDE_INNER = 3
 """Of them, those that an MLP holds beside its inner activations."""
+_MOST_SCORES = 2**31
+"""Attention scores of one pass that the kernels count in 32 bits."""
 _SPARE_BYTES = 600 << 20
 """Device memory that DeepSpeed wants left free beside the workspace, and some more."""
 
@@ -76,6 +78,8 @@ class Workspace:
         the kernels do not compute, torch.OutOfMemoryError where the device has no room.
         """
         refuse_long(prompt + new, self.shape.limit)
+        if rows * self.shape.heads * prompt * prompt >= _MOST_SCORES:
+            raise torch.OutOfMemoryError(f"the kernels cannot count the attention scores of {rows} rows of {prompt}")
         tokens = self.shape.tokens_for(prompt, new)
         if rows <= self.rows and tokens <= self.tokens:
             return False
