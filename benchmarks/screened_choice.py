@@ -38,6 +38,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "screened_choice.json"
 STARTUP = 12
 NEVER = 1.5
 TRUE = "true scores"
+BEFORE = "as before: a quarter, 16 at first, no edit like another"
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
     TRUE: {},
@@ -45,10 +46,12 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "twice the first deviations": {"choice._SHARE_DEVIATION": 0.03, "choice._KL_DEVIATION": 0.1},
     "corrections believed sooner": {"choice._DOUBT": 0.1},
     "a narrower neighbourhood": {"choice._WIDTH": 0.08},
-    "24 candidates at first": {"candidates.FIRST": 24},
+    "no edit is like another": {"choice._ALIKE": 1e-6},
+    "16 candidates at first": {"candidates.FIRST": 16},
     "32 candidates at first": {"candidates.FIRST": 32},
+    "decades below the target count a quarter": {"area._BELOW": 0.25},
     "decades below the target count in full": {"area._BELOW": 1.0},
-    "these, and 32 candidates at first": {"area._BELOW": 1.0, "candidates.FIRST": 32},
+    BEFORE: {"choice._ALIKE": 1e-6, "candidates.FIRST": 16, "area._BELOW": 0.25},
 }
 """What is put in place of what in ``heretic_ds.search.screened``: a value, or a function of the one that is there."""
 
@@ -69,9 +72,9 @@ def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tu
     problem, truth = PROBLEMS[name](seed), {}
     modules = {"area": area, "choice": choice, "candidates": candidates}
 
-    def known(pool: Sequence[Any]) -> Any:
+    def known(pool: Sequence[Any], *_: Any) -> Any:
         share_N, kl_N = np.array([truth[each.likelihood, each.kl] for each in pool]).T
-        return choice._Prediction(share_N, kl_N.clip(min=choice.LEAST_KL), np.zeros(len(pool)), 0.0)
+        return choice._Prediction(share_N, kl_N.clip(min=choice.LEAST_KL), *np.zeros((2, len(pool))))
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         for place, value in VARIANTS[variant].items():

@@ -182,7 +182,7 @@ def test_gains_are_areas() -> None:
 
 def test_a_small_kl_is_worth_less_below_the_target() -> None:
     found = height(np.array([1e-9, 0.001, 0.01, 0.1, 1.0]), 0.01)
-    assert found == pytest.approx([-1.0, -0.25, 0.0, 1.0, 2.0])
+    assert found == pytest.approx([-2.0, -0.5, 0.0, 1.0, 2.0])
 
 
 def test_what_is_picked() -> None:
@@ -245,6 +245,28 @@ def test_a_trial_counts_as_what_it_was_scored() -> None:
     assert pick([best, Candidate(0.05, 0.03), Candidate(0.9, 0.005)], 0.01) == 2
 
 
+def test_what_one_edit_is_off_by_is_expected_of_edits_like_it() -> None:
+    """Two candidates that are told alike: one is like a trial that was scored otherwise, the other like none."""
+    trial, alike, unlike = np.zeros(3), np.array([0.1, 0.0, 0.0]), np.array([9.0, 0.0, 0.0])
+    told = Candidate(0.2, 0.05)
+    for share, scored_kl in ((0.5, 0.05), (0.2, 0.2)):
+        pool = [Candidate(0.2, 0.05, taken=True, share=share, scored_kl=scored_kl), told, told]
+        assert pick(pool, 0.01, np.stack([trial, alike, unlike])) == 2
+    pool = [Candidate(0.2, 0.05, taken=True, share=0.5, scored_kl=0.2), told, told]
+    of_features = choice._predicted(pool, np.stack([trial, alike, unlike]))
+    without = choice._predicted(pool)
+    # A share of 0.3 more: 1 / 1.5 of it is what all near in likelihood are off by, the rest of it as far as is alike.
+    like = math.exp(-(0.1**2) / (2 * 0.5**2)) / 1.1
+    assert without.share_N == pytest.approx([0.4] * 3)
+    assert of_features.share_N == pytest.approx([0.4 + 0.1 / 1.1, 0.4 + 0.1 * like, 0.4])
+    assert np.log(of_features.kl_N / without.kl_N) == pytest.approx(math.log(4) / 3 * np.array([1 / 1.1, like, 0]))
+    for name in ("share_deviation_N", "kl_deviation_N"):
+        less = getattr(of_features, name) / getattr(without, name)
+        assert less == pytest.approx([math.sqrt(1 - 1 / 1.1), math.sqrt(1 - like**2 * 1.1), 1])
+    unlike_any = choice._predicted(pool, np.eye(3) * 99)
+    assert unlike_any.share_N[1:] == pytest.approx(without.share_N[1:])
+
+
 def test_nodes_lie_where_scores_can() -> None:
     points_QN2 = choice._predicted([Candidate(0.99, 2e-6), Candidate(0.01, 0.9)]).at_nodes(100.0)
     assert points_QN2[..., 0].min() == 0 and points_QN2[..., 0].max() == 1
@@ -257,11 +279,11 @@ def test_points_at_nodes_scatter_as_predicted() -> None:
     predicted = choice._predicted([*trials, Candidate(0.5, 0.1)])
     at_Q2 = predicted.at_nodes(1.0)[:, 2]
     off_Q2 = np.stack([at_Q2[:, 0] - predicted.share_N[2], np.log(at_Q2[:, 1] / predicted.kl_N[2])], axis=1)
-    expected = np.diag([predicted.share_deviation_N[2] ** 2, predicted.kl_deviation**2])
+    expected = np.diag([predicted.share_deviation_N[2] ** 2, predicted.kl_deviation_N[2] ** 2])
     np.testing.assert_allclose(off_Q2.T @ (choice._WEIGHT_Q[:, None] * off_Q2), expected, atol=1e-12)
     # Two trials, and two of the first deviations: sqrt((2 * 0.1² + 2 * 0.015²) / 4), and the same of ln 2 and 0.05.
     assert predicted.share_deviation_N[2] == pytest.approx(0.0715, abs=1e-4)
-    assert predicted.kl_deviation == pytest.approx(0.4914, abs=1e-4)
+    assert predicted.kl_deviation_N[2] == pytest.approx(0.4914, abs=1e-4)
 
 
 def test_nodes_have_the_moments_of_two_normals() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 LEAST_KL, MOST_KL = 1e-6, 1.0
 """Nats below which a KL divergence is as good as none, and beyond which nothing counts."""
-_BELOW = 0.25
+_BELOW = 0.5
 """What a decade of KL below the target is worth beside one above it."""
 
 

@@ -26,12 +26,13 @@ from heretic_ds.search.journal import About
 from heretic_ds.search.proposals import Sampled, Space, waits
 from heretic_ds.search.screened.choice import Candidate, pick
 from heretic_ds.search.screened.modelled import Modelled
+from heretic_ds.search.screened.surrogate import features
 from heretic_ds.search.space import GLOBAL, MAX_WEIGHT_RANGES, PER_LAYER, edit_of, search_space
 from heretic_ds.search.study import Search, refuse_nothing
 from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
 from heretic_ds.settings import SearchSettings
 
-FIRST, STARTUP = 16, 12
+FIRST, STARTUP = 24, 12
 """Candidates that are screened before the first trial, and how many of them at random."""
 WARM_PLACES = (0.5, 0.6, 0.7, 0.8)
 """Blocks whose direction the warm starts take for all blocks, as shares of the last one."""
@@ -68,6 +69,7 @@ class Candidates:
         """``per_pass`` candidates are screened together; arguments as of :class:`Search`."""
         refuse_nothing(original_refusals)  # before there is a file
         self._path, self._settings, self._original = journal, settings, original_refusals
+        self._n_layers = n_layers
         self._space: Space = search_space(n_layers)
         sampled = replace(settings, startup_trials=STARTUP, trials=1)
         about = about or About()
@@ -118,7 +120,8 @@ class Candidates:
             candidates.append(candidate)
         if all(candidate.taken for candidate in candidates):
             return None
-        return asked[screened[pick(candidates, self._settings.kl_target)].index]
+        params = [asked[record.index] for record in screened]
+        return params[pick(candidates, self._settings.kl_target, features(params, self._n_layers))]
 
 
 def _key(edit: Edit) -> str:

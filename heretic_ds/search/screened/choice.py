@@ -2,7 +2,8 @@
 
 A candidate has a refusal likelihood s and a KL divergence k, both on a part of the prompts; a trial has in addition its
 share r of the original's refusals and its KL divergence, on all of them. The share is predicted as s plus the mean
-residual r - s of the trials that are near in s; the KL as k times the trials' mean ratio. How widely residuals and
+residual r - s of the trials that are near in s; the KL as k times the trials' mean ratio. What single trials are off by
+beside that is expected of edits like theirs too, by a Gaussian process over what edits do. How widely residuals and
 ratios scatter says how far off both may be, independently of each other. Chosen is whoever has the largest expected
 improvement: of the area that the trials dominate, as a part of what it lacks, once with heights of KL
 (:mod:`heretic_ds.search.screened.area`) and once with KL as it is, which the last few refusals decide; the sum of both.
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heretic_ds.search.screened.area import LEAST_KL, MOST_KL, gains, height
+from heretic_ds.search.screened.surrogate import correlation
 
 _WIDTH = 0.12
 """Distance in s at which a trial's residual counts 0.6 of what it does at none."""
@@ -30,6 +32,9 @@ _SHARE_DEVIATION, _KL_DEVIATION = 0.015, 0.05
 problems: docs/performance.md."""
 _SUPPOSED = 2
 """Trials that those deviations are worth."""
+_ALIKE, _NOISE, _LEAST = 0.5, 0.1, 0.02
+"""Distance of edits at which what one is off by counts 0.6 for the other; variance of it that edits do not explain, as a
+multiple of what they do; and the least part of a variance that stays, whatever is known."""
 _WIDER = [2.0**doublings for doublings in range(16)]
 """Times the deviations: the first of them is taken with which any candidate is expected to improve something, else the
 last."""
@@ -48,13 +53,13 @@ class Candidate:
     scored_kl: float | None = None
 
 
-def pick(candidates: Sequence[Candidate], kl_target: float) -> int:
-    """Place of the candidate that should be scored next, the first where none could improve anything. Raises ValueError
-    where all are taken."""
+def pick(candidates: Sequence[Candidate], kl_target: float, features_NF: np.ndarray | None = None) -> int:
+    """Place of the candidate that should be scored next, the first where none could improve anything; without features
+    no edit is like another. Raises ValueError where all are taken."""
     free_N = np.array([not candidate.taken for candidate in candidates], dtype=bool)
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
-    predicted = _predicted(candidates)
+    predicted = _predicted(candidates, features_NF)
     known_N2 = np.stack([predicted.share_N, predicted.kl_N], axis=1)
     for at, candidate in enumerate(candidates):
         if candidate.share is not None and candidate.scored_kl is not None:
@@ -101,20 +106,20 @@ class _Prediction:
     share_N: np.ndarray
     kl_N: np.ndarray
     share_deviation_N: np.ndarray
-    kl_deviation: float
+    kl_deviation_N: np.ndarray
     """Of the logarithm."""
 
     def at_nodes(self, wider: float) -> np.ndarray:
         """Points of (share, KL), [Q, N, 2], with deviations that are ``wider`` times what they are."""
         share_QN = self.share_N + wider * _NODE_Q2[:, :1] * self.share_deviation_N
-        log_QN = np.log(self.kl_N) + wider * _NODE_Q2[:, 1:] * self.kl_deviation
+        log_QN = np.log(self.kl_N) + wider * _NODE_Q2[:, 1:] * self.kl_deviation_N
         kl_QN = np.exp(log_QN.clip(math.log(LEAST_KL), 1.0))  # e nats are as many as one: nothing counts there
         return np.stack([share_QN.clip(0, 1), kl_QN], axis=-1)
 
 
-def _predicted(candidates: Sequence[Candidate]) -> _Prediction:
+def _predicted(candidates: Sequence[Candidate], features_NF: np.ndarray | None = None) -> _Prediction:
     """Share of refusals and KL that each candidate would be scored, with their deviations: the scatter of
-    trials around predictions that know of these trials themselves."""
+    trials around predictions that know of these trials themselves, less where edits are like those of trials."""
     likelihood_N = np.array([candidate.likelihood for candidate in candidates])
     kl_N = np.array([candidate.kl for candidate in candidates]).clip(min=LEAST_KL)
     known = [at for at, candidate in enumerate(candidates) if candidate.share is not None]
@@ -124,13 +129,18 @@ def _predicted(candidates: Sequence[Candidate]) -> _Prediction:
     near_NK = np.exp(-((likelihood_N[:, None] - likelihood_N[known]) ** 2) / (2 * _WIDTH**2))
     near_N = near_NK.sum(axis=1)
     share_N = (likelihood_N + near_NK @ (share_K - likelihood_N[known]) / (near_N + _DOUBT)).clip(0, 1)
-    share_variance_N = near_NK @ (share_K - share_N[known]) ** 2 + _SUPPOSED * _SHARE_DEVIATION**2
+    residual_K = share_K - share_N[known]
+    share_variance_N = (near_NK @ residual_K**2 + _SUPPOSED * _SHARE_DEVIATION**2) / (near_N + _SUPPOSED)
     ratio_K = np.log(scored_K.clip(min=LEAST_KL) / kl_N[known])
     ratio = float(ratio_K.sum()) / (len(known) + _DOUBT)
-    kl_variance = float(((ratio_K - ratio) ** 2).sum()) + _SUPPOSED * _KL_DEVIATION**2
+    kl_variance = (float(((ratio_K - ratio) ** 2).sum()) + _SUPPOSED * _KL_DEVIATION**2) / (len(known) + _SUPPOSED)
+    log_N, unexplained_N = np.log(kl_N) + ratio, np.ones(len(candidates))
+    if features_NF is not None and known:
+        alike_NK = correlation(features_NF, features_NF[known], _ALIKE)
+        weights_NK = alike_NK @ np.linalg.inv(alike_NK[known] + _NOISE * np.eye(len(known)))
+        share_N = (share_N + weights_NK @ residual_K).clip(0, 1)
+        log_N = log_N + weights_NK @ (ratio_K - ratio)
+        unexplained_N = (1 - (weights_NK * alike_NK).sum(axis=1)).clip(min=_LEAST)
     return _Prediction(
-        share_N,
-        kl_N * math.exp(ratio),
-        np.sqrt(share_variance_N / (near_N + _SUPPOSED)),
-        math.sqrt(kl_variance / (len(known) + _SUPPOSED)),
+        share_N, np.exp(log_N), np.sqrt(share_variance_N * unexplained_N), np.sqrt(kl_variance * unexplained_N)
     )

@@ -47,19 +47,20 @@ class Surrogate:
     def __init__(self, known_NF: np.ndarray, outputs_NO: np.ndarray) -> None:
         self._known_NF = known_NF
         self._mean_O, self._spread_O = outputs_NO.mean(axis=0), outputs_NO.std(axis=0) + 1e-9
-        kernel_NN = _kernel(known_NF, known_NF) + _NOISE * np.eye(len(known_NF))
+        kernel_NN = correlation(known_NF, known_NF, _WIDTH) + _NOISE * np.eye(len(known_NF))
         self._root_NN = np.linalg.inv(np.linalg.cholesky(kernel_NN))
         self._weights_NO = self._root_NN.T @ (self._root_NN @ ((outputs_NO - self._mean_O) / self._spread_O))
 
     def at(self, asked_MF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation, both [M, O]."""
-        kernel_MN = _kernel(asked_MF, self._known_NF)
+        kernel_MN = correlation(asked_MF, self._known_NF, _WIDTH)
         mean_MO = kernel_MN @ self._weights_NO * self._spread_O + self._mean_O
         variance_M = 1 - ((kernel_MN @ self._root_NN.T) ** 2).sum(axis=1)
         return mean_MO, np.sqrt(variance_M.clip(min=1e-9))[:, None] * self._spread_O
 
 
-def _kernel(first_NF: np.ndarray, second_MF: np.ndarray) -> np.ndarray:
+def correlation(first_NF: np.ndarray, second_MF: np.ndarray, width: float) -> np.ndarray:
+    """How alike edits are by their features, [N, M]: 1 where they are one, 0.6 at a distance of ``width``."""
     square_NM = (first_NF**2).sum(axis=1)[:, None] + (second_MF**2).sum(axis=1) - 2 * first_NF @ second_MF.T
-    kernel_NM: np.ndarray = np.exp(-square_NM.clip(min=0) / (2 * _WIDTH**2))
+    kernel_NM: np.ndarray = np.exp(-square_NM.clip(min=0) / (2 * width**2))
     return kernel_NM
