@@ -174,7 +174,7 @@ def main() -> int:
             "what": "area of refusals and KL that scored trials dominate, against seconds",
             "reference": [1.0, 1.0],
             "least_kl": LEAST_KL,
-            "machine": {**machine(), "busy": "shared with other work; `load` is the mean load after each model"},
+            "machine": {**machine(gpu=True), "busy": "shared with other work; `load` is the mean load after each model"},
             "models": models,
         }
         options.result.parent.mkdir(parents=True, exist_ok=True)
