@@ -46,7 +46,7 @@ PROMPTS, PROMPT_WORDS, NEW_TOKENS = 128, 64, 64
 MOST_SECONDS = 1200
 """What a measurement may take before it is given up."""
 DEVICE_BUDGET = 0.4
-"""Device memory that the capture with offload may use, as a part of the weights' own size."""
+"""Device memory that the capture with offload may use beside embedding and head, as a part of the other weights' size."""
 WORDS = 500
 EDIT = {
     "direction_index": None,
@@ -208,7 +208,9 @@ def zero3(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     import torch
 
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    budget = max(int(DEVICE_BUDGET * size), 1 << 30)
+    config = json.loads((folder / "config.json").read_text())
+    outside = 2 * 2 * config["vocab_size"] * config["hidden_size"]  # embedding and head, which offload leaves there
+    budget = max(outside + int(DEVICE_BUDGET * (size - outside)), 1 << 30)
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
     offload = "cpu" if torch.cuda.is_available() else "none"

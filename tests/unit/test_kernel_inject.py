@@ -416,7 +416,8 @@ class TestOnCuda:
             engine.original = Divergence().begin(engine, prompts())
         for edit in (EDIT, None, EDIT):
             expected, found = (engine.original.of([edit])[0] for engine in (plain, injected))
-            assert found == pytest.approx(expected, rel=0.1, abs=1e-5 if dtype == torch.float32 else 1e-3)
+            rel, least = (0.1, 1e-5) if dtype == torch.float32 else (0.3, 1e-3)
+            assert found == pytest.approx(expected, rel=rel, abs=least)
             for rows in (1, 3, 5):  # of 11 and less tokens: as many rows of the kernels as are no multiple of 16
                 assert len(injected.generate(prompts()[:rows], [edit])[0]) == rows
         injected.restore()
