@@ -108,7 +108,7 @@ test-thorough: $(READY) ## The tests that make test leaves out, whose subject fa
 	$(PYTEST) -m thorough $(ARGS)
 
 test-cuda: $(READY) ## On a GPU: the tests that need one; make test runs on the CPU there too
-	HERETIC_DS_TEST_CUDA=1 $(PYTEST) -k TestOnCuda tests/unit $(ARGS)
+	HERETIC_DS_TEST_CUDA=1 $(BIN)/python -m pytest -m gpu tests/unit $(ARGS)
 
 lint: $(READY) ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

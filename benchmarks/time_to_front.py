@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--words", nargs="*", default=[], help="more overrides for this project's searches")
     parser.add_argument("--heretic-python", type=Path, default=HERETIC_PYTHON)
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--busy", default="shared with other work", help="what else the machine did, for the result")
     parser.add_argument("--add", action="store_true", help="keep the other models of an earlier result")
     options = parser.parse_args()
     before = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
@@ -174,7 +175,7 @@ def main() -> int:
             "what": "area of refusals and KL that scored trials dominate, against seconds",
             "reference": [1.0, 1.0],
             "least_kl": LEAST_KL,
-            "machine": {**machine(gpu=True), "busy": "shared with other work; `load` is the mean load after each model"},
+            "machine": {**machine(gpu=True), "busy": f"{options.busy}; `load` is the mean load after each model"},
             "models": models,
         }
         options.result.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,8 @@ os.environ.update(
 for _variable in ("HYDRA_FULL_ERROR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(_variable, None)
 
-if not os.environ.get("HERETIC_DS_TEST_CUDA"):  # as `make test-cuda` sets it
+ON_CUDA = os.environ.get("HERETIC_DS_TEST_CUDA") == "1"  # as `make test-cuda` sets it
+if not ON_CUDA:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests expect is what CPUs compute
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background
@@ -51,6 +52,16 @@ from heretic_ds.settings import Settings  # noqa: E402
 
 RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 ComposeSettings = Callable[..., Settings]
+
+
+def pytest_configure() -> None:
+    """Tests that were asked for on a GPU do not pass by being skipped."""
+    if not ON_CUDA:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.exit("make test-cuda needs a CUDA device, and this machine has none that PyTorch can use", 2)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

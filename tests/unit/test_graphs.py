@@ -261,6 +261,7 @@ def test_tokens_are_waited_for_on_their_own_device(monkeypatch):
     assert later() == [7, 7] and done[1:] == ["waited"]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="needs a CUDA device; on a machine with one: make test-cuda",

@@ -12,7 +12,7 @@ import pytest
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
-from heretic_ds.search.screened import choice
+from heretic_ds.search.screened import candidates, choice
 from heretic_ds.search.screened.area import front, gains, height
 from heretic_ds.search.screened.candidates import FIRST, Candidates, warm_starts
 from heretic_ds.search.screened.choice import Candidate, pick
@@ -132,6 +132,22 @@ def test_a_pass_that_was_cut_needs_its_candidates(tmp_path: Path) -> None:
     (tmp_path / "screening.journal").unlink()
     with pytest.raises(UserError, match=r"screening\.journal does not hold what the trials were chosen from"):
         open_search(tmp_path, 6, per_pass=3)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many were screened before the first trial is kept; it was 16 before versions kept it."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(candidates, "FIRST", 20 if told else 16)
+        if not told:
+            earlier.setattr(candidates, "tell", lambda study, attributes: None)
+        whole = run(open_search(tmp_path / "whole", 6, per_pass=3))
+        with pytest.raises(Killed):
+            run(open_search(tmp_path / "parts", 6, per_pass=3), alive=candidates.FIRST + 2)
+    assert candidates.FIRST == 24
+    assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
 
 
 @pytest.mark.parametrize("layers", [1, 2, 30])

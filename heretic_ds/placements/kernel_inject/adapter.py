@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from heretic_ds.placements.kernel_inject.workspace import Workspace
 
 _OVERRUN_BYTES = 4096
-"""Memory behind a stream that the kernel of RMS norms may read and write: up to 256 threads with 16 bytes each. Where
-rows are narrow a block of threads takes several, and those of the last block that are none are added up too."""
+"""Memory behind a stream that kernels of norms may read, and that of RMS norms writes: up to 256 threads with 16 bytes
+each. Where rows are narrow a block of threads takes several, and what it takes beyond the last one is normed too."""
 _MASKED = -10000.0
 """What the kernels add to the score of a position that is not to be seen."""
 

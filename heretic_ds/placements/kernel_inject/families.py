@@ -23,8 +23,9 @@ _WARP, _LEAST_THREADS = 32, 4
 """Threads that may share one head where its two halves are rotated against each other."""
 _BLOCK = 1024
 """Most threads of a CUDA block."""
-_NARROW, _NORMED_AT_ONCE = 128, 16
-"""Widest row of which a block of threads norms several, and how many numbers a thread takes at once of wider ones."""
+_NARROW, _WIDEST, _NORMED_AT_ONCE = 128, 16384, 16
+"""Widest row of which a block of threads norms several, and widest of all; how many numbers a thread takes at once of
+those that are not narrow."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,11 @@ def _shape_problems(family: Family, config: PreTrainedConfig, dtype: torch.dtype
 
 def _norms_fit(width: int, vector: int) -> bool:
     """Whether norms are computed: up to 128 wide by groups of 1 to 16 threads, for which alone there are kernels; wider
-    ones by whole warps, since sums are made over all threads of one."""
+    ones by whole warps, since sums are made over all threads of one, up to the widest that there is a kernel for."""
     narrow = width <= _NARROW
     each = vector if narrow else _NORMED_AT_ONCE
     threads = 1 << (math.ceil(width / each) - 1).bit_length()
-    return threads <= _WARP // 2 if narrow else threads >= _WARP
+    return threads <= _WARP // 2 if narrow else threads >= _WARP and width <= _WIDEST
 
 
 def _rotation_problems(rotation: str, config: PreTrainedConfig, head: int, dtype: torch.dtype) -> Iterator[str]:

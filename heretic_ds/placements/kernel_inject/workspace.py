@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from heretic_ds.errors import UserError
 from heretic_ds.memory import release_memory
 from heretic_ds.placements.kernel_inject.families import inner_width, most_tokens, refuse_long
 
@@ -20,8 +21,8 @@ _ACTIVATIONS = 10
 """Activations [rows, tokens, width] that the workspace has room for before keys and values begin."""
 _BESIDE_INNER = 3
 """Of them, those that an MLP holds beside its inner activations."""
-_MOST_SCORES = 2**31
-"""Attention scores of one pass that the kernels count in 32 bits."""
+_COUNTED = 2**31
+"""The kernels count the numbers of a pass in 32 bits: attention scores, inner activations, keys."""
 _SPARE_BYTES = 600 << 20
 """Device memory that DeepSpeed wants left free beside the workspace, and some more."""
 
@@ -75,12 +76,11 @@ class Workspace:
         """Provide for a pass over ``rows`` prompts of ``prompt`` tokens, with ``new`` tokens each to come.
 
         Says whether the workspace was laid out anew, whatever it held being lost. Raises UserError for sequences that
-        the kernels do not compute, torch.OutOfMemoryError where the device has no room.
+        the kernels do not compute, torch.OutOfMemoryError where the device has no room, or fewer rows could be counted.
         """
         refuse_long(prompt + new, self.shape.limit)
-        if rows * self.shape.heads * prompt * prompt >= _MOST_SCORES:
-            raise torch.OutOfMemoryError(f"the kernels cannot count the attention scores of {rows} rows of {prompt}")
         tokens = self.shape.tokens_for(prompt, new)
+        self._refuse_uncounted(rows, prompt, tokens)
         if rows <= self.rows and tokens <= self.tokens:
             return False
         self._refuse_too_large(rows, tokens)
@@ -92,6 +92,17 @@ class Workspace:
     def start_over(self) -> None:
         """Forget all tokens: needed before prompts of a single one, which the kernels take for a continuation."""
         _deepspeed_workspace().reset_cache()
+
+    def _refuse_uncounted(self, rows: int, prompt: int, tokens: int) -> None:
+        shape = self.shape
+        of_a_row = max(shape.heads * prompt * prompt, prompt * shape.inner, tokens * shape.width)
+        if of_a_row >= _COUNTED:
+            raise UserError(
+                f"evaluate=kernel_inject counts in 32 bits, too few for a prompt of {prompt} tokens; "
+                "set evaluate=tensor_parallel"
+            )
+        if rows * of_a_row >= _COUNTED:
+            raise torch.OutOfMemoryError(f"the kernels count in 32 bits, too few for {rows} rows of {prompt} tokens")
 
     def _refuse_too_large(self, rows: int, tokens: int) -> None:
         """DeepSpeed does not look whether its allocation succeeded."""

@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, Trial
 
 from heretic_ds.ablation import Edit
 from heretic_ds.errors import UserError
-from heretic_ds.search.journal import About
+from heretic_ds.foreign.disk import writing
+from heretic_ds.search.journal import About, tell
 from heretic_ds.search.proposals import Sampled, Space, waits
 from heretic_ds.search.screened.choice import Candidate, pick
 from heretic_ds.search.screened.modelled import Modelled
@@ -34,6 +35,8 @@ from heretic_ds.settings import SearchSettings
 
 FIRST, STARTUP = 24, 12
 """Candidates that are screened before the first trial, and how many of them at random."""
+_FIRST_ATTRIBUTE, _FIRST_UNTOLD = "screened_before_trials", 16
+"""Where a study keeps how many it began with, and how many that was before studies kept it."""
 WARM_PLACES = (0.5, 0.6, 0.7, 0.8)
 """Blocks whose direction the warm starts take for all blocks, as shares of the last one."""
 
@@ -76,6 +79,10 @@ class Candidates:
         about = replace(about, name=f"{about.name}, screened", scorer="refusal likelihood")
         propose = Modelled(sampled, self._space, n_layers, warm_starts(n_layers))
         self._study = Search(journal, n_layers, sampled, 1.0, per_pass, about, propose)
+        known = self._study.study.user_attrs
+        self._first = int(known.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if self._study.asked else FIRST))
+        with writing(journal.parent, "run.dir"):
+            tell(self._study.study, {_FIRST_ATTRIBUTE: self._first})
         self._otherwise = Sampled(settings, self._space)
 
     def ask(self, trials: int) -> list[Ask]:
@@ -96,7 +103,7 @@ class Candidates:
 
     def _due(self, trials: int) -> int:
         """How many candidates are screened before the trial after so many is chosen."""
-        return FIRST + trials * self._settings.candidates
+        return self._first + trials * self._settings.candidates
 
     def _choose(self, trials: Sequence[FrozenTrial], records: Mapping[int, TrialRecord]) -> dict[str, Any] | None:
         """Parameters of a candidate, given all trials that were asked for and the records of those before this pass;

@@ -34,7 +34,8 @@ _SUPPOSED = 2
 """Trials that those deviations are worth."""
 _ALIKE, _NOISE, _LEAST = 0.5, 0.1, 0.02
 """Distance of edits at which what one is off by counts 0.6 for the other; variance of it that edits do not explain, as
-a multiple of what they do; and the least part of a variance that stays, whatever is known."""
+a multiple of what they do; and the least part of a variance that stays, whatever is known: what edits do not explain
+is not added to it."""
 _WIDER = [2.0**doublings for doublings in range(16)]
 """Times the deviations: the first of them is taken with which any candidate is expected to improve something, else the
 last."""
