@@ -1,7 +1,7 @@
 """How soon a screened search has what a direct one ends with, on problems that cost nothing, by how it is set.
 
     python benchmarks/screened_choice.py [--problem analytic] [--seeds 60] [--trials 24] [--result FILE]
-    python benchmarks/screened_choice.py --problem real --seeds 24
+    python benchmarks/screened_choice.py --problem real --seeds 48
 
 Needs: the package alone. Takes some minutes on two cores. Leaves ``benchmarks/results/screened_choice.json``, or
 ``--result``, which keeps the other problem.

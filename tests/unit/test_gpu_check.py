@@ -71,11 +71,11 @@ def test_a_measurement_that_dies_costs_itself_only(gpu_check: ModuleType, tmp_pa
 def test_a_measurement_that_takes_too_long_is_given_up(
     gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check, "MOST_SECONDS", 3)
+    monkeypatch.setattr(gpu_check, "MOST_SECONDS", 10)
     script = tmp_path / "sleeps.py"
     script.write_text("import sys, time\nprint('at work', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
     found = gpu_check.run_apart(gpu_check.Stage("speed", "replicated", "bfloat16"), tmp_path, str(script))
-    assert found["error"] == "not done after 3 s" and 3 <= found["seconds_in_all"] < 30
+    assert found["error"] == "not done after 10 s" and 10 <= found["seconds_in_all"] < 50
     assert (tmp_path / "speed replicated bfloat16.log").read_text() == "at work\n"
 
 

@@ -351,6 +351,8 @@ def test_without_cuda_the_placement_is_refused_before_anything_is_loaded(monkeyp
         placement.check(job_for(config, longest=27))
     with pytest.raises(UserError, match="up to 31 tokens"):
         placement.check(job_for(build("gpt_neo").config, longest=27))
+    with pytest.raises(UserError, match=r"32 bits, too few for a prompt of 30000 tokens; set evaluate=tensor_parallel"):
+        placement.check(job_for(build("llama").config, longest=30000))
 
 
 def test_a_run_builds_the_placement_from_its_settings(
@@ -408,18 +410,31 @@ def test_gpt_neos_window_is_right_up_to_its_limit_and_wrong_beyond(
     )  # 9 + 5 tokens, as many as the window has
 
 
+SERVED = [(name, dtype) for name in FAMILIES for dtype in sorted(FAMILIES[name].dtypes, key=str)]
+
+
+def build_for(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model that the kernels serve in a dtype: whole heads of 16 cannot be rotated in 16 bits."""
+    wide = CONFIGS[family].get("num_key_value_heads") and dtype.itemsize == 2
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1} if wide else {}
+    return build(family, **heads).to(dtype)
+
+
+@pytest.mark.parametrize(("family", "dtype"), SERVED)
+def test_what_is_compared_on_a_gpu_is_served(family: str, dtype: torch.dtype) -> None:
+    find_family(build_for(family, dtype).config, dtype, "model.path=m")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; on a machine with one: make test-cuda")
 class TestOnCuda:
     """The kernels themselves: `make test-cuda` on a machine with a GPU."""
 
     @pytest.mark.timeout(1200)  # they may have to be compiled first
-    @pytest.mark.parametrize(
-        ("family", "dtype"), [(name, dtype) for name in FAMILIES for dtype in sorted(FAMILIES[name].dtypes, key=str)]
-    )
+    @pytest.mark.parametrize(("family", "dtype"), SERVED)
     def test_engines_agree_and_nothing_else_is_written(self, family: str, dtype: torch.dtype) -> None:
         load_kernels()
-        plain, injected = engines(build(family).to(dtype).cuda())
+        plain, injected = engines(build_for(family, dtype).cuda())
         assert injected.model.dtype == dtype
         before = {name: tensor.clone() for name, tensor in injected.model.state_dict().items()}
         expected_LD, found_LD = plain.capture(prompts()), injected.capture(prompts())

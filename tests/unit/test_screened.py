@@ -150,6 +150,16 @@ def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
     assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
 
 
+def test_a_count_that_is_none_is_one_line(tmp_path: Path) -> None:
+    run(open_search(tmp_path, 1))
+    file = tmp_path / "screening.journal"
+    kept = file.read_text()
+    assert '"screened_before_trials":24' in kept
+    file.write_text(kept.replace('"screened_before_trials":24', '"screened_before_trials":"x"'))
+    with pytest.raises(UserError, match=r"screening\.journal is damaged \(screened_before_trials is 'x'\)"):
+        open_search(tmp_path, 1)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 30])
 def test_warm_starts_change_every_block_with_weight_one(layers: int) -> None:
     space = search_space(layers)

@@ -46,9 +46,11 @@ class KernelInject(Placement):
         op.refuse_without_cuda(job.opened.device)
         check_deepspeed(f"{self.phase}=kernel_inject")
         config, name = job.opened.config, f"model.path={job.settings.model.path}"
-        find_family(config, job.opened.dtypes[0], name)
+        family = find_family(config, job.opened.dtypes[0], name)
         longest = max((len(row) for part in job.texts for row in job.prompts(part).rows), default=0)
-        refuse_long(longest + job.settings.generation.max_new_tokens, most_tokens(config))
+        new = job.settings.generation.max_new_tokens
+        refuse_long(longest + new, most_tokens(config))
+        Shape.of(config, config.num_hidden_layers, job.opened.dtypes[0], family.gated).refuse_uncounted(longest, new)
 
     def cost(self, facts: Facts, resources: Resources) -> Cost:
         """All weights on each rank, and a workspace; trials one at a time, a launch or so for each part of a block."""
@@ -57,6 +59,7 @@ class KernelInject(Placement):
         family = find_family(config, facts.dtype, f"model.path={facts.name}")
         refuse_long(work.longest_prompt + work.new_tokens, most_tokens(config))
         shape = Shape.of(config, facts.anatomy.n_blocks, facts.dtype, family.gated)
+        shape.refuse_uncounted(work.longest_prompt, work.new_tokens)
         tokens = shape.tokens_for(work.longest_prompt, work.new_tokens)
         use = Use(
             held=facts.weights,

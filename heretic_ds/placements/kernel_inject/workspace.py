@@ -21,7 +21,7 @@ _ACTIVATIONS = 10
 """Activations [rows, tokens, width] that the workspace has room for before keys and values begin."""
 _BESIDE_INNER = 3
 """Of them, those that an MLP holds beside its inner activations."""
-_COUNTED = 2**31
+COUNTED = 2**31
 """The kernels count the numbers of a pass in 32 bits: attention scores, inner activations, keys."""
 _SPARE_BYTES = 600 << 20
 """Device memory that DeepSpeed wants left free beside the workspace, and some more."""
@@ -55,6 +55,18 @@ class Shape:
         activations = _BESIDE_INNER + self.inner / self.width
         return max(prompt + new, math.ceil(prompt * activations / _ACTIVATIONS))
 
+    def counted(self, prompt: int, tokens: int) -> int:
+        """Most numbers of one kind that the kernels count for a row: of attention scores, inner activations, keys."""
+        return max(self.heads * prompt * prompt, prompt * self.inner, tokens * self.width)
+
+    def refuse_uncounted(self, prompt: int, new: int) -> None:
+        """Raise UserError where the kernels cannot even count what one prompt takes."""
+        if self.counted(prompt, self.tokens_for(prompt, new)) >= COUNTED:
+            raise UserError(
+                f"evaluate=kernel_inject counts in 32 bits, too few for a prompt of {prompt} tokens; "
+                "set evaluate=tensor_parallel"
+            )
+
     def bytes_for(self, rows: int, tokens: int) -> int:
         """Bytes of device memory that a workspace for ``rows`` of ``tokens`` takes."""
         head = self.width // self.heads
@@ -80,7 +92,9 @@ class Workspace:
         """
         refuse_long(prompt + new, self.shape.limit)
         tokens = self.shape.tokens_for(prompt, new)
-        self._refuse_uncounted(rows, prompt, tokens)
+        self.shape.refuse_uncounted(prompt, new)
+        if rows * self.shape.counted(prompt, tokens) >= COUNTED:
+            raise torch.OutOfMemoryError(f"the kernels count in 32 bits, too few for {rows} rows of {prompt} tokens")
         if rows <= self.rows and tokens <= self.tokens:
             return False
         self._refuse_too_large(rows, tokens)
@@ -92,17 +106,6 @@ class Workspace:
     def start_over(self) -> None:
         """Forget all tokens: needed before prompts of a single one, which the kernels take for a continuation."""
         _deepspeed_workspace().reset_cache()
-
-    def _refuse_uncounted(self, rows: int, prompt: int, tokens: int) -> None:
-        shape = self.shape
-        of_a_row = max(shape.heads * prompt * prompt, prompt * shape.inner, tokens * shape.width)
-        if of_a_row >= _COUNTED:
-            raise UserError(
-                f"evaluate=kernel_inject counts in 32 bits, too few for a prompt of {prompt} tokens; "
-                "set evaluate=tensor_parallel"
-            )
-        if rows * of_a_row >= _COUNTED:
-            raise torch.OutOfMemoryError(f"the kernels count in 32 bits, too few for {rows} rows of {prompt} tokens")
 
     def _refuse_too_large(self, rows: int, tokens: int) -> None:
         """DeepSpeed does not look whether its allocation succeeded."""

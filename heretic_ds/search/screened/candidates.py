@@ -80,7 +80,9 @@ class Candidates:
         propose = Modelled(sampled, self._space, n_layers, warm_starts(n_layers))
         self._study = Search(journal, n_layers, sampled, 1.0, per_pass, about, propose)
         known = self._study.study.user_attrs
-        self._first = int(known.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if self._study.asked else FIRST))
+        self._first = known.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if self._study.asked else FIRST)
+        if type(self._first) is not int or self._first < 1:
+            raise UserError(f"{journal} is damaged ({_FIRST_ATTRIBUTE} is {self._first!r}); give another run.dir")
         with writing(journal.parent, "run.dir"):
             tell(self._study.study, {_FIRST_ATTRIBUTE: self._first})
         self._otherwise = Sampled(settings, self._space)
