@@ -46,7 +46,7 @@ PROMPTS, PROMPT_WORDS, NEW_TOKENS = 128, 64, 64
 MOST_SECONDS = 3600
 """What a measurement may take before it is given up."""
 DEVICE_BUDGET = 0.4
-"""Device memory that the capture with offload may use beside embedding and head, as a part of the other weights."""
+"""Device memory that the capture with offload may use, as a part of the weights' own size."""
 WORDS = 500
 EDIT = {
     "direction_index": None,
@@ -211,7 +211,9 @@ def zero3(folder: Path, placement: str, dtype: str) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     tables = 1 if config.get("tie_word_embeddings") else 2  # embedding and head, which offload leaves there
     outside = 2 * tables * config["vocab_size"] * config["hidden_size"]
-    budget = max(outside + int(DEVICE_BUDGET * (size - outside)), 1 << 30)
+    budget = max(int(DEVICE_BUDGET * size), 1 << 30)
+    if outside > budget / 2:  # a small model with many words: nothing could be gathered beside these
+        budget = outside + int(DEVICE_BUDGET * (size - outside))
     if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.get_device_properties(0).total_memory)
     offload = "cpu" if torch.cuda.is_available() else "none"

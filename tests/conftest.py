@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, no writing into anyone's caches, and ways to run the command.
+"""What all tests share: one thread, the CPU, no network, no writing into anyone's caches, and ways to run the command.
 
 The environment is set here, at import, because torch and the Hugging Face libraries read it at theirs.
 """

@@ -21,7 +21,7 @@ _ACTIVATIONS = 10
 """Activations [rows, tokens, width] that the workspace has room for before keys and values begin."""
 _BESIDE_INNER = 3
 """Of them, those that an MLP holds beside its inner activations."""
-COUNTED = 2**31
+_COUNTED = 2**31
 """The kernels count the numbers of a pass in 32 bits: attention scores, inner activations, keys."""
 _SPARE_BYTES = 600 << 20
 """Device memory that DeepSpeed wants left free beside the workspace, and some more."""
@@ -61,7 +61,7 @@ class Shape:
 
     def refuse_uncounted(self, prompt: int, new: int) -> None:
         """Raise UserError where the kernels cannot even count what one prompt takes."""
-        if self.counted(prompt, self.tokens_for(prompt, new)) >= COUNTED:
+        if self.counted(prompt, self.tokens_for(prompt, new)) >= _COUNTED:
             raise UserError(
                 f"evaluate=kernel_inject counts in 32 bits, too few for a prompt of {prompt} tokens; "
                 "set evaluate=tensor_parallel"
@@ -93,7 +93,7 @@ class Workspace:
         refuse_long(prompt + new, self.shape.limit)
         tokens = self.shape.tokens_for(prompt, new)
         self.shape.refuse_uncounted(prompt, new)
-        if rows * self.shape.counted(prompt, tokens) >= COUNTED:
+        if rows * self.shape.counted(prompt, tokens) >= _COUNTED:
             raise torch.OutOfMemoryError(f"the kernels count in 32 bits, too few for {rows} rows of {prompt} tokens")
         if rows <= self.rows and tokens <= self.tokens:
             return False
