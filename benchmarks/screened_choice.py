@@ -38,7 +38,13 @@ RESULT = Path(__file__).resolve().parent / "results" / "screened_choice.json"
 STARTUP = 12
 NEVER = 1.5
 TRUE = "true scores"
-BEFORE = "as before: a quarter, 16 at first, no edit like another"
+BEFORE = "as before: proposed by what was screened, 24 at first"
+
+
+def _nothing(*_: Any) -> None:
+    """What is known of scores where only screening counts."""
+
+
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
     TRUE: {},
@@ -47,11 +53,13 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "corrections believed sooner": {"choice._DOUBT": 0.1},
     "a narrower neighbourhood": {"choice._WIDTH": 0.08},
     "no edit is like another": {"choice._ALIKE": 1e-6},
+    "proposed by what was screened": {"candidates.scores": lambda _: _nothing},
     "16 candidates at first": {"candidates.FIRST": 16},
-    "32 candidates at first": {"candidates.FIRST": 32},
+    "24 candidates at first": {"candidates.FIRST": 24},
+    "40 candidates at first": {"candidates.FIRST": 40},
     "decades below the target count a quarter": {"area._BELOW": 0.25},
     "decades below the target count in full": {"area._BELOW": 1.0},
-    BEFORE: {"choice._ALIKE": 1e-6, "candidates.FIRST": 16, "area._BELOW": 0.25},
+    BEFORE: {"candidates.scores": lambda _: _nothing, "candidates.FIRST": 24},
 }
 """What is put in place of what in ``heretic_ds.search.screened``: a value, or a function of the one that is there."""
 
@@ -74,7 +82,7 @@ def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tu
 
     def known(pool: Sequence[Any], *_: Any) -> Any:
         share_N, kl_N = np.array([truth[each.likelihood, each.kl] for each in pool]).T
-        return choice._Prediction(share_N, kl_N.clip(min=choice.LEAST_KL), *np.zeros((2, len(pool))))
+        return choice.Prediction(share_N, kl_N.clip(min=choice.LEAST_KL), *np.zeros((2, len(pool))))
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
         for place, value in VARIANTS[variant].items():
@@ -82,18 +90,19 @@ def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tu
             new = value(getattr(modules[module], constant)) if callable(value) else value
             patches.enter_context(mock.patch.object(modules[module], constant, new))
         if variant == TRUE:
-            patches.enter_context(mock.patch.object(choice, "_predicted", known))
+            for module in (choice, candidates):
+                patches.enter_context(mock.patch.object(module, "predict", known))
         settings, about = _settings("screened", seed, trials), (problem.layers, problem.original_refusals)
         pool = candidates.Candidates(Path(folder) / "screening.journal", about[0], settings, about[1], 1)
         search = Search(Path(folder) / "study.journal", about[0], settings, about[1], 1, None, pool)
         now, ended, points = 0.0, [], []
         while len(points) < trials:
-            while asks := pool.ask(len(points)):
+            while asks := search.to_screen():
                 found = [problem.screen(ask.edit) for ask in asks]
                 for ask, each in zip(asks, found, strict=True):
                     scores = problem.score(ask.edit)
                     truth[each.refusals, each.kl] = scores.refusals / problem.original_refusals, scores.kl
-                pool.tell(asks, found, 1.0)
+                search.tell_screened(asks, found, 1.0)
                 now += cost * len(asks)
             for ask in search.ask():
                 scores = problem.score(ask.edit)
@@ -174,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             "what": "share of a direct search's time after which a screened one dominates as much",
             "never_counts_as": NEVER,
             "variants": {
-                name: {place: "a thousandth" if callable(value) else value for place, value in changes.items()}
+                name: {place: "see the script" if callable(value) else value for place, value in changes.items()}
                 for name, changes in VARIANTS.items()
             },
             "problems": {**before, options.problem: {**settings, "rows": rows}},

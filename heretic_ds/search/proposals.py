@@ -23,12 +23,16 @@ class Proposes(Protocol):
     killed asks for the same again. ``records`` are of trials of earlier passes.
     """
 
+    def begin(self, trials: Mapping[int, TrialRecord]) -> None:
+        """Get ready, once, before anything is asked for; ``trials`` are the records of passes that are complete."""
+        ...
+
     def __call__(self, study: optuna.Study, index: int, records: Mapping[int, TrialRecord]) -> Trial:
         """The trial of that index; one of that index that waits in the study comes first."""
         ...
 
-    def ask(self, trials: int) -> list[Ask]:
-        """What has to be screened before the trial after so many is proposed, as many at a time as share a pass."""
+    def ask(self, trials: Mapping[int, TrialRecord]) -> list[Ask]:
+        """What has to be screened before the trial after these is proposed, as many at a time as share a pass."""
         ...
 
     def tell(self, asks: Sequence[Ask], scores: Sequence[TrialScores], seconds: float) -> None:
@@ -43,6 +47,9 @@ class Sampled:
     def __init__(self, settings: SearchSettings, space: Space, first: Sequence[Mapping[str, Any]] = ()) -> None:
         self._settings, self._space, self._first = settings, dict(space), first
 
+    def begin(self, trials: Mapping[int, TrialRecord]) -> None:
+        """It is ready."""
+
     def __call__(self, study: optuna.Study, index: int, records: Mapping[int, TrialRecord]) -> Trial:
         seed = int(np.random.SeedSequence([self._settings.seed, index]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(
@@ -55,7 +62,7 @@ class Sampled:
             study.enqueue_trial(dict(self._first[index]))
         return study.ask(fixed_distributions=self._space)
 
-    def ask(self, trials: int) -> list[Ask]:
+    def ask(self, trials: Mapping[int, TrialRecord]) -> list[Ask]:
         """Nothing has to be screened."""
         return []
 

@@ -142,9 +142,9 @@ class Search:
         """Trials still to finish."""
         return max(0, self.trials - len(self._records))
 
-    def ask(self) -> list[Ask]:
+    def ask(self, most: int | None = None) -> list[Ask]:
         """The next trials to evaluate together, at most ``trials_per_pass``; empty when the study is
-        complete.
+        complete. A new pass has at most ``most``, where that is given.
 
         A pass is always asked for in full and cut here, so that raising ``trials`` later gives the trials
         that a longer study would have had. Asking again before telling gives the same trials again. Of a pass that
@@ -154,7 +154,7 @@ class Search:
         if self.remaining == 0:
             return []
         if not self._outstanding():
-            self._begin_pass()
+            self._begin_pass(self._per_pass if most is None else min(self._per_pass, most))
         allowed = self.remaining - len(self._unstored)
         asks = self._outstanding()[: min(self._per_pass, allowed)]
         again = self._resumes_pass and asks == self._outstanding() and len(self._pass) <= self._per_pass
@@ -162,7 +162,7 @@ class Search:
 
     def to_screen(self) -> list[Ask]:
         """What has to be screened before the next pass of trials is asked for; empty where enough is."""
-        return [] if self.remaining == 0 or self._outstanding() else self._propose.ask(len(self._records))
+        return [] if self.remaining == 0 or self._outstanding() else self._propose.ask(self._records)
 
     def tell_screened(self, asks: Sequence[Ask], scores: Sequence[TrialScores], seconds: float) -> None:
         """Keep what was screened; each took so many seconds."""
@@ -201,11 +201,11 @@ class Search:
         done = {*self._records, *self._unstored}
         return [ask for ask in self._pass if ask.index not in done]
 
-    def _begin_pass(self) -> None:
+    def _begin_pass(self, trials: int) -> None:
         pass_ = 1 + max((record.pass_ for record in self._records.values()), default=-1)
         # A trial that something else left unfinished is a pass of its own: it was not asked with the others'
         # state.
-        count = 1 if self._unfinished else self._per_pass
+        count = 1 if self._unfinished else trials
         self._resumes_pass = False
         self._pass = [self._sample(pass_) for _ in range(count)]
 
@@ -277,6 +277,7 @@ class Search:
                 params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
                 mirror.enqueue_trial(known_params(params, self._space))
                 self._unfinished[trial.number] = trial
+        self._propose.begin(self._records)
         if cut:
             self._resumes_pass = True
             attributes = cut[0].user_attrs

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 
 from heretic_ds.ablation.edit import Edit
@@ -16,6 +20,7 @@ from heretic_ds.search.screened import candidates, choice
 from heretic_ds.search.screened.area import front, gains, height
 from heretic_ds.search.screened.candidates import FIRST, Candidates, warm_starts
 from heretic_ds.search.screened.choice import Candidate, pick
+from heretic_ds.search.screened.modelled import Modelled
 from heretic_ds.search.screened.screening import part, screened_rows, spread
 from heretic_ds.search.screened.surrogate import Surrogate, features
 from heretic_ds.search.space import edit_of, search_space
@@ -111,11 +116,82 @@ def test_the_seed_decides(tmp_path: Path) -> None:
     assert all(ours.edit != theirs.edit for ours, theirs in zip(one[4:], other[4:], strict=True))
 
 
-def test_candidates_that_are_gone_are_screened_again(tmp_path: Path) -> None:
-    whole = run(open_search(tmp_path / "whole", 6))
-    run(open_search(tmp_path / "parts", 3))
+@pytest.mark.parametrize(("per_pass", "together"), [(1, 1), (3, 4)])
+def test_candidates_that_are_gone_are_screened_again(tmp_path: Path, per_pass: int, together: int) -> None:
+    """Each by the trials that were recorded when it was first."""
+    whole = run(open_search(tmp_path / "whole", 9, per_pass, together))
+    run(open_search(tmp_path / "parts", 6, per_pass, together))
     (tmp_path / "parts" / "screening.journal").unlink()
-    assert run(open_search(tmp_path / "parts", 6)) == whole
+    assert run(open_search(tmp_path / "parts", 9, per_pass, together)) == whole
+
+
+def candidates_of(folder: Path, worse: float) -> list[dict[str, float]]:
+    """Parameters of the candidates of a search whose trials keep so many more refusals than was to be expected."""
+    search = open_search(folder, 3)
+    while True:
+        while asks := search.to_screen():
+            for ask in asks:
+                search.tell_screened([ask], [screened(ask.edit)], 0.1)
+        if not (asks := search.ask()):
+            return [entry[2] for entry in trials_of(folder / "screening.journal", "heretic_ds, screened")]
+        for ask in asks:
+            scores = cheap_scores(ask.edit)
+            search.tell(ask, TrialScores(min(60, scores.refusals + worse), scores.kl), 0.5)
+
+
+def test_what_trials_were_scored_decides_which_candidates_come_next(tmp_path: Path) -> None:
+    as_told, worse = (candidates_of(tmp_path / str(more), more) for more in (0, 40))
+    assert as_told[:FIRST] == worse[:FIRST]  # before the first trial nothing is known of any
+    assert len(as_told) == len(worse) == FIRST + 2 * EACH
+    assert all(one != other for one, other in zip(as_told[FIRST:], worse[FIRST:], strict=True))
+
+
+def test_candidates_are_proposed_by_what_they_would_be_scored(tmp_path: Path) -> None:
+    """Screened, half of the edits look best; as trials would be scored, it is the other half."""
+    space, draw = search_space(LAYERS), np.random.default_rng(1)
+    study, records = optuna.create_study(directions=["minimize"] * 2), {}
+    for index in range(40):
+        params = {
+            name: each.choices[index % 2] if name == "direction_scope" else draw.uniform(each.low, each.high)
+            for name, each in space.items()
+        }
+        likelihood = 0.1 if params["direction_scope"] == "global" else 0.6
+        study.add_trial(optuna.trial.create_trial(values=[likelihood, 0.05], params=params, distributions=space))
+        records[index] = TrialRecord(index, index, "complete", edit_of(params), likelihood, 0.05, {}, 0.1)
+
+    def proposed(scored: Any) -> str:
+        settings = SearchSettings(trials=60, startup_trials=4, trials_per_pass="1")
+        ask = Modelled(settings, space, LAYERS, (), scored)
+        return str(ask(copy.deepcopy(study), 40, records).params["direction_scope"])
+
+    def opposite(screened: Sequence[TrialRecord], params: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        assert [record.edit for record in screened] == [edit_of(each) for each in params]
+        return np.array([[0.7 - record.refusals, record.kl] for record in screened])
+
+    assert proposed(lambda screened, params: None) == "global"
+    assert proposed(opposite) == "per layer"
+
+
+def test_scores_of_trials_are_not_predicted() -> None:
+    pool = [Candidate(0.5, 0.02, taken=True, share=0.1, scored_kl=0.01), Candidate(0.5, 0.02)]
+    predicted = choice.predict(pool)
+    scores = choice.scores(pool, predicted)
+    assert scores[0].tolist() == [0.1, 0.01]
+    assert scores[1].tolist() == [predicted.share_N[1], predicted.kl_N[1]] != [0.5, 0.02]
+
+
+def test_no_pass_goes_beyond_what_is_due(tmp_path: Path) -> None:
+    """Candidates after those that are due are asked for when more trials are known."""
+    search = open_search(tmp_path, 3, together=5)
+    sizes = []
+    while True:
+        while asks := search.to_screen():
+            sizes.append(len(asks))
+            search.tell_screened(asks, [screened(ask.edit) for ask in asks], 0.1)
+        if not (asks := search.ask()):
+            break
+        search.tell(asks[0], cheap_scores(asks[0].edit), 0.5)
+    assert sizes == [*([5] * (FIRST // 5)), FIRST % 5, EACH, EACH]
 
 
 def test_candidates_that_were_not_due_yet_do_not_count(tmp_path: Path) -> None:
@@ -146,7 +222,7 @@ def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
         whole = run(open_search(tmp_path / "whole", 6, per_pass=3))
         with pytest.raises(Killed):
             run(open_search(tmp_path / "parts", 6, per_pass=3), alive=candidates.FIRST + 2)
-    assert candidates.FIRST == 24
+    assert candidates.FIRST == 32
     assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
 
 
@@ -154,8 +230,8 @@ def test_a_count_that_is_none_is_one_line(tmp_path: Path) -> None:
     run(open_search(tmp_path, 1))
     file = tmp_path / "screening.journal"
     kept = file.read_text()
-    assert '"screened_before_trials":24' in kept
-    file.write_text(kept.replace('"screened_before_trials":24', '"screened_before_trials":"x"'))
+    assert '"screened_before_trials":32' in kept
+    file.write_text(kept.replace('"screened_before_trials":32', '"screened_before_trials":"x"'))
     with pytest.raises(UserError, match=r"screening\.journal is damaged \(screened_before_trials is 'x'\)"):
         open_search(tmp_path, 1)
 
@@ -279,8 +355,8 @@ def test_what_one_edit_is_off_by_is_expected_of_edits_like_it() -> None:
         pool = [Candidate(0.2, 0.05, taken=True, share=share, scored_kl=scored_kl), told, told]
         assert pick(pool, 0.01, np.stack([trial, alike, unlike])) == 2
     pool = [Candidate(0.2, 0.05, taken=True, share=0.5, scored_kl=0.2), told, told]
-    of_features = choice._predicted(pool, np.stack([trial, alike, unlike]))
-    without = choice._predicted(pool)
+    of_features = choice.predict(pool, np.stack([trial, alike, unlike]))
+    without = choice.predict(pool)
     # A share of 0.3 more: 1 / 1.5 of it is what all near in likelihood are off by, the rest of it as far as is alike.
     like = math.exp(-(0.1**2) / (2 * 0.5**2)) / 1.1
     assert without.share_N == pytest.approx([0.4] * 3)
@@ -289,12 +365,12 @@ def test_what_one_edit_is_off_by_is_expected_of_edits_like_it() -> None:
     for name in ("share_deviation_N", "kl_deviation_N"):
         less = getattr(of_features, name) / getattr(without, name)
         assert less == pytest.approx([math.sqrt(1 - 1 / 1.1), math.sqrt(1 - like**2 * 1.1), 1])
-    unlike_any = choice._predicted(pool, np.eye(3) * 99)
+    unlike_any = choice.predict(pool, np.eye(3) * 99)
     assert unlike_any.share_N[1:] == pytest.approx(without.share_N[1:])
 
 
 def test_nodes_lie_where_scores_can() -> None:
-    points_QN2 = choice._predicted([Candidate(0.99, 2e-6), Candidate(0.01, 0.9)]).at_nodes(100.0)
+    points_QN2 = choice.predict([Candidate(0.99, 2e-6), Candidate(0.01, 0.9)]).at_nodes(100.0)
     assert points_QN2[..., 0].min() == 0 and points_QN2[..., 0].max() == 1
     assert points_QN2[..., 1].min() == pytest.approx(1e-6) and np.isfinite(points_QN2).all()
 
@@ -302,7 +378,7 @@ def test_nodes_lie_where_scores_can() -> None:
 def test_points_at_nodes_scatter_as_predicted() -> None:
     """Share and logarithm of KL each by its own deviation, independently of each other."""
     trials = [Candidate(0.5, 0.1, taken=True, share=share, scored_kl=0.1 * by) for share, by in ((0.4, 2), (0.6, 0.5))]
-    predicted = choice._predicted([*trials, Candidate(0.5, 0.1)])
+    predicted = choice.predict([*trials, Candidate(0.5, 0.1)])
     at_Q2 = predicted.at_nodes(1.0)[:, 2]
     off_Q2 = np.stack([at_Q2[:, 0] - predicted.share_N[2], np.log(at_Q2[:, 1] / predicted.kl_N[2])], axis=1)
     expected = np.diag([predicted.share_deviation_N[2] ** 2, predicted.kl_deviation_N[2] ** 2])

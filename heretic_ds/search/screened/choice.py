@@ -60,11 +60,8 @@ def pick(candidates: Sequence[Candidate], kl_target: float, features_NF: np.ndar
     free_N = np.array([not candidate.taken for candidate in candidates], dtype=bool)
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
-    predicted = _predicted(candidates, features_NF)
-    known_N2 = np.stack([predicted.share_N, predicted.kl_N], axis=1)
-    for at, candidate in enumerate(candidates):
-        if candidate.share is not None and candidate.scored_kl is not None:
-            known_N2[at] = candidate.share, candidate.scored_kl
+    predicted = predict(candidates, features_NF)
+    known_N2 = scores(candidates, predicted)
     for wider in _WIDER:
         points_QF2 = predicted.at_nodes(wider)[:, free_N]
         filled_QF = _filled(points_QF2.reshape(-1, 2), known_N2[~free_N], kl_target).reshape(len(_WEIGHT_Q), -1)
@@ -72,6 +69,15 @@ def pick(candidates: Sequence[Candidate], kl_target: float, features_NF: np.ndar
         if expected_F.max() > 0:
             break
     return int(np.flatnonzero(free_N)[expected_F.argmax()])
+
+
+def scores(candidates: Sequence[Candidate], predicted: Prediction) -> np.ndarray:
+    """Share of refusals and KL [N, 2]: what a trial was scored, and what is predicted of others."""
+    scores_N2 = np.stack([predicted.share_N, predicted.kl_N], axis=1)
+    for at, candidate in enumerate(candidates):
+        if candidate.share is not None and candidate.scored_kl is not None:
+            scores_N2[at] = candidate.share, candidate.scored_kl
+    return scores_N2
 
 
 def _filled(points_N2: np.ndarray, known_M2: np.ndarray, kl_target: float) -> np.ndarray:
@@ -101,7 +107,7 @@ _NODE_Q2, _WEIGHT_Q = _nodes()
 
 
 @dataclass(frozen=True)
-class _Prediction:
+class Prediction:
     """What candidates would be scored, and how far off that may be."""
 
     share_N: np.ndarray
@@ -118,7 +124,7 @@ class _Prediction:
         return np.stack([share_QN.clip(0, 1), kl_QN], axis=-1)
 
 
-def _predicted(candidates: Sequence[Candidate], features_NF: np.ndarray | None = None) -> _Prediction:
+def predict(candidates: Sequence[Candidate], features_NF: np.ndarray | None = None) -> Prediction:
     """Share of refusals and KL that each candidate would be scored, with their deviations: the scatter of
     trials around predictions that know of these trials themselves, less where edits are like those of trials."""
     likelihood_N = np.array([candidate.likelihood for candidate in candidates])
@@ -142,6 +148,6 @@ def _predicted(candidates: Sequence[Candidate], features_NF: np.ndarray | None =
         share_N = (share_N + weights_NK @ residual_K).clip(0, 1)
         log_N = log_N + weights_NK @ (ratio_K - ratio)
         unexplained_N = (1 - (weights_NK * alike_NK).sum(axis=1)).clip(min=_LEAST)
-    return _Prediction(
+    return Prediction(
         share_N, np.exp(log_N), np.sqrt(share_variance_N * unexplained_N), np.sqrt(kl_variance * unexplained_N)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,14 @@ _STEPS, _CHANGED = (0.4, 0.12, 0.04), 0.4
 """Deviations by which parameters of edits on the front are changed, as shares of their ranges, and how many of them."""
 
 
+Scored = Callable[[Sequence[TrialRecord], Sequence[Mapping[str, Any]]], np.ndarray | None]
+"""Share of refusals and KL [N, 2] that edits were scored, or would be, by what they were screened by and their
+parameters; None where nothing is known beside that."""
+
+
 class Modelled(Sampled):
-    """Proposes the first ones as :class:`Sampled` does, the others by a Gaussian process over what edits do.
+    """Proposes the first ones as :class:`Sampled` does, the others by a Gaussian process over what edits do: what they
+    would be scored, where that is ``scored``, or what they were screened by.
 
     Each of many edits, random ones and those that are like edits on the front, is expected to have the process's mean
     less half of its deviation; proposed is the one that would add most to the dominated area. Edits that were asked for
@@ -39,10 +45,15 @@ class Modelled(Sampled):
     """
 
     def __init__(
-        self, settings: SearchSettings, space: Space, n_layers: int, first: Sequence[Mapping[str, Any]] = ()
+        self,
+        settings: SearchSettings,
+        space: Space,
+        n_layers: int,
+        first: Sequence[Mapping[str, Any]] = (),
+        scored: Scored = lambda screened, params: None,
     ) -> None:
         super().__init__(settings, space, first)
-        self._n_layers = n_layers
+        self._n_layers, self._scored = n_layers, scored
 
     def __call__(self, study: optuna.Study, index: int, records: Mapping[int, TrialRecord]) -> Trial:
         if index >= self._settings.startup_trials and index >= len(self._first) and not waits(study, index):
@@ -59,8 +70,12 @@ class Modelled(Sampled):
         if not known:
             return None
         found = [records[trial.number] for trial in known]
-        likelihood_N = np.array([record.refusals for record in found], dtype=float)
-        kl_N = np.array([record.kl for record in found], dtype=float).clip(min=LEAST_KL)
+        scores_N2 = self._scored(found, [trial.params for trial in known])
+        if scores_N2 is None:
+            likelihood_N, kl_N = np.array([[record.refusals, record.kl] for record in found], dtype=float).T
+        else:
+            likelihood_N, kl_N = _AS_NONE + scores_N2[:, 0], scores_N2[:, 1]
+        kl_N = kl_N.clip(min=LEAST_KL)
         points_N2 = self._points(likelihood_N, kl_N)
         best = front(points_N2, self._most)
         best = best if len(best) else np.array([points_N2.sum(axis=1).argmin()])
