@@ -31,7 +31,7 @@ class SearchSettings:
     trials_per_pass: str = AUTO
     """Trials asked for, and evaluated in the same forward passes: a whole number, or ``auto``: up to 4, on a CPU one
     for each replica of the model, elsewhere as many as it takes to fill the batches that were measured to be best."""
-    candidates: int = within(5, ge=1)
+    candidates: int = within(3, ge=1)
     """Edits that ``screened`` compares for each that it scores."""
     kl_target: float = within(0.01, gt=0, lt=math.inf, words="a number above 0 (nats)")
     """KL divergence (nats) below which the search stops chasing a smaller one."""

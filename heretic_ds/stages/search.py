@@ -32,6 +32,8 @@ MOST_TRIALS = 4
 """Most trials that ``search.trials_per_pass=auto`` takes together: trials of one pass do not learn from each other.
 With 8 of them fronts were up to 5 % smaller on one objective, with 4 not significantly so
 (``benchmarks/search_quality.py``)."""
+MOST_CANDIDATES = 5
+"""The same of candidates, unless more than that are screened for each trial."""
 
 
 def settle_strategy(settings: Settings, world: World) -> Settings:
@@ -90,7 +92,7 @@ def candidates_per_pass(run: Run) -> int:
 
 
 def _candidates_that_fill_batches(run: Run) -> int:
-    replicas, most = run.world.size // run.engine.degree, run.settings.search.candidates
+    replicas, most = run.world.size // run.engine.degree, max(MOST_CANDIDATES, run.settings.search.candidates)
     if run.job.opened.device.type == "cpu":
         return min(most, replicas)
     rows = run.engine.batch_sizes.get("kl", 1) * replicas
