@@ -38,7 +38,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "screened_choice.json"
 STARTUP = 12
 NEVER = 1.5
 TRUE = "true scores"
-BEFORE = "as before: proposed by what was screened, 24 at first"
+BEFORE = "as before: proposed by what was screened, 24 at first, 5 more a trial"
 
 
 def _nothing(*_: Any) -> None:
@@ -53,15 +53,18 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "corrections believed sooner": {"choice._DOUBT": 0.1},
     "a narrower neighbourhood": {"choice._WIDTH": 0.08},
     "no edit is like another": {"choice._ALIKE": 1e-6},
-    "proposed by what was screened": {"candidates.scores": lambda _: _nothing},
+    "proposed by what was screened": {"candidates.known_scores": lambda _: _nothing},
     "16 candidates at first": {"candidates.FIRST": 16},
     "24 candidates at first": {"candidates.FIRST": 24},
     "40 candidates at first": {"candidates.FIRST": 40},
     "decades below the target count a quarter": {"area._BELOW": 0.25},
     "decades below the target count in full": {"area._BELOW": 1.0},
-    BEFORE: {"candidates.scores": lambda _: _nothing, "candidates.FIRST": 24},
+    "2 more candidates a trial": {"search.candidates": 2},
+    "5 more candidates a trial": {"search.candidates": 5},
+    BEFORE: {"candidates.known_scores": lambda _: _nothing, "candidates.FIRST": 24, "search.candidates": 5},
 }
-"""What is put in place of what in ``heretic_ds.search.screened``: a value, or a function of the one that is there."""
+"""What is put in place of what in ``heretic_ds.search.screened``: a value, or a function of the one that is there; or a
+setting."""
 
 Point = tuple[float, float]
 
@@ -85,14 +88,18 @@ def screened(name: str, seed: int, trials: int, cost: float, variant: str) -> tu
         return choice.Prediction(share_N, kl_N.clip(min=choice.LEAST_KL), *np.zeros((2, len(pool))))
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as patches:
-        for place, value in VARIANTS[variant].items():
+        changes = dict(VARIANTS[variant])
+        each = changes.pop("search.candidates", None)
+        for place, value in changes.items():
             module, constant = place.split(".")
             new = value(getattr(modules[module], constant)) if callable(value) else value
             patches.enter_context(mock.patch.object(modules[module], constant, new))
         if variant == TRUE:
             for module in (choice, candidates):
                 patches.enter_context(mock.patch.object(module, "predict", known))
-        settings, about = _settings("screened", seed, trials), (problem.layers, problem.original_refusals)
+        settings = _settings("screened", seed, trials)
+        settings.candidates = settings.candidates if each is None else each
+        about = (problem.layers, problem.original_refusals)
         pool = candidates.Candidates(Path(folder) / "screening.journal", about[0], settings, about[1], 1)
         search = Search(Path(folder) / "study.journal", about[0], settings, about[1], 1, None, pool)
         now, ended, points = 0.0, [], []

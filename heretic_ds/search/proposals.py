@@ -19,8 +19,8 @@ Space = Mapping[str, BaseDistribution]
 class Proposes(Protocol):
     """Asks an in-memory study for one more trial.
 
-    What it asks for depends on the arguments and on what the study was asked for before, so that a search that was
-    killed asks for the same again. ``records`` are of trials of earlier passes.
+    What it asks for depends on the arguments, on what the study was asked for before and on what it keeps on disk, so
+    that a search that was killed asks for the same again. ``records`` are of trials of earlier passes.
     """
 
     def begin(self, trials: Mapping[int, TrialRecord]) -> None:

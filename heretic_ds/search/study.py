@@ -1,11 +1,11 @@
 """The search: a multi-objective study that asks for edits and keeps their scores, exact after any kill.
 
-How resume is exact. Asking happens on an in-memory copy of the study, with a sampler made anew for every
-trial from (seed, trial index), so an ask depends on the finished trials and nothing else: no clock, no
-sampler state. Only finished trials are appended to the journal, in order, one record (one line) each. After a
-kill the journal therefore holds a prefix of the uninterrupted study. Where that prefix ends inside a pass,
-the pass is asked again from the state before it, which gives the same edits, and only the missing ones are
-handed out.
+How resume is exact. Asking happens on an in-memory copy of the study, with a sampler made anew for every trial from
+(seed, trial index), so an ask depends on the finished trials (in a screened search on its candidates, too) and nothing
+else: no clock, no sampler state. Only finished trials are appended to the journal, in order, one record (one line)
+each. After a kill the journal therefore holds a prefix of the uninterrupted study. Where that prefix ends inside a
+pass, the pass is asked again from the state before it, which gives the same edits, and only the missing ones are
+handed out. Where it gives others (another version asked, or something is gone), recorded trials stay what they are.
 
 Two studies, two kinds of values. The in-memory study has what the sampler minimises; the journal, which people look at,
 has raw refusals and raw KL, and the minimised numbers as an attribute, from which the in-memory study is made again.
@@ -14,7 +14,6 @@ has raw refusals and raw KL, and the minimised numbers as an attribute, from whi
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,7 +29,7 @@ from heretic_ds.foreign.disk import writing
 from heretic_ds.search.journal import DIRECTIONS, MINIMISED, About, open_study, quiet_optuna
 from heretic_ds.search.proposals import Proposes, Sampled
 from heretic_ds.search.space import edit_of, known_params, search_space
-from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores
+from heretic_ds.search.trials import COMPLETE, FAILED, Ask, TrialRecord, TrialScores, plain
 from heretic_ds.settings import SearchSettings
 
 logger = logging.getLogger(__name__)
@@ -55,17 +54,6 @@ def objectives(scores: TrialScores, baseline_refusals: float, kl_target: float) 
     return ratio, scores.kl if scores.kl >= kl_target else ratio * kl_target
 
 
-def _plain(scores: TrialScores) -> TrialScores:
-    """Python numbers, which JSON takes, for a scorer's array scalars; a side score not finite is None."""
-
-    def python(number: Any) -> Any:
-        return number.item() if hasattr(number, "item") else number
-
-    others = {name: python(value) for name, value in scores.scores.items()}
-    finite = {name: v if v is not None and math.isfinite(v) else None for name, v in others.items()}
-    return TrialScores(python(scores.refusals), python(scores.kl), finite, scores.maximize)
-
-
 def refuse_nothing(baseline_refusals: float, maximize: bool = False) -> None:
     """Raise UserError where the original model's refusals leave nothing to search for."""
     if baseline_refusals <= 0 and not maximize:
@@ -73,6 +61,12 @@ def refuse_nothing(baseline_refusals: float, maximize: bool = False) -> None:
             "the original model shows none of the behaviour on the target eval prompts, so there is "
             "nothing to search for; change prompts.target.eval or scoring.markers"
         )
+
+
+def open_journal(journal: Path, n_layers: int, about: About | None = None) -> optuna.Study:
+    """The study on disk, over the edits of a model of so many blocks. Raises UserError."""
+    space = {name: distribution_to_json(distribution) for name, distribution in search_space(n_layers).items()}
+    return open_study(journal, space, about or About())
 
 
 class Search:
@@ -87,6 +81,7 @@ class Search:
         trials_per_pass: of new passes, where the settings leave it open.
         about: what the study tells of itself.
         propose: where edits come from; a sampler by default.
+        study: what :func:`open_journal` gave for the same arguments, where it is open already.
 
     Raises:
         UserError: the journal is damaged or belongs to another search space.
@@ -101,6 +96,7 @@ class Search:
         trials_per_pass: int | None = None,
         about: About | None = None,
         propose: Proposes | None = None,
+        study: optuna.Study | None = None,
     ) -> None:
         refuse_nothing(baseline_refusals, about is not None and about.maximize)
         quiet_optuna()
@@ -112,15 +108,21 @@ class Search:
         self._space = search_space(n_layers)
         self._propose = propose or Sampled(settings, self._space)
         self._path = journal
-        space = {name: distribution_to_json(distribution) for name, distribution in self._space.items()}
-        self._journal = open_study(journal, space, about or About())
+        self._journal = study or open_journal(journal, n_layers, about)
         self._records: dict[int, TrialRecord] = {}
         self._unstored: dict[int, tuple[TrialRecord, _Values | None, str]] = {}
         self._pass: list[Ask] = []
         self._resumes_pass = False
         self._unfinished: dict[int, FrozenTrial] = {}
         """Trials that something else left running or waiting in the journal, by index."""
-        self._mirror = self._replay(self._journal.get_trials(deepcopy=False))
+        trials = self._journal.get_trials(deepcopy=False)
+        cut = self._cut_pass(trials)
+        earlier = trials[: len(trials) - len(cut)]
+        self._restore(earlier)
+        self._propose.begin(self._records)
+        self._mirror = self._mirror_of(earlier)
+        if cut:
+            self._resume_pass(earlier, cut)
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -180,7 +182,7 @@ class Search:
         """
         if self.knows(ask):
             return self._records[ask.index]
-        scores, failure = scores and _plain(scores), ""
+        scores, failure = scores and plain(scores), ""
         if scores is not None and not scores.usable:
             failure = f"scores are not finite: refusals {scores.refusals}, KL {scores.kl}"
             logger.warning("trial %d failed: %s", ask.index, failure)
@@ -265,28 +267,46 @@ class Search:
             storage.set_trial_user_attr(trial_id, name, value)
         storage.set_trial_state_values(trial_id, trial.state, trial.values)
 
-    def _replay(self, trials: list[FrozenTrial]) -> optuna.Study:
-        """The in-memory study after the journal's trials; a pass cut short is asked again."""
-        mirror = self._mirror = optuna.create_study(directions=DIRECTIONS)
-        cut = self._cut_pass(trials)
-        for trial in trials[: len(trials) - len(cut)]:
+    def _restore(self, trials: Sequence[FrozenTrial]) -> None:
+        """Records of the journal's finished trials; the others are finished first."""
+        for trial in trials:
             if trial.state.is_finished():
-                record = self._records[trial.number] = self._restored(trial)
-                mirror.add_trial(self._mirrored(trial) if record.complete else _FAILED_TRIAL)
+                self._records[trial.number] = self._restored(trial)
+            else:
+                self._unfinished[trial.number] = trial
+
+    def _mirror_of(self, trials: Sequence[FrozenTrial]) -> optuna.Study:
+        """The in-memory study after these trials."""
+        mirror = optuna.create_study(directions=DIRECTIONS)
+        for trial in trials:
+            if trial.state.is_finished():
+                mirror.add_trial(self._mirrored(trial) if self._records[trial.number].complete else _FAILED_TRIAL)
             else:
                 params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
                 mirror.enqueue_trial(known_params(params, self._space))
-                self._unfinished[trial.number] = trial
-        self._propose.begin(self._records)
-        if cut:
-            self._resumes_pass = True
-            attributes = cut[0].user_attrs
-            self._pass = [self._sample(attributes["pass"]) for _ in range(attributes["pass_size"])]
-            for trial in cut:
-                self._check_repeated(trial)
-                mirror.tell(trial.number, trial.user_attrs.get(MINIMISED), trial.state)
-                self._records[trial.number] = self._restored(trial)
         return mirror
+
+    def _resume_pass(self, earlier: Sequence[FrozenTrial], cut: Sequence[FrozenTrial]) -> None:
+        """Ask again for the pass that an end cut short. Trials that are recorded stay what they are."""
+        pass_, size = cut[0].user_attrs["pass"], cut[0].user_attrs["pass_size"]
+        self._resumes_pass = True
+        self._pass = [self._sample(pass_) for _ in range(size)]
+        asked = self._mirror.get_trials(deepcopy=False)
+        if others := [trial.number for trial in cut if asked[trial.number].params != trial.params]:
+            logger.warning(
+                "trial %d was asked for with other parameters than now: the study goes on, but will differ from an "
+                "uninterrupted one (was heretic-ds, Optuna or numpy updated? was a journal brought back or removed?)",
+                others[0],
+            )
+            self._mirror = self._mirror_of(earlier)
+            for trial in cut:
+                self._mirror.enqueue_trial(known_params(trial.params, self._space))
+                self._mirror.ask(fixed_distributions=self._space)
+            recorded = [Ask(trial.number, edit_of(trial.params), pass_) for trial in cut]
+            self._pass = [*recorded, *(self._sample(pass_) for _ in range(size - len(cut)))]
+        for trial in cut:
+            self._mirror.tell(trial.number, trial.user_attrs.get(MINIMISED), trial.state)
+            self._records[trial.number] = self._restored(trial)
 
     def _mirrored(self, trial: FrozenTrial) -> FrozenTrial:
         """The trial with exactly this space's parameters: others would change the sampler's space."""
@@ -302,16 +322,6 @@ class Search:
         is_one_pass = all(trial.user_attrs.get("pass_first") == attributes["pass_first"] for trial in cut)
         earlier_are_finished = all(trial.state.is_finished() for trial in trials)
         return cut if len(cut) < attributes["pass_size"] and is_one_pass and earlier_are_finished else []
-
-    def _check_repeated(self, trial: FrozenTrial) -> None:
-        """Say so where another version of this project, Optuna or numpy asks for other edits than those recorded."""
-        asked = self._mirror.get_trials(deepcopy=False)[trial.number].params
-        if asked != trial.params:
-            logger.warning(
-                "trial %d was asked for with other parameters than now: the study goes on, but will differ "
-                "from an uninterrupted one (was heretic-ds, Optuna or numpy updated?)",
-                trial.number,
-            )
 
     def _restored(self, trial: FrozenTrial) -> TrialRecord:
         """A journal trial's record; one that something else finished without scores counts as failed."""

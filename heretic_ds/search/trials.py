@@ -49,6 +49,17 @@ class TrialScores:
         return math.isfinite(self.refusals) and math.isfinite(self.kl)
 
 
+def plain(scores: TrialScores) -> TrialScores:
+    """Python numbers, which JSON takes, for a scorer's array scalars; a side score not finite is None."""
+
+    def python(number: Any) -> Any:
+        return number.item() if hasattr(number, "item") else number
+
+    others = {name: python(value) for name, value in scores.scores.items()}
+    finite = {name: v if v is not None and math.isfinite(v) else None for name, v in others.items()}
+    return TrialScores(python(scores.refusals), python(scores.kl), finite, scores.maximize)
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """A finished trial: one entry of ``trials`` in ``results.json``."""

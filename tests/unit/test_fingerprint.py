@@ -59,8 +59,8 @@ def test_folders_from_before_there_were_strategies_are_direct_ones() -> None:
     before = {key: value for key, value in direct.items() if key not in ("search.strategy", "search.candidates")}
     assert completed(before, direct) == direct != before
     assert differences(completed(before, screened), screened)[1] == 'search.strategy was "direct", is now "screened"'
-    assert fingerprint(settings("search.candidates=3")) == direct  # direct screens none
-    assert differences(screened, fingerprint(settings("search.strategy=screened", "search.candidates=3")))
+    assert fingerprint(settings("search.candidates=4")) == direct  # direct screens none
+    assert differences(screened, fingerprint(settings("search.strategy=screened", "search.candidates=4")))
 
 
 @pytest.mark.parametrize("override", SCORE_CHANGES)

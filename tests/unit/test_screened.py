@@ -122,7 +122,28 @@ def test_candidates_that_are_gone_are_screened_again(tmp_path: Path, per_pass: i
     whole = run(open_search(tmp_path / "whole", 9, per_pass, together))
     run(open_search(tmp_path / "parts", 6, per_pass, together))
     (tmp_path / "parts" / "screening.journal").unlink()
+    for alive in (FIRST + 2, 5, 3):
+        with pytest.raises(Killed):
+            run(open_search(tmp_path / "parts", 9, per_pass, together), alive)
     assert run(open_search(tmp_path / "parts", 9, per_pass, together)) == whole
+
+
+def test_candidates_that_another_version_asked_for_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pass of them was cut; what it is asked for now is something else than what was screened."""
+    with monkeypatch.context() as other, pytest.raises(Killed):
+        other.setattr(
+            candidates, "known_scores", lambda pool, _: np.array([[1 - each.likelihood, each.kl] for each in pool])
+        )
+        run(open_search(tmp_path, 9, together=2), alive=FIRST + 1 + EACH + 1 + 1)
+    search = open_search(tmp_path, 9, together=2)
+    assert "was asked for with other parameters than now" in caplog.text
+    records = run(search)
+    asked = search._propose._study.asked  # type: ignore[attr-defined]  # what trials' parameters are taken from
+    for index, entry in enumerate(trials_of(tmp_path / "screening.journal", "heretic_ds, screened")):
+        assert asked[index] in (entry[2], {})  # nothing is kept in memory of a failed one
+    assert len({str(record.edit) for record in records}) == 9  # none was scored twice
 
 
 def candidates_of(folder: Path, worse: float) -> list[dict[str, float]]:
@@ -159,23 +180,24 @@ def test_candidates_are_proposed_by_what_they_would_be_scored(tmp_path: Path) ->
         study.add_trial(optuna.trial.create_trial(values=[likelihood, 0.05], params=params, distributions=space))
         records[index] = TrialRecord(index, index, "complete", edit_of(params), likelihood, 0.05, {}, 0.1)
 
-    def proposed(scored: Any) -> str:
+    def proposed(expect: Any) -> str:
         settings = SearchSettings(trials=60, startup_trials=4, trials_per_pass="1")
-        ask = Modelled(settings, space, LAYERS, (), scored)
+        ask = Modelled(settings, space, LAYERS, (), expect)
         return str(ask(copy.deepcopy(study), 40, records).params["direction_scope"])
 
-    def opposite(screened: Sequence[TrialRecord], params: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    def opposite(screened: Sequence[TrialRecord], params: Sequence[Mapping[str, Any]], count: int) -> np.ndarray:
+        assert count == 40
         assert [record.edit for record in screened] == [edit_of(each) for each in params]
         return np.array([[0.7 - record.refusals, record.kl] for record in screened])
 
-    assert proposed(lambda screened, params: None) == "global"
+    assert proposed(lambda screened, params, count: None) == "global"
     assert proposed(opposite) == "per layer"
 
 
 def test_scores_of_trials_are_not_predicted() -> None:
     pool = [Candidate(0.5, 0.02, taken=True, share=0.1, scored_kl=0.01), Candidate(0.5, 0.02)]
     predicted = choice.predict(pool)
-    scores = choice.scores(pool, predicted)
+    scores = choice.known_scores(pool, predicted)
     assert scores[0].tolist() == [0.1, 0.01]
     assert scores[1].tolist() == [predicted.share_N[1], predicted.kl_N[1]] != [0.5, 0.02]
 

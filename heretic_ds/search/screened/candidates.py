@@ -28,11 +28,11 @@ from heretic_ds.errors import UserError
 from heretic_ds.foreign.disk import writing
 from heretic_ds.search.journal import About, tell
 from heretic_ds.search.proposals import Sampled, Space, waits
-from heretic_ds.search.screened.choice import Candidate, pick, predict, scores
+from heretic_ds.search.screened.choice import Candidate, known_scores, pick, predict
 from heretic_ds.search.screened.modelled import Modelled
 from heretic_ds.search.screened.surrogate import features
 from heretic_ds.search.space import GLOBAL, MAX_WEIGHT_RANGES, PER_LAYER, edit_of, search_space
-from heretic_ds.search.study import Search, refuse_nothing
+from heretic_ds.search.study import Search, open_journal, refuse_nothing
 from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
 from heretic_ds.settings import SearchSettings
 
@@ -73,31 +73,34 @@ class Candidates:
         about: About | None = None,
     ) -> None:
         """``per_pass`` candidates are screened together; arguments as of :class:`Search`."""
-        refuse_nothing(original_refusals)  # before there is a file
+        refuse_nothing(original_refusals)  # shares are of them
         self._path, self._settings, self._original = journal, settings, original_refusals
         self._n_layers, self._per_pass, self._about = n_layers, per_pass, about or About()
         self._space: Space = search_space(n_layers)
         self._otherwise = Sampled(settings, self._space)
-        self._trials: Mapping[int, TrialRecord] = {}
+        self._keys: dict[tuple[str, int], str] = {}
+        self._expected: tuple[tuple[int, int], np.ndarray | None] = (0, 0), None
+        """Scores that were expected last: by how many trials, of how many candidates."""
 
     def begin(self, trials: Mapping[int, TrialRecord]) -> None:
         """Open the journal, given the trials that are recorded. Raises UserError."""
         self._trials = dict(trials)
-        sampled = replace(self._settings, startup_trials=STARTUP, trials=1)
         about = replace(self._about, name=f"{self._about.name}, screened", scorer="refusal likelihood")
-        propose = Modelled(sampled, self._space, self._n_layers, warm_starts(self._n_layers), self._scores)
-        self._study = Search(self._path, self._n_layers, sampled, 1.0, self._per_pass, about, propose)
-        known = self._study.study.user_attrs
-        self._first = known.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if self._study.asked else FIRST)
+        study = open_journal(self._path, self._n_layers, about)
+        otherwise = _FIRST_UNTOLD if study.get_trials(deepcopy=False) else FIRST
+        self._first = study.user_attrs.get(_FIRST_ATTRIBUTE, otherwise)
         if type(self._first) is not int or self._first < 1:
             raise UserError(f"{self._path} is damaged ({_FIRST_ATTRIBUTE} is {self._first!r}); give another run.dir")
         with writing(self._path.parent, "run.dir"):
-            tell(self._study.study, {_FIRST_ATTRIBUTE: self._first})
+            tell(study, {_FIRST_ATTRIBUTE: self._first})
+        sampled = replace(self._settings, startup_trials=STARTUP, trials=1)
+        propose = Modelled(sampled, self._space, self._n_layers, warm_starts(self._n_layers), self._expect)
+        self._study = Search(self._path, self._n_layers, sampled, 1.0, self._per_pass, about, propose, study)
 
     def ask(self, trials: Mapping[int, TrialRecord]) -> list[Ask]:
         """Candidates to be screened before the next trial is chosen; empty where enough are."""
-        self._trials = self._before_next(trials)
-        self._study.trials = self._due(len(self._trials))
+        self._trials = dict(trials)
+        self._study.trials = self._due(len(self._before(len(self._study.records))))
         return self._study.ask(self._study.remaining)  # those after them depend on more trials
 
     def tell(self, asks: Sequence[Ask], scores: Sequence[TrialScores], seconds: float) -> None:
@@ -115,13 +118,14 @@ class Candidates:
         """How many candidates are screened before the trial after so many is chosen."""
         return self._first + trials * self._settings.candidates
 
-    def _before_next(self, trials: Mapping[int, TrialRecord]) -> dict[int, TrialRecord]:
-        """Those trials after which the next candidates are due: all, unless candidates that were screened are gone."""
-        asked, before = len(self._study.records), dict[int, TrialRecord]()
-        for _, together in groupby(sorted(trials), key=lambda index: trials[index].pass_):
-            if self._due(len(before)) > asked:
+    def _before(self, screened: int) -> dict[int, TrialRecord]:
+        """Those trials that are recorded when the candidate after so many is asked for: as many whole passes as it is
+        screened for, or all that there are."""
+        before: dict[int, TrialRecord] = {}
+        for _, together in groupby(sorted(self._trials), key=lambda index: self._trials[index].pass_):
+            if self._due(len(before)) > screened:
                 break
-            before |= {index: trials[index] for index in together}
+            before |= {index: self._trials[index] for index in together}
         return before
 
     def _choose(self, trials: Sequence[FrozenTrial], records: Mapping[int, TrialRecord]) -> dict[str, Any] | None:
@@ -145,10 +149,11 @@ class Candidates:
         self, screened: Sequence[TrialRecord], trials: Mapping[int, TrialRecord], begun: Sequence[Edit] = ()
     ) -> list[Candidate]:
         """What was screened, with what is known of it by trials, and which of it will be one."""
-        told, coming = {_key(trial.edit): trial for trial in trials.values()}, {_key(edit) for edit in begun}
+        told = {self._key("trial", trial): trial for trial in trials.values()}
+        coming = {_key(edit) for edit in begun}
         candidates = []
         for record in screened:
-            key = _key(record.edit)
+            key = self._key("candidate", record)
             candidate = Candidate(float(record.refusals or 0), float(record.kl or 0), key in told or key in coming)
             if (trial := told.get(key)) is not None and trial.complete:
                 share = float(trial.refusals or 0) / self._original
@@ -156,12 +161,27 @@ class Candidates:
             candidates.append(candidate)
         return candidates
 
-    def _scores(self, screened: Sequence[TrialRecord], params: Sequence[Mapping[str, Any]]) -> np.ndarray | None:
-        """Share of refusals and KL [N, 2] of what was screened, by the trials so far; None where none says anything."""
-        candidates = self._candidates(screened, self._trials)
-        if all(candidate.share is None for candidate in candidates):
-            return None
-        return scores(candidates, predict(candidates, features(params, self._n_layers)))
+    def _expect(
+        self, screened: Sequence[TrialRecord], params: Sequence[Mapping[str, Any]], count: int
+    ) -> np.ndarray | None:
+        """Scores that candidates had or are expected to have as trials, [N, 2], when so many had been screened; None
+        where no trial says anything of them."""
+        trials = self._before(count)
+        known = len(trials), count
+        if self._expected[0] != known:
+            candidates = self._candidates(screened, trials)
+            scores_N2 = None
+            if any(candidate.share is not None for candidate in candidates):
+                scores_N2 = known_scores(candidates, predict(candidates, features(params, self._n_layers)))
+            self._expected = known, scores_N2
+        return self._expected[1]
+
+    def _key(self, kind: str, record: TrialRecord) -> str:
+        """Tells the record's edit from others; found once."""
+        place = kind, record.index
+        if place not in self._keys:
+            self._keys[place] = _key(record.edit)
+        return self._keys[place]
 
 
 def _key(edit: Edit) -> str:

@@ -61,7 +61,7 @@ def pick(candidates: Sequence[Candidate], kl_target: float, features_NF: np.ndar
     if not free_N.any():
         raise ValueError("every candidate is a trial already")
     predicted = predict(candidates, features_NF)
-    known_N2 = scores(candidates, predicted)
+    known_N2 = known_scores(candidates, predicted)
     for wider in _WIDER:
         points_QF2 = predicted.at_nodes(wider)[:, free_N]
         filled_QF = _filled(points_QF2.reshape(-1, 2), known_N2[~free_N], kl_target).reshape(len(_WEIGHT_Q), -1)
@@ -71,7 +71,7 @@ def pick(candidates: Sequence[Candidate], kl_target: float, features_NF: np.ndar
     return int(np.flatnonzero(free_N)[expected_F.argmax()])
 
 
-def scores(candidates: Sequence[Candidate], predicted: Prediction) -> np.ndarray:
+def known_scores(candidates: Sequence[Candidate], predicted: Prediction) -> np.ndarray:
     """Share of refusals and KL [N, 2]: what a trial was scored, and what is predicted of others."""
     scores_N2 = np.stack([predicted.share_N, predicted.kl_N], axis=1)
     for at, candidate in enumerate(candidates):

@@ -30,14 +30,14 @@ _STEPS, _CHANGED = (0.4, 0.12, 0.04), 0.4
 """Deviations by which parameters of edits on the front are changed, as shares of their ranges, and how many of them."""
 
 
-Scored = Callable[[Sequence[TrialRecord], Sequence[Mapping[str, Any]]], np.ndarray | None]
-"""Share of refusals and KL [N, 2] that edits were scored, or would be, by what they were screened by and their
-parameters; None where nothing is known beside that."""
+Expect = Callable[[Sequence[TrialRecord], Sequence[Mapping[str, Any]], int], np.ndarray | None]
+"""Share of refusals and KL [N, 2] that screened edits are expected to be scored, from their records and parameters, by
+what was known when so many edits had been screened; None where that is no more than the records say."""
 
 
 class Modelled(Sampled):
-    """Proposes the first ones as :class:`Sampled` does, the others by a Gaussian process over what edits do: what they
-    would be scored, where that is ``scored``, or what they were screened by.
+    """Proposes the first ones as :class:`Sampled` does, the others by a Gaussian process over what edits do. It learns
+    what edits are expected to be scored, and what they were screened by as long as nothing is.
 
     Each of many edits, random ones and those that are like edits on the front, is expected to have the process's mean
     less half of its deviation; proposed is the one that would add most to the dominated area. Edits that were asked for
@@ -50,10 +50,10 @@ class Modelled(Sampled):
         space: Space,
         n_layers: int,
         first: Sequence[Mapping[str, Any]] = (),
-        scored: Scored = lambda screened, params: None,
+        expect: Expect = lambda screened, params, count: None,
     ) -> None:
         super().__init__(settings, space, first)
-        self._n_layers, self._scored = n_layers, scored
+        self._n_layers, self._expect = n_layers, expect
 
     def __call__(self, study: optuna.Study, index: int, records: Mapping[int, TrialRecord]) -> Trial:
         if index >= self._settings.startup_trials and index >= len(self._first) and not waits(study, index):
@@ -70,10 +70,11 @@ class Modelled(Sampled):
         if not known:
             return None
         found = [records[trial.number] for trial in known]
-        scores_N2 = self._scored(found, [trial.params for trial in known])
+        scores_N2 = self._expect(found, [trial.params for trial in known], len(records))
         if scores_N2 is None:
             likelihood_N, kl_N = np.array([[record.refusals, record.kl] for record in found], dtype=float).T
         else:
+            # A share of 0 is no less than a likelihood that is as good as none.
             likelihood_N, kl_N = _AS_NONE + scores_N2[:, 0], scores_N2[:, 1]
         kl_N = kl_N.clip(min=LEAST_KL)
         points_N2 = self._points(likelihood_N, kl_N)
