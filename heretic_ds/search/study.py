@@ -1,11 +1,12 @@
 """The search: a multi-objective study that asks for edits and keeps their scores, exact after any kill.
 
 How resume is exact. Asking happens on an in-memory copy of the study, with a sampler made anew for every trial from
-(seed, trial index), so an ask depends on the finished trials (in a screened search on its candidates, too) and nothing
-else: no clock, no sampler state. Only finished trials are appended to the journal, in order, one record (one line)
-each. After a kill the journal therefore holds a prefix of the uninterrupted study. Where that prefix ends inside a
-pass, the pass is asked again from the state before it, which gives the same edits, and only the missing ones are
-handed out. Where it gives others (another version asked, or something is gone), recorded trials stay what they are.
+(seed, trial index), so an ask depends on the finished trials and nothing else: no clock, no sampler state. (In a
+screened search trials depend on candidates, too, and these on the trials before them.) Only finished trials are
+appended to the journal, in order, one record (one line) each. After a kill the journal therefore holds a prefix of the
+uninterrupted study. Where that prefix ends inside a pass, the pass is asked again from the state before it, which gives
+the same edits, and only the missing ones are handed out. Where it gives others (another version asked, or a journal was
+brought back), recorded trials stay what they are.
 
 Two studies, two kinds of values. The in-memory study has what the sampler minimises; the journal, which people look at,
 has raw refusals and raw KL, and the minimised numbers as an attribute, from which the in-memory study is made again.
@@ -294,9 +295,10 @@ class Search:
         asked = self._mirror.get_trials(deepcopy=False)
         if others := [trial.number for trial in cut if asked[trial.number].params != trial.params]:
             logger.warning(
-                "trial %d was asked for with other parameters than now: the study goes on, but will differ from an "
-                "uninterrupted one (was heretic-ds, Optuna or numpy updated? was a journal brought back or removed?)",
+                "trial %d of %s was asked for with other parameters than now: the study goes on, but will differ from "
+                "an uninterrupted one (was heretic-ds, Optuna or numpy updated? was a journal brought back?)",
                 others[0],
+                self._path.name,
             )
             self._mirror = self._mirror_of(earlier)
             for trial in cut:

@@ -33,7 +33,7 @@ MOST_TRIALS = 4
 With 8 of them fronts were up to 5 % smaller on one objective, with 4 not significantly so
 (``benchmarks/search_quality.py``)."""
 MOST_CANDIDATES = 5
-"""The same of candidates, unless more than that are screened for each trial."""
+"""Most candidates that are screened together, unless more than that are screened for each trial."""
 
 
 def settle_strategy(settings: Settings, world: World) -> Settings:

@@ -300,7 +300,7 @@ def test_a_cut_pass_that_would_now_be_asked_for_otherwise_is_told(
     other = open_search(path, trials=8, per_pass=4, seed=1)
     assert other.asked[0] == trials_of(path)[0][2]  # what was scored, not what would be asked for now
     assert edit_of(other.asked[0]) == other.records[0].edit and [ask.index for ask in other.ask()] == [0, 1, 2, 3]
-    told = [message for message in caplog.messages if message.startswith("trial 0 was asked for with other parameters")]
+    told = [message for message in caplog.messages if message.startswith("trial 0 of study.journal was asked for")]
     assert len(told) == 1 and "was heretic-ds, Optuna or numpy updated?" in told[0]
 
 

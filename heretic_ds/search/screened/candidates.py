@@ -119,8 +119,8 @@ class Candidates:
         return self._first + trials * self._settings.candidates
 
     def _before(self, screened: int) -> dict[int, TrialRecord]:
-        """Those trials that are recorded when the candidate after so many is asked for: as many whole passes as it is
-        screened for, or all that there are."""
+        """Trials of the whole passes that are over when the candidate after so many is asked for; all, where no more
+        candidates are due."""
         before: dict[int, TrialRecord] = {}
         for _, together in groupby(sorted(self._trials), key=lambda index: self._trials[index].pass_):
             if self._due(len(before)) > screened:

@@ -32,7 +32,7 @@ _STEPS, _CHANGED = (0.4, 0.12, 0.04), 0.4
 
 Expect = Callable[[Sequence[TrialRecord], Sequence[Mapping[str, Any]], int], np.ndarray | None]
 """Share of refusals and KL [N, 2] that screened edits are expected to be scored, from their records and parameters, by
-what was known when so many edits had been screened; None where that is no more than the records say."""
+what was known when so many edits had been screened; None where no trial says anything of them."""
 
 
 class Modelled(Sampled):
@@ -74,7 +74,7 @@ class Modelled(Sampled):
         if scores_N2 is None:
             likelihood_N, kl_N = np.array([[record.refusals, record.kl] for record in found], dtype=float).T
         else:
-            # A share of 0 is no less than a likelihood that is as good as none.
+            # _points takes it off again.
             likelihood_N, kl_N = _AS_NONE + scores_N2[:, 0], scores_N2[:, 1]
         kl_N = kl_N.clip(min=LEAST_KL)
         points_N2 = self._points(likelihood_N, kl_N)
