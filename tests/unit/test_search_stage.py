@@ -1,4 +1,4 @@
-"""How many trials share a pass."""
+"""How many trials share a pass, and how many candidates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from heretic_ds.search.study import Search
 from heretic_ds.settings import SearchSettings
-from heretic_ds.stages.search import _trials_that_fill_batches, trials_per_pass
+from heretic_ds.stages.search import _trials_that_fill_batches, candidates_per_pass, trials_per_pass
 from heretic_ds.world import World
 
 
@@ -56,6 +56,19 @@ def test_on_a_cpu_every_replica_gets_as_many_rows_as_one_alone(ranks, degree, ex
     run = run_with("auto", device="cpu")
     run.world, run.engine.degree = World(size=ranks), degree
     assert _trials_that_fill_batches(run) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "each", "expected"),
+    [("cuda", 29, 3, 1), ("cuda", 64, 3, 3), ("cuda", 256, 3, 5), ("cuda", 256, 8, 8), ("cpu", 256, 3, 1)],
+)
+def test_the_number_of_candidates_in_a_pass(device: str, rows: int, each: int, expected: int) -> None:
+    """A candidate has 29 rows here: 9 of 67 target prompts, 20 of 100 others."""
+    run = run_with("auto", device)
+    run.settings.search.candidates = each
+    run.engine.batch_sizes["kl"], run.job.texts["baseline.eval"] = rows, ["?"] * 100
+    assert candidates_per_pass(run) == expected
+    assert run.measured == {"candidates_per_pass": expected}
 
 
 def test_what_was_found_is_remembered_and_only_that():
