@@ -78,7 +78,7 @@ class Candidates:
         self._n_layers, self._per_pass, self._about = n_layers, per_pass, about or About()
         self._space: Space = search_space(n_layers)
         self._otherwise = Sampled(settings, self._space)
-        self._keys: dict[tuple[str, int], str] = {}
+        self._names: dict[tuple[str, int], str] = {}
         self._expected: tuple[tuple[int, int], np.ndarray | None] = (0, 0), None
         """Scores that were expected last: by how many trials, of how many candidates."""
 
@@ -149,13 +149,13 @@ class Candidates:
         self, screened: Sequence[TrialRecord], trials: Mapping[int, TrialRecord], begun: Sequence[Edit] = ()
     ) -> list[Candidate]:
         """What was screened, with what is known of it by trials, and which of it will be one."""
-        told = {self._key("trial", trial): trial for trial in trials.values()}
-        coming = {_key(edit) for edit in begun}
+        told = {self._name_of("trial", trial): trial for trial in trials.values()}
+        coming = {_name(edit) for edit in begun}
         candidates = []
         for record in screened:
-            key = self._key("candidate", record)
-            candidate = Candidate(float(record.refusals or 0), float(record.kl or 0), key in told or key in coming)
-            if (trial := told.get(key)) is not None and trial.complete:
+            name = self._name_of("candidate", record)
+            candidate = Candidate(float(record.refusals or 0), float(record.kl or 0), name in told or name in coming)
+            if (trial := told.get(name)) is not None and trial.complete:
                 share = float(trial.refusals or 0) / self._original
                 candidate = replace(candidate, share=share, scored_kl=float(trial.kl or 0))
             candidates.append(candidate)
@@ -176,13 +176,14 @@ class Candidates:
             self._expected = known, scores_N2
         return self._expected[1]
 
-    def _key(self, kind: str, record: TrialRecord) -> str:
-        """Tells the record's edit from others; found once."""
+    def _name_of(self, kind: str, record: TrialRecord) -> str:
+        """The name of the record's edit, found once."""
         place = kind, record.index
-        if place not in self._keys:
-            self._keys[place] = _key(record.edit)
-        return self._keys[place]
+        if place not in self._names:
+            self._names[place] = _name(record.edit)
+        return self._names[place]
 
 
-def _key(edit: Edit) -> str:
+def _name(edit: Edit) -> str:
+    """Tells an edit from others."""
     return json.dumps(edit.to_dict())
