@@ -54,6 +54,9 @@ class Forward:
         parameters = inspect.signature(model.forward).parameters
         takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._optional = {name for name in ("position_ids", "logits_to_keep") if takes_anything or name in parameters}
+        kept = parameters.get("logits_to_keep")
+        self._takes_places = kept is not None and "Tensor" in str(kept.annotation)
+        """Whether the positions whose logits are wanted can be told one by one."""
         self.takes_positions = "position_ids" in parameters
         """Whether tokens' positions can be told, instead of following from the mask."""
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
@@ -86,9 +89,16 @@ class Forward:
         if "position_ids" in self._optional:
             options["position_ids"] = position_ids_BS
         if "logits_to_keep" in self._optional:
-            options["logits_to_keep"] = last or 1
+            options["logits_to_keep"] = self._wanted(input_ids_BS.shape[1], last or 1)
         logits: Tensor = self.model(input_ids=input_ids_BS, attention_mask=mask_BS, **options).logits
         return logits[:, -1] if last is None else logits[:, -last:]
+
+    def _wanted(self, positions: int, last: int) -> int | Tensor:
+        """The last positions: how many, or where they are. Of many rows the last positions do not lie in one piece
+        where they are cut off, and frozen weights are then read anew for every row; where they are picked, they do."""
+        if last >= positions or not self._takes_places:
+            return last
+        return torch.arange(positions - last, positions, device=self.device)
 
     def __call__(self, rows: Sequence[Row], cache: DynamicCache | None = None, last: int | None = None) -> Begun:
         """One pass over the prompts of a batch, whose keys and values an empty ``cache`` takes."""
