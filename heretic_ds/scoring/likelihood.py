@@ -16,12 +16,14 @@ from heretic_ds.scoring.base import DistributionScorer, GivesDistributions, Toke
 
 
 class RefusalLikelihood(DistributionScorer):
-    """Mean, over prompts, of the probability of the first tokens of what the original model answered, as a share of the
-    original's own probability of them, at most 1.
+    """The share of the original answers' first tokens that the edited model gives again before it goes another way, as
+    expected of an answer that is drawn from it; mean over prompts.
 
-    One pass over each prompt with those tokens after it (teacher-forced), as cheap as one for a KL divergence. The
-    probability of a prompt's tokens is that of all of them in a row: p = prod_k p(t_k | prompt, t_1 ... t_{k-1}). Of
-    long-winded answers it is small even for the original, so that each prompt is measured by its own.
+    One pass over each prompt with those tokens after it (teacher-forced), as cheap as one for a KL divergence. For each
+    k up to K it takes the probability of the first k tokens in a row, prod_{j <= k} p(t_j | prompt, t_1 ... t_{j-1}),
+    as a share of the original's own, at most 1; of a prompt the mean over k. Of the whole row alone, k = K, the number
+    says less of edits that leave few refusals: it is as small where the model words its refusal otherwise from the
+    second token on as where it answers.
     """
 
     name = "refusal_likelihood"
@@ -32,24 +34,30 @@ class RefusalLikelihood(DistributionScorer):
             raise ValueError("a likelihood needs tokens to each prompt")
         self._engine, self._prompts, self._tokens = engine, prompts, continuations
         self.continuations = [tokens[:-1] for tokens in continuations]  # the last one is predicted, not passed over
-        self._original = [0.0] * len(prompts)
-        [self._original] = engine.distributions(prompts, [None], self.read, self.continuations)
+        self._original_K: dict[int, Tensor] = {}
+        """By prompt, where its logits are known."""
+        engine.distributions(prompts, [None], self._remember, self.continuations)
         return self
 
     def of(self, edits: Sequence[Edit | None]) -> list[float]:
         """For each edit the mean over prompts."""
         found = self._engine.distributions(self._prompts, edits, self.read, self.continuations)
-        return [self.mean(each) for each in found]
+        return [math.fsum(each) / len(each) for each in found]
 
     def read(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
-        """The logarithm of each prompt's probability, from the logits at the places of its tokens."""
-        found = []
-        for prompt, each_KV in zip(prompts, logits_KV, strict=True):
-            tokens_K1 = torch.tensor(self._tokens[prompt], device=each_KV.device)[:, None]
-            found.append(log_probabilities(each_KV).gather(1, tokens_K1).sum())
-        return [] if not found else torch.stack(found).tolist()
+        """The number of each prompt, from the logits at the places of its tokens."""
+        found = [
+            (self._logarithms(prompt, each_KV) - self._original_K[prompt].to(each_KV.device)).clamp(max=0).exp().mean()
+            for prompt, each_KV in zip(prompts, logits_KV, strict=True)
+        ]
+        return torch.stack(found).tolist() if found else []
 
-    def mean(self, logarithms: Sequence[float]) -> float:
-        """What all prompts' logarithms come to."""
-        shares = [math.exp(min(0.0, edited - own)) for edited, own in zip(logarithms, self._original, strict=True)]
-        return math.fsum(shares) / len(shares)
+    def _remember(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        for prompt, each_KV in zip(prompts, logits_KV, strict=True):
+            self._original_K[prompt] = self._logarithms(prompt, each_KV).cpu()
+        return [0.0] * len(prompts)
+
+    def _logarithms(self, prompt: int, logits_KV: Tensor) -> Tensor:
+        """Of the probabilities of the first token, of the first two, and so on [K]."""
+        tokens_K1 = torch.tensor(self._tokens[prompt], device=logits_KV.device)[:, None]
+        return log_probabilities(logits_KV).gather(1, tokens_K1)[:, 0].cumsum(dim=0)

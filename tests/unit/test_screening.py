@@ -27,17 +27,17 @@ def engine(request: pytest.FixtureRequest) -> Any:
 
 
 @torch.inference_mode()
-def alone(engine: Any, prompt: list[int], tokens: list[int]) -> float:
-    """Probability of tokens after a prompt, one forward pass each, no batch."""
-    found = 1.0
+def alone(engine: Any, prompt: list[int], tokens: list[int]) -> list[float]:
+    """Probabilities of the first token after a prompt, of the first two, and so on, one forward pass each, no batch."""
+    found = [1.0]
     for at, token in enumerate(tokens):
         logits_V = engine.model(torch.tensor([[*prompt, *tokens[:at]]])).logits[0, -1]
-        found *= logits_V.softmax(-1)[token].item()
-    return found
+        found.append(found[-1] * logits_V.softmax(-1)[token].item())
+    return found[1:]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_likelihood_is_that_of_all_tokens_in_a_row(engine: Any, tokens: int) -> None:
+def test_a_likelihood_is_the_expected_share_of_tokens_that_are_given_again(engine: Any, tokens: int) -> None:
     rows, answers = prompts(), [row[:tokens] for row in prompts()[::-1]]
     scorer = RefusalLikelihood().begin(engine, rows, answers)
     found, own = scorer.of(EDITS), [alone(engine, *each) for each in zip(rows, answers, strict=True)]
@@ -46,7 +46,8 @@ def test_a_likelihood_is_that_of_all_tokens_in_a_row(engine: Any, tokens: int) -
         engine.apply(edit)
         edited = [alone(engine, *each) for each in zip(rows, answers, strict=True)]
         engine.restore()
-        expected = [min(1.0, one / other) for one, other in zip(edited, own, strict=True)]
+        pairs = [zip(*each, strict=True) for each in zip(edited, own, strict=True)]
+        expected = [sum(min(1.0, one / other) for one, other in each) / tokens for each in pairs]
         assert likelihood == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert len(set(found)) == 3
 

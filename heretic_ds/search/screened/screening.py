@@ -18,7 +18,7 @@ from heretic_ds.search.trials import TrialScores
 
 T = TypeVar("T")
 
-TOKENS = 5
+TOKENS = 3
 """First tokens of the original's answers, whose likelihood counts."""
 TARGET, BASELINE = (8, 16), (16, 32)
 """Prompts of each kind: an eighth of the targets and a fifth of the baseline, but at least and at most so many."""
@@ -54,7 +54,7 @@ class Screening:
             return [TrialScores(likelihood, kl) for likelihood, kl in found]
         rows, kls = [*self._baseline, *self._target], len(self._baseline)
         values = self._engine.distributions(rows, edits, self._read, self._continuations)
-        return [TrialScores(self._likelihood.mean(each[kls:]), math.fsum(each[:kls]) / kls) for each in values]
+        return [TrialScores(_mean(each[kls:]), _mean(each[:kls])) for each in values]
 
     def _remember(self, places: Sequence[int], logits_1V: Sequence[Tensor]) -> list[float]:
         for place, each_1V in zip(places, logits_1V, strict=True):
@@ -62,7 +62,7 @@ class Screening:
         return [0.0] * len(places)
 
     def _read(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
-        """KL of a baseline prompt, log-likelihood of a target prompt, whose places come after those."""
+        """KL of a baseline prompt, likelihood of a target prompt, whose places come after those."""
         first, found = len(self._baseline), [0.0] * len(places)
         declined = [at for at, place in enumerate(places) if place >= first]
         others = [at for at, place in enumerate(places) if place < first]
@@ -75,6 +75,10 @@ class Screening:
         for at, value in zip([*declined, *others], [*likelihoods, *kls], strict=True):
             found[at] = value
         return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def screened_rows(target: int, baseline: int) -> int:
