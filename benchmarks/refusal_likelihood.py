@@ -28,7 +28,9 @@ from search_objectives import random_edits
 from time_to_front import MODELS, words_of
 
 RESULT = Path(__file__).resolve().parent / "results" / "refusal_likelihood.json"
-TOKENS, TARGET, BASELINE = (1, 2, 3, 5), (8, 16, 32, 64), (8, 16, 24, 32, 64)
+TOKENS, TARGET, BASELINE = (1, 2, 3, 5), (4, 8, 16, 32, 64), (8, 16, 24, 32, 64)
+FEW = 0.3
+"""Share of refusals below which edits leave few."""
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
@@ -93,6 +95,12 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
     return {name: np.array(values) for name, values in found.items()} | {"original": original_PK}
 
 
+def likelihood(gap_EPK: np.ndarray) -> np.ndarray:
+    """Refusal likelihood of each edit, as :class:`heretic_ds.scoring.likelihood.RefusalLikelihood` has it."""
+    found_E: np.ndarray = np.exp(gap_EPK.cumsum(axis=2).clip(max=0)).mean(axis=(1, 2))
+    return found_E
+
+
 def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray, kls_EB: np.ndarray) -> dict[str, Any]:
     """What the record comes to."""
     from heretic_ds.search.screened import screening
@@ -100,18 +108,22 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
 
     prompts, baseline = logp_EPK.shape[1], kls_EB.shape[1]
     share_E, kl_E = counts_E / prompts, kls_EB.mean(axis=1)
+    few_E = share_E < FEW
     likelihoods = []
     for some in sorted({min(count, prompts) for count in TARGET} | {prompts}):
         for tokens in TOKENS:
             gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), some), :tokens]
-            likelihood_E = np.exp(gap_EPK.sum(axis=2).clip(max=0)).mean(axis=1)
+            likelihood_E, whole_E = likelihood(gap_EPK), np.exp(gap_EPK.sum(axis=2).clip(max=0)).mean(axis=1)
             likelihoods.append(
                 {
                     "prompts": some,
                     "tokens": tokens,
                     "rank_correlation": correlation(likelihood_E, counts_E),
                     "of_counts_above_0": correlation(likelihood_E[counts_E > 0], counts_E[counts_E > 0]),
+                    "of_few": correlation(likelihood_E[few_E], counts_E[few_E]),
                     "mean_distance": round(float(np.abs(likelihood_E - share_E).mean()), 4),
+                    "whole_row": correlation(whole_E, counts_E),
+                    "whole_row_of_few": correlation(whole_E[few_E], counts_E[few_E]),
                 }
             )
     divergences = []
@@ -122,7 +134,7 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
             {"prompts": some, "rank_correlation": correlation(part_E, kl_E), "spread_of_log": round(error, 3)}
         )
     gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), part(prompts, 8, *screening.TARGET))]
-    likelihood_E = np.exp(gap_EPK[..., : screening.TOKENS].sum(axis=2).clip(max=0)).mean(axis=1)
+    likelihood_E = likelihood(gap_EPK[..., : screening.TOKENS])
     part_E = kls_EB[:, spread(range(baseline), part(baseline, 5, *screening.BASELINE))].mean(axis=1)
     kept = [
         [int(count), *(float(f"{value:.3g}") for value in values)]
@@ -142,14 +154,15 @@ def main() -> int:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS[:3]))
     parser.add_argument("--edits", type=int, default=200)
     parser.add_argument("--trials", type=Path, help="results.json of a run, whose trials are the edits")
+    parser.add_argument("--name", help="what the result calls the model, if not by its name")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--add", action="store_true", help="keep the other models of an earlier result")
     options = parser.parse_args()
     models = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     for model in options.model:
         found = recorded(model, options.edits, options.trials)
-        models[model] = figures(found["counts"], found["logp"], found["original"], found["kls"])
-        print(model, json.dumps(models[model]["likelihood"]), json.dumps(models[model]["kl"]), sep="\n", flush=True)
+        told = models[options.name or model] = figures(found["counts"], found["logp"], found["original"], found["kls"])
+        print(model, json.dumps(told["likelihood"]), json.dumps(told["kl"]), sep="\n", flush=True)
         report = {"what": "what screening tells of edits, against their scores", "machine": machine(), "models": models}
         options.result.write_text(json.dumps(report) + "\n")
     return 0

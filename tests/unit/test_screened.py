@@ -238,9 +238,10 @@ def test_a_pass_that_was_cut_needs_its_candidates(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
-    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """How many were screened before the first trial is kept; it was 16 before versions kept it."""
+    """How many were screened before the first trial is kept, and by which likelihood; it was 16 before versions kept
+    it, by another one."""
     with monkeypatch.context() as earlier:
         earlier.setattr(candidates, "FIRST", 20 if told else 16)
         if not told:
@@ -249,7 +250,10 @@ def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
         with pytest.raises(Killed):
             run(open_search(tmp_path / "parts", 6, per_pass=3), alive=candidates.FIRST + 2)
     assert candidates.FIRST == 32
-    assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
+    for _ in range(2):
+        caplog.clear()
+        assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
+        assert ("an earlier version compared its candidates by another likelihood" in caplog.text) is not told
 
 
 def test_a_count_that_is_none_is_one_line(tmp_path: Path) -> None:

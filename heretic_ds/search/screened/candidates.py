@@ -13,6 +13,7 @@ computed beside them.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -36,10 +37,14 @@ from heretic_ds.search.study import Search, open_journal, refuse_nothing
 from heretic_ds.search.trials import Ask, TrialRecord, TrialScores
 from heretic_ds.settings import SearchSettings
 
+log = logging.getLogger(__name__)
+
 FIRST, STARTUP = 32, 12
 """Candidates that are screened before the first trial, and how many of them at random."""
 _FIRST_ATTRIBUTE, _FIRST_UNTOLD = "screened_before_trials", 16
 """Where a study keeps how many it began with, and how many that was before studies kept it."""
+_MEASURE_ATTRIBUTE, _MEASURE = "refusal_likelihood", "expected share of first tokens"
+"""Where a study keeps what its candidates are compared by beside KL; studies of earlier versions do not say."""
 WARM_PLACES = (0.5, 0.6, 0.7, 0.8)
 """Blocks whose direction the warm starts take for all blocks, as shares of the last one."""
 
@@ -87,12 +92,18 @@ class Candidates:
         self._trials = dict(trials)
         about = replace(self._about, name=f"{self._about.name}, screened", scorer="refusal likelihood")
         study = open_journal(self._path, self._n_layers, about)
-        otherwise = _FIRST_UNTOLD if study.get_trials(deepcopy=False) else FIRST
-        self._first = study.user_attrs.get(_FIRST_ATTRIBUTE, otherwise)
+        begun = bool(study.get_trials(deepcopy=False))
+        measure = study.user_attrs.get(_MEASURE_ATTRIBUTE, "" if begun else _MEASURE)
+        if measure != _MEASURE:
+            log.warning(
+                "%s: an earlier version compared its candidates by another likelihood; the search goes on with both",
+                self._path,
+            )
+        self._first = study.user_attrs.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if begun else FIRST)
         if type(self._first) is not int or self._first < 1:
             raise UserError(f"{self._path} is damaged ({_FIRST_ATTRIBUTE} is {self._first!r}); give another run.dir")
         with writing(self._path.parent, "run.dir"):
-            tell(study, {_FIRST_ATTRIBUTE: self._first})
+            tell(study, {_FIRST_ATTRIBUTE: self._first, _MEASURE_ATTRIBUTE: measure})
         sampled = replace(self._settings, startup_trials=STARTUP, trials=1)
         propose = Modelled(sampled, self._space, self._n_layers, warm_starts(self._n_layers), self._expect)
         self._study = Search(self._path, self._n_layers, sampled, 1.0, self._per_pass, about, propose, study)
