@@ -3,13 +3,16 @@ against KL on all.
 
     python benchmarks/refusal_likelihood.py [--model demo deep experts] [--edits 200] [--add]
     python benchmarks/refusal_likelihood.py --model real --edits 200 --add
+    python benchmarks/refusal_likelihood.py --model real --trials RUN/results.json --name "real, trials" --add
 
 Edits are drawn at random from the search's space, or are the trials of a run. Each is scored as a trial is, and passed
-once over all target prompts with the first tokens of the original's answers, whose probability counts as a share of the
-original's own. Leaves ``results/refusal_likelihood.json``: for some numbers of prompts and of tokens the rank
-correlation (Spearman) with the count, its mean distance from the share that refuses, and for KL the rank correlation
-and the spread of its logarithm's error; of each edit the refusals and KL, and the likelihood and KL that it would be
-screened by. Takes a second an edit on the planted models, half a minute on the real one.
+once over all target prompts with the first tokens of the original's answers. Leaves
+``results/refusal_likelihood.json``: for some numbers of prompts and of tokens the rank correlation (Spearman) of the
+refusal likelihood with the count, among all edits, those that leave any refusals and those that leave few, and its mean
+distance from the share that refuses; beside it that of the probability of all tokens in a row, as a share of the
+original's own (``whole_row``); for KL the rank correlation and the spread of its logarithm's error; of each edit the
+refusals and KL, and the likelihood and KL that it would be screened by. Takes a second an edit on the planted models,
+half a minute on the real one; of a run's trials the counts are known.
 """
 
 from __future__ import annotations
@@ -40,8 +43,10 @@ def ranks(values: Sequence[float]) -> np.ndarray:
     return (ends - (count - 1) / 2)[place]
 
 
-def correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Spearman's, with ties."""
+def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Spearman's, with ties; None where all are alike."""
+    if min(len(set(one)), len(set(other))) < 2:
+        return None
     return round(float(np.corrcoef(ranks(one), ranks(other))[0, 1]), 3)
 
 
@@ -95,9 +100,10 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
     return {name: np.array(values) for name, values in found.items()} | {"original": original_PK}
 
 
-def likelihood(gap_EPK: np.ndarray) -> np.ndarray:
+def likelihood(logp_EPK: np.ndarray, original_PK: np.ndarray) -> np.ndarray:
     """Refusal likelihood of each edit, as :class:`heretic_ds.scoring.likelihood.RefusalLikelihood` has it."""
-    found_E: np.ndarray = np.exp(gap_EPK.cumsum(axis=2).clip(max=0)).mean(axis=(1, 2))
+    share_EPK, given_PK = np.exp((logp_EPK - original_PK).cumsum(axis=2).clip(max=0)), original_PK < 0
+    found_E: np.ndarray = ((share_EPK * given_PK).sum(axis=2) / given_PK.sum(axis=1)).mean(axis=1)
     return found_E
 
 
@@ -112,8 +118,10 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
     likelihoods = []
     for some in sorted({min(count, prompts) for count in TARGET} | {prompts}):
         for tokens in TOKENS:
-            gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), some), :tokens]
-            likelihood_E, whole_E = likelihood(gap_EPK), np.exp(gap_EPK.sum(axis=2).clip(max=0)).mean(axis=1)
+            places = spread(range(prompts), some)
+            edited_EPK, own_PK = logp_EPK[:, places, :tokens], original_PK[places, :tokens]
+            likelihood_E = likelihood(edited_EPK, own_PK)
+            whole_E = np.exp((edited_EPK - own_PK).sum(axis=2).clip(max=0)).mean(axis=1)
             likelihoods.append(
                 {
                     "prompts": some,
@@ -133,8 +141,8 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
         divergences.append(
             {"prompts": some, "rank_correlation": correlation(part_E, kl_E), "spread_of_log": round(error, 3)}
         )
-    gap_EPK = (logp_EPK - original_PK)[:, spread(range(prompts), part(prompts, 8, *screening.TARGET))]
-    likelihood_E = likelihood(gap_EPK[..., : screening.TOKENS])
+    places, tokens = spread(range(prompts), part(prompts, 8, *screening.TARGET)), screening.TOKENS
+    likelihood_E = likelihood(logp_EPK[:, places, :tokens], original_PK[places, :tokens])
     part_E = kls_EB[:, spread(range(baseline), part(baseline, 5, *screening.BASELINE))].mean(axis=1)
     kept = [
         [int(count), *(float(f"{value:.3g}") for value in values)]
@@ -158,6 +166,8 @@ def main() -> int:
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--add", action="store_true", help="keep the other models of an earlier result")
     options = parser.parse_args()
+    if options.name and len(options.model) > 1:
+        parser.error("--name is for one --model")
     models = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     for model in options.model:
         found = recorded(model, options.edits, options.trials)

@@ -89,16 +89,16 @@ class Forward:
         if "position_ids" in self._optional:
             options["position_ids"] = position_ids_BS
         if "logits_to_keep" in self._optional:
-            options["logits_to_keep"] = self._wanted(input_ids_BS.shape[1], last or 1)
+            options["logits_to_keep"] = self._wanted(input_ids_BS, last or 1)
         logits: Tensor = self.model(input_ids=input_ids_BS, attention_mask=mask_BS, **options).logits
         return logits[:, -1] if last is None else logits[:, -last:]
 
-    def _wanted(self, positions: int, last: int) -> int | Tensor:
+    def _wanted(self, input_ids_BS: Tensor, last: int) -> int | Tensor:
         """The last positions: how many, or where they are. Of many rows the last positions do not lie in one piece
         where they are cut off, and frozen weights are then read anew for every row; where they are picked, they do."""
-        if last >= positions or not self._takes_places:
+        if last >= input_ids_BS.shape[1] or not self._takes_places:
             return last
-        return torch.arange(positions - last, positions, device=self.device)
+        return torch.arange(-last, 0, device=input_ids_BS.device)  # where weights may not be
 
     def __call__(self, rows: Sequence[Row], cache: DynamicCache | None = None, last: int | None = None) -> Begun:
         """One pass over the prompts of a batch, whose keys and values an empty ``cache`` takes."""

@@ -30,13 +30,18 @@ class RefusalLikelihood(DistributionScorer):
 
     def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
         """``continuations`` are the first tokens of the answers, one or more to each prompt."""
+        self.get_ready(engine, prompts, continuations)
+        engine.distributions(prompts, [None], self.remember, self.continuations)
+        return self
+
+    def get_ready(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None) -> Self:
+        """:meth:`begin` without the original's pass, for those whose pass it is a part of: they :meth:`remember` it."""
         if continuations is None or not all(continuations):
             raise ValueError("a likelihood needs tokens to each prompt")
         self._engine, self._prompts, self._tokens = engine, prompts, continuations
         self.continuations = [tokens[:-1] for tokens in continuations]  # the last one is predicted, not passed over
         self._original_K: dict[int, Tensor] = {}
-        """By prompt, where its logits are known."""
-        engine.distributions(prompts, [None], self._remember, self.continuations)
+        """By prompt, on the rank that reads its logits."""
         return self
 
     def of(self, edits: Sequence[Edit | None]) -> list[float]:
@@ -52,7 +57,8 @@ class RefusalLikelihood(DistributionScorer):
         ]
         return torch.stack(found).tolist() if found else []
 
-    def _remember(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+    def remember(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        """Take the original's numbers, in a pass over the rows of those in which edits are :meth:`read`."""
         for prompt, each_KV in zip(prompts, logits_KV, strict=True):
             self._original_K[prompt] = self._logarithms(prompt, each_KV).cpu()
         return [0.0] * len(prompts)

@@ -16,6 +16,7 @@ import pytest
 
 from heretic_ds.ablation.edit import Edit
 from heretic_ds.errors import UserError
+from heretic_ds.search.journal import tell
 from heretic_ds.search.screened import candidates, choice
 from heretic_ds.search.screened.area import front, gains, height
 from heretic_ds.search.screened.candidates import FIRST, Candidates, warm_starts
@@ -30,6 +31,8 @@ from heretic_ds.settings import SearchSettings
 from tests.unit.test_search import LAYERS, cheap_scores, trials_of
 
 EACH = 3
+COUNT, LIKELIHOOD = "screened_before_trials", "refusal_likelihood"
+"""What a study of candidates keeps."""
 
 
 class Killed(Exception):
@@ -236,24 +239,28 @@ def test_a_pass_that_was_cut_needs_its_candidates(tmp_path: Path) -> None:
         open_search(tmp_path, 6, per_pass=3)
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", [{COUNT, LIKELIHOOD}, {COUNT}, set()])
 def test_a_cut_pass_of_a_version_with_other_counts_goes_on(
-    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    told: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """How many were screened before the first trial is kept, and by which likelihood; it was 16 before versions kept
     it, by another one."""
+
+    def tell_those(study: Any, attributes: Mapping[str, Any]) -> None:
+        tell(study, {name: value for name, value in attributes.items() if name in told})
+
     with monkeypatch.context() as earlier:
         earlier.setattr(candidates, "FIRST", 20 if told else 16)
-        if not told:
-            earlier.setattr(candidates, "tell", lambda study, attributes: None)
+        earlier.setattr(candidates, "tell", tell_those)
         whole = run(open_search(tmp_path / "whole", 6, per_pass=3))
         with pytest.raises(Killed):
             run(open_search(tmp_path / "parts", 6, per_pass=3), alive=candidates.FIRST + 2)
     assert candidates.FIRST == 32
-    for _ in range(2):
-        caplog.clear()
+    caplog.clear()
+    for mixes in (LIKELIHOOD not in told, False):  # then all trials are there
         assert run(open_search(tmp_path / "parts", 6, per_pass=3)) == whole
-        assert ("an earlier version compared its candidates by another likelihood" in caplog.text) is not told
+        assert ("candidates of an earlier version were compared by another likelihood" in caplog.text) is mixes
+        caplog.clear()
 
 
 def test_a_count_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from heretic_ds.scoring.kl import Divergence
 from heretic_ds.scoring.likelihood import RefusalLikelihood
 from heretic_ds.search.screened import screening
 from heretic_ds.search.screened.screening import Screening
+from heretic_ds.world import Replicas
 from tests import families
 from tests.unit.test_output_edits import ONE_BLOCK, STRONG
 from tests.unit.test_resident import EDIT, ablation_for, engine_for, prompts
@@ -69,6 +70,35 @@ def test_one_pass_gives_both_numbers(engine: Any, monkeypatch: pytest.MonkeyPatc
     one_by_one = [screened.of([edit])[0] for edit in EDITS]
     assert [each.kl for each in one_by_one] == pytest.approx([each.kl for each in found], rel=1e-3, abs=1e-7)
     assert [e.refusals for e in one_by_one] == pytest.approx([each.refusals for each in found], rel=1e-4)
+
+
+@pytest.mark.parametrize("baseline", [3, 4])
+def test_replicas_compare_with_what_they_have_seen(engine: Any, baseline: int) -> None:
+    """Each has a share of the rows, whatever the numbers of both kinds of prompts."""
+
+    class Share:
+        """One of two replicas: it reads its rows alone, and is told of the other's."""
+
+        def __init__(self, index: int) -> None:
+            self.replicas = Replicas(2, 1, index, 0, None, None)
+
+        def distributions(self, rows: Any, edits: Any, read: Any, more: Any = None) -> Any:
+            mine = self.replicas.share(len(rows))
+            own, others = ([each[at] for at in mine] for each in (rows, more))
+
+            def read_own(places: Any, logits: Any) -> Any:
+                return read([mine[at] for at in places], logits)
+
+            return engine.distributions(own, edits, read_own, others)
+
+    target, answers = prompts(), [row[1:] for row in prompts()[::-1]]
+    for index in range(2):
+        found = Screening(Share(index), target, answers, prompts()[:baseline])  # type: ignore[arg-type]
+        mine = Replicas(2, 1, index, 0, None, None).share(baseline + len(found._target))
+        assert sorted(found._likelihood._original_K) == [at - baseline for at in sorted({*mine}) if at >= baseline]
+        shares = found._engine.distributions(found._rows, [None], found._read, found._continuations)[0]
+        expected = [float(at >= baseline) for at in mine]  # the original's own: no KL, and all of its answers
+        assert shares == pytest.approx(expected, abs=1e-5)
 
 
 def test_where_distributions_lie_elsewhere_it_is_two_passes(engine: Any) -> None:

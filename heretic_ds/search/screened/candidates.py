@@ -94,11 +94,8 @@ class Candidates:
         study = open_journal(self._path, self._n_layers, about)
         begun = bool(study.get_trials(deepcopy=False))
         measure = study.user_attrs.get(_MEASURE_ATTRIBUTE, "" if begun else _MEASURE)
-        if measure != _MEASURE:
-            log.warning(
-                "%s: an earlier version compared its candidates by another likelihood; the search goes on with both",
-                self._path,
-            )
+        if measure != _MEASURE and len(trials) < self._settings.trials:
+            log.warning("%s: candidates of an earlier version were compared by another likelihood", self._path)
         self._first = study.user_attrs.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if begun else FIRST)
         if type(self._first) is not int or self._first < 1:
             raise UserError(f"{self._path} is damaged ({_FIRST_ATTRIBUTE} is {self._first!r}); give another run.dir")

@@ -38,34 +38,38 @@ class Screening:
         tokens = [answers[place][:TOKENS] for place in places]
         self._baseline = spread(baseline, part(len(baseline), 5, *BASELINE))
         self._engine, self._target = engine, [target[place] for place in places]
-        self._likelihood = RefusalLikelihood().begin(engine, self._target, tokens)
-        self._continuations = [*([()] * len(self._baseline)), *self._likelihood.continuations]
         self._divergence: Divergence | None = None
         self._reference_1V: dict[int, Tensor] = {}
         if isinstance(engine, MeasuresDivergence):
+            self._likelihood = RefusalLikelihood().begin(engine, self._target, tokens)
             self._divergence = Divergence().begin(engine, self._baseline)
-        else:
-            engine.distributions(self._baseline, [None], self._remember)
+            return
+        self._likelihood = RefusalLikelihood().get_ready(engine, self._target, tokens)
+        self._rows = [*self._baseline, *self._target]
+        self._continuations = [*([()] * len(self._baseline)), *self._likelihood.continuations]
+        # Over the same rows as later passes: so ranks are asked for the same prompts.
+        engine.distributions(self._rows, [None], self._remember, self._continuations)
 
     def of(self, edits: Sequence[Edit]) -> list[TrialScores]:
         """For each edit the likelihood, as ``refusals``, and the KL divergence."""
         if self._divergence is not None:
             found = zip(self._likelihood.of(edits), self._divergence.of(edits), strict=True)
             return [TrialScores(likelihood, kl) for likelihood, kl in found]
-        rows, kls = [*self._baseline, *self._target], len(self._baseline)
-        values = self._engine.distributions(rows, edits, self._read, self._continuations)
+        kls = len(self._baseline)
+        values = self._engine.distributions(self._rows, edits, self._read, self._continuations)
         return [TrialScores(_mean(each[kls:]), _mean(each[:kls])) for each in values]
 
-    def _remember(self, places: Sequence[int], logits_1V: Sequence[Tensor]) -> list[float]:
-        for place, each_1V in zip(places, logits_1V, strict=True):
-            self._reference_1V[place] = log_probabilities(each_1V).cpu()
+    def _remember(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
+        others, declined, first = self._kinds(places)
+        self._likelihood.remember([places[at] - first for at in declined], [logits_KV[at] for at in declined])
+        for at in others:
+            self._reference_1V[places[at]] = log_probabilities(logits_KV[at]).cpu()
         return [0.0] * len(places)
 
     def _read(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
-        """KL of a baseline prompt, likelihood of a target prompt, whose places come after those."""
-        first, found = len(self._baseline), [0.0] * len(places)
-        declined = [at for at, place in enumerate(places) if place >= first]
-        others = [at for at, place in enumerate(places) if place < first]
+        """KL of a baseline prompt, likelihood of a target prompt."""
+        others, declined, first = self._kinds(places)
+        found = [0.0] * len(places)
         likelihoods = self._likelihood.read([places[at] - first for at in declined], [logits_KV[at] for at in declined])
         kls: list[float] = []
         if others:
@@ -75,6 +79,12 @@ class Screening:
         for at, value in zip([*declined, *others], [*likelihoods, *kls], strict=True):
             found[at] = value
         return found
+
+    def _kinds(self, places: Sequence[int]) -> tuple[list[int], list[int], int]:
+        """Which of the rows are baseline prompts, which target prompts, and where those begin among all rows."""
+        first = len(self._baseline)
+        others = [at for at, place in enumerate(places) if place < first]
+        return others, [at for at, place in enumerate(places) if place >= first], first
 
 
 def _mean(values: Sequence[float]) -> float:
