@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from heretic_ds.anatomy import find_anatomy
 from heretic_ds.checkpoint.open import ModelChoice, open_model
@@ -38,15 +37,16 @@ def test_every_rank_of_a_replica_has_rows_in_another_order() -> None:
     assert len({tuple(row) for row in rows}) == 5 and parity.sample_rows(100, 5) == rows
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gpt2", "llama4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mixtral", "gpt2", "llama4", "llava", "gemma3_vl", "qwen2_vl"])
 def test_a_model_that_runs_block_by_block_gives_the_whole_ones_logits(family: str, tmp_path: Path) -> None:
-    """Llama 4 asks where the embedding lies before it is called, which is when others get theirs."""
+    """Llama 4 asks where the embedding lies before it is called, which is when others get theirs; where a model sees,
+    its first parameter is of a part that is never run."""
     folder = families.save(family, tmp_path / family)
     opened = open_model(ModelChoice(str(folder), dtype="float32", device="cpu"))
     model, checkpoint = opened.empty_model(torch.float32)
-    rows = parity.sample_rows(model.config.vocab_size)
+    rows = parity.sample_rows(model.config.get_text_config().vocab_size)
     found_BV = parity.streamed_logits(model, find_anatomy(model), checkpoint, rows, opened.device)
-    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    whole = type(model).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected_BV = Forward(whole, pad_id=0)([Row(row) for row in rows]).logits_BV
     assert parity.distance(found_BV, expected_BV) < 1e-5
