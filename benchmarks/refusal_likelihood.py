@@ -52,8 +52,8 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarray]:
     """Of E edits and the P target prompts that are declined: ``counts`` [E], ``logp`` [E, P, K] of the tokens of the
-    original's answers (0 behind an answer's end) and ``original`` [P, K], the original's own; of B baseline prompts
-    ``kls`` [E, B]."""
+    original's answers (0 behind an answer's end), ``given`` [P, K] where they have any, and ``original`` [P, K], the
+    original's own; of B baseline prompts ``kls`` [E, B]."""
     import torch
 
     from heretic_ds.ablation import Edit
@@ -97,21 +97,24 @@ def recorded(model: str, edits: int, trials: Path | None) -> dict[str, np.ndarra
                 if not told:
                     found["counts"].append(objective.score([edit])[0].refusals)
             found["counts"] = found["counts"] or [trial["refusals"] for trial in told]
-    return {name: np.array(values) for name, values in found.items()} | {"original": original_PK}
+    given_PK = np.array([[at < len(answer) for at in range(max(TOKENS))] for answer in tokens])
+    return {name: np.array(values) for name, values in found.items()} | {"original": original_PK, "given": given_PK}
 
 
-def likelihood(logp_EPK: np.ndarray, original_PK: np.ndarray) -> np.ndarray:
+def likelihood(logp_EPK: np.ndarray, original_PK: np.ndarray, given_PK: np.ndarray) -> np.ndarray:
     """Refusal likelihood of each edit, as :class:`heretic_ds.scoring.likelihood.RefusalLikelihood` has it."""
-    share_EPK, given_PK = np.exp((logp_EPK - original_PK).cumsum(axis=2).clip(max=0)), original_PK < 0
+    share_EPK = np.exp((logp_EPK - original_PK).cumsum(axis=2).clip(max=0))
     found_E: np.ndarray = ((share_EPK * given_PK).sum(axis=2) / given_PK.sum(axis=1)).mean(axis=1)
     return found_E
 
 
-def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray, kls_EB: np.ndarray) -> dict[str, Any]:
-    """What the record comes to."""
+def figures(found: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a record comes to, see :func:`recorded`."""
     from heretic_ds.search.screened import screening
     from heretic_ds.search.screened.screening import part, spread
 
+    counts_E, kls_EB = found["counts"], found["kls"]
+    logp_EPK, original_PK, given_PK = (found[name] for name in ("logp", "original", "given"))
     prompts, baseline = logp_EPK.shape[1], kls_EB.shape[1]
     share_E, kl_E = counts_E / prompts, kls_EB.mean(axis=1)
     few_E = share_E < FEW
@@ -120,7 +123,7 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
         for tokens in TOKENS:
             places = spread(range(prompts), some)
             edited_EPK, own_PK = logp_EPK[:, places, :tokens], original_PK[places, :tokens]
-            likelihood_E = likelihood(edited_EPK, own_PK)
+            likelihood_E = likelihood(edited_EPK, own_PK, given_PK[places, :tokens])
             whole_E = np.exp((edited_EPK - own_PK).sum(axis=2).clip(max=0)).mean(axis=1)
             likelihoods.append(
                 {
@@ -142,7 +145,7 @@ def figures(counts_E: np.ndarray, logp_EPK: np.ndarray, original_PK: np.ndarray,
             {"prompts": some, "rank_correlation": correlation(part_E, kl_E), "spread_of_log": round(error, 3)}
         )
     places, tokens = spread(range(prompts), part(prompts, 8, *screening.TARGET)), screening.TOKENS
-    likelihood_E = likelihood(logp_EPK[:, places, :tokens], original_PK[places, :tokens])
+    likelihood_E = likelihood(*(each[..., places, :tokens] for each in (logp_EPK, original_PK, given_PK)))
     part_E = kls_EB[:, spread(range(baseline), part(baseline, 5, *screening.BASELINE))].mean(axis=1)
     kept = [
         [int(count), *(float(f"{value:.3g}") for value in values)]
@@ -171,7 +174,7 @@ def main() -> int:
     models = json.loads(options.result.read_text())["models"] if options.add and options.result.exists() else {}
     for model in options.model:
         found = recorded(model, options.edits, options.trials)
-        told = models[options.name or model] = figures(found["counts"], found["logp"], found["original"], found["kls"])
+        told = models[options.name or model] = figures(found)
         print(model, json.dumps(told["likelihood"]), json.dumps(told["kl"]), sep="\n", flush=True)
         report = {"what": "what screening tells of edits, against their scores", "machine": machine(), "models": models}
         options.result.write_text(json.dumps(report) + "\n")

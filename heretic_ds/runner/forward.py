@@ -94,11 +94,11 @@ class Forward:
         return logits[:, -1] if last is None else logits[:, -last:]
 
     def _wanted(self, input_ids_BS: Tensor, last: int) -> int | Tensor:
-        """The last positions: how many, or where they are. Of many rows the last positions do not lie in one piece
-        where they are cut off, and frozen weights are then read anew for every row; where they are picked, they do."""
+        """The last positions: how many, or where they are. A slice of many rows does not lie in one piece, and PyTorch
+        then multiplies frozen weights row by row, reading all of them each time; what is picked by places does."""
         if last >= input_ids_BS.shape[1] or not self._takes_places:
             return last
-        return torch.arange(-last, 0, device=input_ids_BS.device)  # where weights may not be
+        return torch.arange(-last, 0, device=input_ids_BS.device)  # weights of streamed models are on meta
 
     def __call__(self, rows: Sequence[Row], cache: DynamicCache | None = None, last: int | None = None) -> Begun:
         """One pass over the prompts of a batch, whose keys and values an empty ``cache`` takes."""

@@ -95,7 +95,7 @@ class Candidates:
         begun = bool(study.get_trials(deepcopy=False))
         measure = study.user_attrs.get(_MEASURE_ATTRIBUTE, "" if begun else _MEASURE)
         if measure != _MEASURE and len(trials) < self._settings.trials:
-            log.warning("%s: candidates of an earlier version were compared by another likelihood", self._path)
+            log.warning("%s: candidates of another version were compared by another likelihood", self._path)
         self._first = study.user_attrs.get(_FIRST_ATTRIBUTE, _FIRST_UNTOLD if begun else FIRST)
         if type(self._first) is not int or self._first < 1:
             raise UserError(f"{self._path} is damaged ({_FIRST_ATTRIBUTE} is {self._first!r}); give another run.dir")

@@ -47,7 +47,7 @@ class Screening:
         self._likelihood = RefusalLikelihood().get_ready(engine, self._target, tokens)
         self._rows = [*self._baseline, *self._target]
         self._continuations = [*([()] * len(self._baseline)), *self._likelihood.continuations]
-        # Over the same rows as later passes: so ranks are asked for the same prompts.
+        # Over the same rows as later passes: a replica reads edits of those prompts whose original it has seen.
         engine.distributions(self._rows, [None], self._remember, self._continuations)
 
     def of(self, edits: Sequence[Edit]) -> list[TrialScores]:
@@ -60,17 +60,17 @@ class Screening:
         return [TrialScores(_mean(each[kls:]), _mean(each[:kls])) for each in values]
 
     def _remember(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
-        others, declined, first = self._kinds(places)
-        self._likelihood.remember([places[at] - first for at in declined], [logits_KV[at] for at in declined])
+        others, declined = self._kinds(places)
+        self._likelihood.remember(self._targets(places, declined), [logits_KV[at] for at in declined])
         for at in others:
             self._reference_1V[places[at]] = log_probabilities(logits_KV[at]).cpu()
         return [0.0] * len(places)
 
     def _read(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
         """KL of a baseline prompt, likelihood of a target prompt."""
-        others, declined, first = self._kinds(places)
+        others, declined = self._kinds(places)
         found = [0.0] * len(places)
-        likelihoods = self._likelihood.read([places[at] - first for at in declined], [logits_KV[at] for at in declined])
+        likelihoods = self._likelihood.read(self._targets(places, declined), [logits_KV[at] for at in declined])
         kls: list[float] = []
         if others:
             logits_NV = torch.cat([logits_KV[at] for at in others])
@@ -80,11 +80,15 @@ class Screening:
             found[at] = value
         return found
 
-    def _kinds(self, places: Sequence[int]) -> tuple[list[int], list[int], int]:
-        """Which of the rows are baseline prompts, which target prompts, and where those begin among all rows."""
+    def _kinds(self, places: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Which of the rows are baseline prompts, and which target prompts."""
         first = len(self._baseline)
         others = [at for at, place in enumerate(places) if place < first]
-        return others, [at for at, place in enumerate(places) if place >= first], first
+        return others, [at for at, place in enumerate(places) if place >= first]
+
+    def _targets(self, places: Sequence[int], declined: Sequence[int]) -> list[int]:
+        """Where rows lie among the target prompts."""
+        return [places[at] - len(self._baseline) for at in declined]
 
 
 def _mean(values: Sequence[float]) -> float:
