@@ -3,7 +3,6 @@ count is flat. Shapes: K positions of a prompt, V vocabulary."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -16,8 +15,8 @@ from heretic_ds.scoring.base import DistributionScorer, GivesDistributions, Toke
 
 
 class RefusalLikelihood(DistributionScorer):
-    """The share of the original answers' first tokens that the edited model gives again before it goes another way, as
-    expected of an answer that is drawn from it; mean over prompts.
+    """How likely the edited model begins its answers as the original did, beside the original itself; mean over
+    prompts.
 
     One pass over each prompt with those tokens after it (teacher-forced), as cheap as one for a KL divergence. For each
     k up to K it takes the probability of the first k tokens in a row, prod_{j <= k} p(t_j | prompt, t_1 ... t_{j-1}),
@@ -27,6 +26,7 @@ class RefusalLikelihood(DistributionScorer):
     """
 
     name = "refusal_likelihood"
+    combine = "mean"
 
     def begin(self, engine: GivesDistributions, prompts: TokenRows, continuations: TokenRows | None = None) -> Self:
         """``continuations`` are the first tokens of the answers, one or more to each prompt."""
@@ -44,10 +44,9 @@ class RefusalLikelihood(DistributionScorer):
         """By prompt, on the rank that reads its logits."""
         return self
 
-    def of(self, edits: Sequence[Edit | None]) -> list[float]:
-        """For each edit the mean over prompts."""
-        found = self._engine.distributions(self._prompts, edits, self.read, self.continuations)
-        return [math.fsum(each) / len(each) for each in found]
+    def each(self, edits: Sequence[Edit | None]) -> list[list[float]]:
+        """For each edit the number of every prompt."""
+        return self._engine.distributions(self._prompts, edits, self.read, self.continuations)
 
     def read(self, prompts: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
         """The number of each prompt, from the logits at the places of its tokens."""

@@ -38,8 +38,8 @@ def alone(engine: Any, prompt: list[int], tokens: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_a_likelihood_is_the_expected_share_of_tokens_that_are_given_again(engine: Any, tokens: int) -> None:
-    rows, answers = prompts(), [row[:tokens] for row in prompts()[::-1]]
+def test_a_likelihood_is_the_mean_over_beginnings_of_answers(engine: Any, tokens: int) -> None:
+    rows, answers = prompts(), [row[: 1 + at % tokens] for at, row in enumerate(prompts()[::-1])]
     scorer = RefusalLikelihood().begin(engine, rows, answers)
     found, own = scorer.of(EDITS), [alone(engine, *each) for each in zip(rows, answers, strict=True)]
     assert scorer.of([None]) == pytest.approx([1.0], rel=1e-5)
@@ -48,7 +48,8 @@ def test_a_likelihood_is_the_expected_share_of_tokens_that_are_given_again(engin
         edited = [alone(engine, *each) for each in zip(rows, answers, strict=True)]
         engine.restore()
         pairs = [zip(*each, strict=True) for each in zip(edited, own, strict=True)]
-        expected = [sum(min(1.0, one / other) for one, other in each) / tokens for each in pairs]
+        beginnings = [[min(1.0, one / other) for one, other in each] for each in pairs]
+        expected = [sum(each) / len(each) for each in beginnings]
         assert likelihood == pytest.approx(sum(expected) / len(expected), rel=1e-4)
     assert len(set(found)) == 3
 

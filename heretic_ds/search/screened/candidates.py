@@ -43,7 +43,7 @@ FIRST, STARTUP = 32, 12
 """Candidates that are screened before the first trial, and how many of them at random."""
 _FIRST_ATTRIBUTE, _FIRST_UNTOLD = "screened_before_trials", 16
 """Where a study keeps how many it began with, and how many that was before studies kept it."""
-_MEASURE_ATTRIBUTE, _MEASURE = "refusal_likelihood", "expected share of first tokens"
+_MEASURE_ATTRIBUTE, _MEASURE = "refusal_likelihood", "beginnings of answers"
 """Where a study keeps what its candidates are compared by beside KL; studies of earlier versions do not say."""
 WARM_PLACES = (0.5, 0.6, 0.7, 0.8)
 """Blocks whose direction the warm starts take for all blocks, as shares of the last one."""

@@ -14,6 +14,7 @@ from heretic_ds.prompts import TokenRows
 from heretic_ds.scoring.base import GivesDistributions, MeasuresDivergence
 from heretic_ds.scoring.kl import Divergence, first_token_kl, log_probabilities
 from heretic_ds.scoring.likelihood import RefusalLikelihood
+from heretic_ds.scoring.values import combined
 from heretic_ds.search.trials import TrialScores
 
 T = TypeVar("T")
@@ -57,7 +58,7 @@ class Screening:
             return [TrialScores(likelihood, kl) for likelihood, kl in found]
         kls = len(self._baseline)
         values = self._engine.distributions(self._rows, edits, self._read, self._continuations)
-        return [TrialScores(_mean(each[kls:]), _mean(each[:kls])) for each in values]
+        return [TrialScores(combined(each[kls:], "mean"), combined(each[:kls], "mean")) for each in values]
 
     def _remember(self, places: Sequence[int], logits_KV: Sequence[Tensor]) -> list[float]:
         others, declined = self._kinds(places)
@@ -89,10 +90,6 @@ class Screening:
     def _targets(self, places: Sequence[int], declined: Sequence[int]) -> list[int]:
         """Where rows lie among the target prompts."""
         return [places[at] - len(self._baseline) for at in declined]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def screened_rows(target: int, baseline: int) -> int:
